@@ -1,0 +1,53 @@
+"""Differentially private image classification with DP-Mix, on JAX and jax_privacy.
+
+The core is functions over arrays and pytrees, for any `loss_fn(params, images,
+labels)`. Axes: B records, K members of an augmentation set, H W C image, O classes.
+
+    augment    views of one image                          [H,W,C] -> [k,H,W,C]
+    mixup      the augmentation set of one record          -> [K,H,W,C], [K,O]
+    gradients  loss -> clipped sum of per-record gradients, with its sensitivity
+    privacy    (epsilon, delta) <-> noise multiplier; noise; the privacy statement
+    sampling   the Poisson batch of a step, and keys
+
+`training` puts them together; `experiment` runs a config.
+"""
+
+from dpmix_jax.augment import AugmentationConfig, random_view, views
+from dpmix_jax.errors import UserError
+from dpmix_jax.gradients import clipped_gradient
+from dpmix_jax.mixup import MethodConfig, augmentation_set, mixups, random_pairs
+from dpmix_jax.privacy import (
+    Mechanism,
+    NeighboringRelation,
+    PrivacyConfig,
+    calibrate,
+    privacy_report,
+    privatizer,
+    statement,
+)
+from dpmix_jax.sampling import microbatches, poisson_batch, record_keys, stream_key
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AugmentationConfig",
+    "Mechanism",
+    "MethodConfig",
+    "NeighboringRelation",
+    "PrivacyConfig",
+    "UserError",
+    "augmentation_set",
+    "calibrate",
+    "clipped_gradient",
+    "microbatches",
+    "mixups",
+    "poisson_batch",
+    "privacy_report",
+    "privatizer",
+    "random_pairs",
+    "random_view",
+    "record_keys",
+    "statement",
+    "stream_key",
+    "views",
+]

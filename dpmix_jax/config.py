@@ -1,0 +1,168 @@
+"""Experiments as validated dataclasses, built from ConfigDicts at the edge."""
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from dpmix_jax import models
+from dpmix_jax.augment import AugmentationConfig
+from dpmix_jax.data import DataConfig
+from dpmix_jax.errors import UserError
+from dpmix_jax.mixup import MethodConfig
+from dpmix_jax.privacy import PrivacyConfig
+from dpmix_jax.training import OptimizerConfig, PerformanceConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """A model of `models.REGISTRY` and its options."""
+
+    name: str
+    options: Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoggingConfig:
+    """How often, in updates, to log, to evaluate and to save.
+
+    Attributes:
+      log_every: updates between lines of `metrics.jsonl`.
+      eval_every: updates between evaluations.
+      checkpoint_every: updates between checkpoints.
+    """
+
+    log_every: int = 10
+    eval_every: int = 50
+    checkpoint_every: int = 50
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            if getattr(self, field.name) < 1:
+                raise UserError(
+                    f"logging.{field.name} is {getattr(self, field.name)}: it must be"
+                    " at least 1"
+                )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExperimentConfig:
+    """One training run.
+
+    Attributes:
+      seed: non-negative, for a run that can be repeated; None draws a secret one from
+        the operating system, which is what a release needs.
+    """
+
+    seed: int | None = None
+    data: DataConfig
+    model: ModelConfig
+    method: MethodConfig
+    augmentation: AugmentationConfig
+    privacy: PrivacyConfig
+    optimizer: OptimizerConfig
+    performance: PerformanceConfig = PerformanceConfig()
+    logging: LoggingConfig = LoggingConfig()
+
+    def __post_init__(self):
+        if self.seed is not None and self.seed < 0:
+            raise UserError(f"seed is {self.seed}: it must be at least 0, or None")
+
+
+# What may differ between two runs into one workdir without changing what comes out.
+_FREE_SECTIONS = ("performance", "logging")
+
+
+def from_config_dict(values: Mapping[str, Any]) -> ExperimentConfig:
+    """Builds an `ExperimentConfig` from nested mappings such as a ConfigDict.
+
+    Raises:
+      UserError: for an unknown or missing key, a value of a wrong type, or one that is
+        not allowed; the message names the key.
+    """
+    return _build(ExperimentConfig, values, "")
+
+
+def to_dict(config: ExperimentConfig) -> dict[str, Any]:
+    """Returns the JSON-ready inverse of `from_config_dict`."""
+    values = dataclasses.asdict(config)
+    model = values["model"]
+    values["model"] = {"name": model["name"], **model["options"]}
+    return values
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Lists the keys whose values differ, of those that change the outcome of a run."""
+    flat = [dict(_flatten(values)) for values in (old, new)]
+    keys = sorted(set(flat[0]) | set(flat[1]))
+    return [
+        f"{key} ({flat[0].get(key)} there, {flat[1].get(key)} here)"
+        for key in keys
+        if key.split(".")[0] not in _FREE_SECTIONS and flat[0].get(key) != flat[1].get(key)
+    ]
+
+
+def _flatten(values: Mapping[str, Any], prefix: str = ""):
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, list(value) if isinstance(value, tuple) else value
+
+
+def _build(cls, values: Any, prefix: str):
+    if not isinstance(values, Mapping) and not hasattr(values, "items"):
+        raise UserError(f"{prefix[:-1]} is {values!r}: it must be a group of settings")
+    values = dict(values.items())
+    if cls is ModelConfig:
+        return _build_model(values, prefix)
+    hints = typing.get_type_hints(cls)
+    check_keys(values, hints, prefix)
+    built = {}
+    for field in dataclasses.fields(cls):
+        name, hint = field.name, hints[field.name]
+        if name not in values:
+            if field.default is dataclasses.MISSING:
+                raise UserError(f"{prefix}{name} is missing from the config")
+        elif dataclasses.is_dataclass(hint):
+            built[name] = _build(hint, values[name], f"{prefix}{name}.")
+        else:
+            built[name] = _typed(values[name], hint, prefix + name)
+    return cls(**built)
+
+
+def _build_model(values: dict[str, Any], prefix: str) -> ModelConfig:
+    name = values.pop("name", None)
+    check_keys(values, models.options(name), prefix)
+    options = {
+        key: tuple(value) if isinstance(value, list) else value
+        for key, value in values.items()
+    }
+    return ModelConfig(name=name, options=options)
+
+
+def _typed(value: Any, hint: Any, key: str) -> Any:
+    """Returns a value of the annotated type: an int will do for a float, only so."""
+    allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if float in allowed and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if type(value) not in allowed:
+        names = " or ".join("None" if t is types.NoneType else t.__name__ for t in allowed)
+        raise UserError(f"{key} is {value!r}: it must be of type {names}")
+    return value
+
+
+def check_keys(keys: Iterable[str], valid: Iterable[str], prefix: str = "") -> None:
+    """Raises `UserError` for the first unknown key, naming the nearest valid one."""
+    valid = list(valid)
+    for key in keys:
+        if key not in valid:
+            near = difflib.get_close_matches(key, valid, n=1, cutoff=0.5)
+            hint = (
+                f"did you mean {prefix}{near[0]}?"
+                if near
+                else f"valid are {', '.join(valid)}"
+            )
+            raise UserError(f"unknown key {prefix}{key}: {hint}")

@@ -1,0 +1,67 @@
+"""The one type of a set of labelled images."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dpmix_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Records:
+    """Labelled images of one size, undecorated.
+
+    Attributes:
+      images: [N, H, W, C] uint8.
+      labels: [N] int32 in [0, O).
+      class_names: O names.
+      mean, stddev: [C] public constants, never computed from private records, on the
+        scale where pixels are in [0, 1].
+    """
+
+    images: np.ndarray
+    labels: np.ndarray
+    class_names: tuple[str, ...]
+    mean: tuple[float, ...]
+    stddev: tuple[float, ...]
+
+    def __post_init__(self):
+        if self.images.dtype != np.uint8 or self.images.ndim != 4:
+            raise UserError(
+                f"images are {self.images.dtype} {self.images.shape}: they must be"
+                " uint8 [N, H, W, C]"
+            )
+        if self.labels.shape != self.images.shape[:1]:
+            raise UserError(
+                f"labels have shape {self.labels.shape}: there must be one for each of"
+                f" the {len(self)} images"
+            )
+        if len(self) and not (
+            0 <= self.labels.min() and self.labels.max() < self.num_classes
+        ):
+            raise UserError(
+                f"labels are in [{self.labels.min()}, {self.labels.max()}]: they must"
+                f" be in [0, {self.num_classes})"
+            )
+
+    def __len__(self) -> int:
+        return self.images.shape[0]
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+    def subset(self, indices: np.ndarray) -> "Records":
+        return dataclasses.replace(
+            self, images=self.images[indices], labels=self.labels[indices]
+        )
+
+    def normalize(self, images: jax.Array) -> jax.Array:
+        """Maps uint8 images [..., H, W, C] to float32 by the public constants."""
+        mean = jnp.asarray(self.mean, jnp.float32)
+        stddev = jnp.asarray(self.stddev, jnp.float32)
+        return jax.vmap(lambda image: (image / 255.0 - mean) / stddev)(
+            images.astype(jnp.float32)
+        )

@@ -1,0 +1,30 @@
+"""A small convolutional network for small images."""
+
+from collections.abc import Sequence
+
+import jax
+from flax import linen as nn
+
+
+class CNN(nn.Module):
+    """3x3 convolutions with GroupNorm and ReLU, each later one after a 2x2 max pool.
+
+    Attributes:
+      num_classes: O.
+      features: channels of each convolution.
+      groups: groups of each GroupNorm (normalising over a batch would mix records).
+    """
+
+    num_classes: int
+    features: Sequence[int] = (32, 64)
+    groups: int = 8
+
+    @nn.compact
+    def __call__(self, images: jax.Array) -> jax.Array:
+        x = images
+        for i, channels in enumerate(self.features):
+            if i > 0:
+                x = nn.max_pool(x, (2, 2), (2, 2))
+            x = nn.Conv(channels, (3, 3), use_bias=False)(x)
+            x = nn.relu(nn.GroupNorm(num_groups=self.groups)(x))
+        return nn.Dense(self.num_classes)(x.reshape((x.shape[0], -1)))

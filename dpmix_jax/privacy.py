@@ -1,0 +1,389 @@
+"""From a budget (epsilon, delta) to a noise multiplier and back, and what is promised.
+
+The mechanism is T updates, each a Gaussian mechanism on a Poisson sample. Accounting is
+dp_accounting's: privacy loss distributions (PLD) decide, Renyi DP (RDP) is shown beside
+them. Results are cached on disk (`DPMIX_JAX_CACHE`, by default `~/.cache/dpmix_jax`).
+"""
+
+import contextlib
+import dataclasses
+import functools
+import importlib.metadata
+import os
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+import absl.logging
+import dp_accounting
+import jax
+import jax.numpy as jnp
+import joblib
+import optax
+from dp_accounting import pld, rdp
+from jax_privacy import clipping, noise_addition
+
+from dpmix_jax.errors import UserError
+
+NeighboringRelation = dp_accounting.NeighboringRelation
+RELATIONS = {relation.name.lower(): relation for relation in NeighboringRelation}
+_MIN_NOISE, _MAX_NOISE = 2.0**-2, 2.0**14
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PrivacyConfig:
+    """What is promised, and the parts of the algorithm that the promise rests on.
+
+    Attributes:
+      epsilon: the budget to be spent by the last update.
+      delta: in (0, 1), less than 1 / (number of records) if it is to mean something.
+      expected_batch_size: B; each record is sampled with probability B / N.
+      num_updates: T.
+      l2_clip_norm: C, the bound on a record's averaged gradient.
+      neighboring_relation: `add_or_remove_one`, `replace_one` or `replace_special`
+        (one record becomes an empty one).
+    """
+
+    epsilon: float
+    delta: float = 1e-5
+    expected_batch_size: int
+    num_updates: int
+    l2_clip_norm: float = 1.0
+    neighboring_relation: str = "add_or_remove_one"
+
+    def __post_init__(self):
+        for name, allowed in (
+            ("epsilon", "positive and finite"),
+            ("l2_clip_norm", "positive and finite"),
+            ("expected_batch_size", "at least 1"),
+            ("num_updates", "at least 1"),
+        ):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise UserError(
+                    f"privacy.{name} is {getattr(self, name)}: it must be {allowed}"
+                )
+        if not 0 < self.delta < 1:
+            raise UserError(f"privacy.delta is {self.delta}: it must be in (0, 1)")
+        if self.neighboring_relation not in RELATIONS:
+            raise UserError(
+                f"privacy.neighboring_relation is {self.neighboring_relation!r}: it"
+                f" must be one of {', '.join(RELATIONS)}"
+            )
+
+    def sampling_prob(self, num_records: int) -> float:
+        """Returns q = B / N, or raises `UserError` if that is no probability."""
+        if self.expected_batch_size > num_records:
+            raise UserError(
+                f"privacy.expected_batch_size is {self.expected_batch_size}: it must be"
+                f" at most the number of training records, {num_records}"
+            )
+        return self.expected_batch_size / num_records
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Mechanism:
+    """T Poisson-subsampled Gaussian mechanisms: what the accountant sees of a run.
+
+    Attributes:
+      sampling_prob: q, the probability that a record is in a batch.
+      num_updates: T.
+      noise_multiplier: standard deviation of the noise on the sum, over the sensitivity
+        of the sum under `neighboring_relation` (so over 2 C for `REPLACE_ONE`).
+      neighboring_relation: which datasets count as neighbours.
+    """
+
+    sampling_prob: float
+    num_updates: int
+    noise_multiplier: float
+    neighboring_relation: NeighboringRelation = NeighboringRelation.ADD_OR_REMOVE_ONE
+
+    def event(self) -> dp_accounting.DpEvent:
+        """Returns the event to compose, whose noise is in units of the clip norm C."""
+        # dp_accounting divides the standard deviation by the bound C on one record and
+        # doubles the sensitivity of REPLACE_ONE itself; ours is already over 2 C there.
+        unit = clipping.BoundedSensitivityCallable(lambda: None, 1.0, False)
+        noise = self.noise_multiplier * unit.sensitivity(self.neighboring_relation)
+        return dp_accounting.SelfComposedDpEvent(
+            dp_accounting.PoissonSampledDpEvent(
+                self.sampling_prob, dp_accounting.GaussianDpEvent(noise)
+            ),
+            self.num_updates,
+        )
+
+    def epsilon(self, delta: float, *, accountant: str = "pld") -> float:
+        """Returns the epsilon of all T updates at this delta.
+
+        Args:
+          delta: in (0, 1).
+          accountant: `pld` (tight) or `rdp` (looser; infinite for `REPLACE_ONE`, which
+            it cannot bound under Poisson sampling).
+        """
+        if self.num_updates == 0:
+            return 0.0
+        make = {"pld": pld.PLDAccountant, "rdp": rdp.RdpAccountant}[accountant]
+        relation = self.neighboring_relation
+        if accountant == "rdp" and relation == NeighboringRelation.REPLACE_ONE:
+            return float("inf")
+        with _quiet():
+            ledger = make(neighboring_relation=relation).compose(self.event())
+            return float(ledger.get_epsilon(delta))
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silences the RDP accountant's warning about each order that does not converge."""
+    level = absl.logging.get_verbosity()
+    absl.logging.set_verbosity(absl.logging.ERROR)
+    try:
+        yield
+    finally:
+        absl.logging.set_verbosity(level)
+
+
+@functools.cache
+def _memory(folder: str) -> joblib.Memory:
+    try:
+        pathlib.Path(folder).mkdir(parents=True, exist_ok=True)
+    except OSError:  # a read-only home costs seconds, not the run
+        return joblib.Memory(None)
+    return joblib.Memory(folder if os.access(folder, os.W_OK) else None, verbose=0)
+
+
+def _cached(function, *args):
+    """Calls a function through the disk cache, keyed by the accountant's version too."""
+    folder = os.environ.get("DPMIX_JAX_CACHE") or str(
+        pathlib.Path.home() / ".cache" / "dpmix_jax"
+    )
+    return _memory(folder).cache(function)(*args, accountant_version())
+
+
+def accountant_version() -> str:
+    return f"dp_accounting {importlib.metadata.version('dp-accounting')}"
+
+
+def _epsilon(sampling_prob, num_updates, noise_multiplier, relation, delta, version):
+    del version  # part of the cache's key
+    return Mechanism(
+        sampling_prob=sampling_prob,
+        num_updates=num_updates,
+        noise_multiplier=noise_multiplier,
+        neighboring_relation=NeighboringRelation[relation],
+    ).epsilon(delta)
+
+
+def epsilon_after(mechanism: Mechanism, num_updates: int, delta: float) -> float:
+    """Returns the epsilon (PLD) of the first `num_updates` updates, cached on disk."""
+    return _cached(
+        _epsilon,
+        mechanism.sampling_prob,
+        num_updates,
+        mechanism.noise_multiplier,
+        mechanism.neighboring_relation.name,
+        delta,
+    )
+
+
+def _calibrate(epsilon, delta, sampling_prob, num_updates, relation, version):
+    del version  # part of the cache's key
+
+    def mechanism(noise_multiplier):
+        return Mechanism(
+            sampling_prob=sampling_prob,
+            num_updates=num_updates,
+            noise_multiplier=noise_multiplier,
+            neighboring_relation=NeighboringRelation[relation],
+        )
+
+    # RDP is quick and never below PLD, so it bounds the search from above; PLD, whose
+    # cost grows with its epsilon, is then asked only near the target.
+    high = _MAX_NOISE
+    while high > _MIN_NOISE and (
+        mechanism(high / 2).epsilon(delta, accountant="rdp") <= epsilon
+    ):
+        high /= 2
+    low = high
+    while low >= _MIN_NOISE and mechanism(low).epsilon(delta) <= epsilon:
+        low, high = low / 2, low
+    if low == high or low < _MIN_NOISE:
+        raise UserError(
+            f"no noise multiplier from {_MIN_NOISE:g} to {_MAX_NOISE:g} spends epsilon"
+            f" {epsilon:g} at delta {delta:g} in {num_updates} updates with sampling"
+            f" probability {sampling_prob:.4g}: ask for another epsilon, batch size or"
+            " number of updates"
+        )
+    return dp_accounting.calibrate_dp_mechanism(
+        make_fresh_accountant=lambda: pld.PLDAccountant(NeighboringRelation[relation]),
+        make_event_from_param=lambda noise: mechanism(noise).event(),
+        target_epsilon=epsilon,
+        target_delta=delta,
+        bracket_interval=dp_accounting.ExplicitBracketInterval(low, high),
+        tol=1e-5 * low,
+    )
+
+
+def calibrate(
+    *,
+    epsilon: float,
+    delta: float,
+    sampling_prob: float,
+    num_updates: int,
+    neighboring_relation: NeighboringRelation = NeighboringRelation.ADD_OR_REMOVE_ONE,
+) -> Mechanism:
+    """Finds the least noise with which T updates stay within (epsilon, delta).
+
+    Formal guarantees:
+      - The epsilon of the returned mechanism, by the PLD accountant and computed anew
+        whatever the cache says, is at most `epsilon`.
+
+    Args:
+      epsilon: the budget, positive.
+      delta: in (0, 1).
+      sampling_prob: q in (0, 1].
+      num_updates: T, at least 1.
+      neighboring_relation: which datasets count as neighbours.
+
+    Raises:
+      UserError: if no noise multiplier in a sane range meets the budget.
+    """
+    noise_multiplier = _cached(
+        _calibrate,
+        float(epsilon),
+        float(delta),
+        float(sampling_prob),
+        int(num_updates),
+        neighboring_relation.name,
+    )
+    mechanism = Mechanism(
+        sampling_prob=sampling_prob,
+        num_updates=num_updates,
+        noise_multiplier=noise_multiplier,
+        neighboring_relation=neighboring_relation,
+    )
+    spent = mechanism.epsilon(delta)
+    if not spent <= epsilon:
+        raise UserError(
+            f"the cached noise multiplier {noise_multiplier:g} spends epsilon"
+            f" {spent:g}, more than {epsilon:g}: delete the cache (DPMIX_JAX_CACHE or"
+            " ~/.cache/dpmix_jax)"
+        )
+    return mechanism
+
+
+def privatizer(
+    gradient_fn: clipping.BoundedSensitivityCallable,
+    mechanism: Mechanism,
+    *,
+    expected_batch_size: float,
+    key: jax.Array,
+) -> optax.GradientTransformation:
+    """Turns the clipped sum of one update into a private mean: noise, then divide.
+
+    Chain it before any optimizer; what follows is post-processing. The state holds the
+    key of the next update's noise, so it is secret and belongs into checkpoints only.
+
+    Formal guarantees:
+      - Adds independent Gaussian noise of standard deviation `noise_multiplier` times
+        `gradient_fn.sensitivity(neighboring_relation)` to every coordinate of the sum,
+        once per update, in float32.
+      - The noise of each update comes from a key of its own.
+      - Divides by the expected batch size, a constant, never by the drawn one.
+
+    Args:
+      gradient_fn: from `clipped_gradient`; its sensitivity sets the scale.
+      mechanism: from `calibrate`.
+      expected_batch_size: B = q N.
+      key: scalar key of the noise stream, secret.
+    """
+    sensitivity = gradient_fn.sensitivity(mechanism.neighboring_relation)
+    add_noise = noise_addition.gaussian_privatizer(
+        stddev=mechanism.noise_multiplier * sensitivity,
+        prng_key=key,
+        dtype=jnp.float32,
+    )
+    return optax.chain(add_noise, optax.scale(1.0 / expected_batch_size))
+
+
+def privacy_report(
+    config: PrivacyConfig,
+    mechanism: Mechanism,
+    *,
+    num_records: int,
+    images_per_record: int,
+    secret_seed: bool,
+    public_data: str = "none",
+) -> dict[str, Any]:
+    """Collects what `statement` must say, as JSON-ready values (`privacy.json`)."""
+    return {
+        "epsilon_pld": mechanism.epsilon(config.delta),
+        "epsilon_rdp": mechanism.epsilon(config.delta, accountant="rdp"),
+        "delta": config.delta,
+        "neighboring_relation": config.neighboring_relation,
+        "noise_multiplier": mechanism.noise_multiplier,
+        "l2_clip_norm": config.l2_clip_norm,
+        "sampling_prob": mechanism.sampling_prob,
+        "expected_batch_size": config.expected_batch_size,
+        "num_updates": mechanism.num_updates,
+        "num_records": num_records,
+        "images_per_record": images_per_record,
+        "public_data": public_data,
+        "secret_seed": secret_seed,
+        "accountant": accountant_version(),
+    }
+
+
+_RELATION_TEXT = {
+    "add_or_remove_one": "one record is added or removed",
+    "replace_one": "one record is replaced by another",
+    "replace_special": "one record is replaced by an empty one",
+}
+
+_SEED_TEXT = {
+    True: (
+        "The randomness came from 128 secret bits of the operating system, which were"
+        " deleted at the end of the run."
+    ),
+    False: (
+        "The randomness came from a seed written in the configuration: whoever knows it"
+        " can draw the noise again. The guarantee holds against those who do not; for a"
+        " release, train without a fixed seed."
+    ),
+}
+
+
+def statement(report: dict[str, Any]) -> str:
+    """Writes the privacy statement of a run in Markdown from its `privacy_report`."""
+    relation = report["neighboring_relation"]
+    rdp_text = (
+        f"{report['epsilon_rdp']:.4g} by RDP"
+        if report["epsilon_rdp"] < float("inf")
+        else "RDP has no bound for this relation"
+    )
+    return f"""# Privacy statement
+
+The released weights are ({report["epsilon_pld"]:.4g}, {report["delta"]:g})-differentially
+private.
+
+- **Unit of privacy:** one training record: one image with its label and all
+  {report["images_per_record"]} image(s) derived from it in an update.
+- **Neighbouring relation:** {relation}: two datasets are neighbours if
+  {_RELATION_TEXT[relation]}.
+- **What is released:** the final weights, raw and EMA (`model.safetensors`). The
+  accountant covers the weights after every update, so intermediate ones too.
+- **What it covers:** every access of this one run to the training records. Earlier runs
+  on the same records, the choice of hyperparameters by them, and values named
+  `nonprivate/...`, logs, timings and checkpoints (they hold the key of the noise) are
+  not covered.
+- **Mechanism:** Gaussian noise on the sum of per-record gradients clipped to C =
+  {report["l2_clip_norm"]:g}, with noise multiplier sigma = {report["noise_multiplier"]:.6g}
+  relative to the sensitivity of the sum, T = {report["num_updates"]} updates.
+- **Sampling:** the accountant assumes Poisson sampling with q =
+  {report["sampling_prob"]:.6g} (expected batch {report["expected_batch_size"]} of N =
+  {report["num_records"]}); the sampler draws each record independently with that
+  probability and truncates nothing. q and N are treated as public.
+- **Accountant:** {report["accountant"]}: epsilon = {report["epsilon_pld"]:.6g} by PLD,
+  {rdp_text}, at delta = {report["delta"]:g}.
+- **Public data used:** {report["public_data"]}.
+- **Seed:** {_SEED_TEXT[report["secret_seed"]]}
+- **Arithmetic:** noise and sums are float32 from a pseudorandom generator; the proof is
+  for real numbers and ideal randomness.
+"""

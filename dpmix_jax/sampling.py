@@ -1,0 +1,105 @@
+"""All randomness of a run: named streams of one seed, and the Poisson batch of a step.
+
+Everything is a pure function of (seed, stream, step, record). Nothing is carried from
+one update to the next, so a run that resumes, or that uses another microbatch size or
+another number of devices, draws the same batches and the same views.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax_privacy import batch_selection
+
+from dpmix_jax.errors import UserError
+
+STREAMS = ("init", "sampling", "augmentation", "noise")
+
+
+def _sequence(seed: int, stream: str, *path: int) -> np.random.SeedSequence:
+    return np.random.SeedSequence(seed, spawn_key=(STREAMS.index(stream), *path))
+
+
+def stream_key(seed: int, stream: str) -> jax.Array:
+    """Returns the JAX key of a named stream.
+
+    Args:
+      seed: a non-negative integer of any size. Secret, if the guarantee is to hold:
+        whoever knows it can draw the noise again and subtract it.
+      stream: one of `STREAMS`.
+
+    Returns:
+      A scalar typed threefry key. Streams of one seed are independent.
+    """
+    words = _sequence(seed, stream).generate_state(2, np.uint32)
+    return jax.random.wrap_key_data(jnp.asarray(words), impl="threefry2x32")
+
+
+def record_keys(key: jax.Array, step: jax.Array, indices: jax.Array) -> jax.Array:
+    """Returns one augmentation key for each record of a microbatch of update `step`.
+
+    Formal guarantees:
+      - The key of a record depends on (key, step, its index) alone, not on its place
+        in the batch or on the other records.
+
+    Args:
+      key: the scalar key of the augmentation stream.
+      step: scalar integer, the update.
+      indices: [B] integer indices of records; padding (-1) gets a key of its own.
+
+    Returns:
+      [B] typed keys.
+    """
+    step_key = jax.random.fold_in(key, step)
+    return jax.vmap(lambda i: jax.random.fold_in(step_key, i))(indices)
+
+
+def poisson_batch(
+    seed: int, step: int, *, num_records: int, sampling_prob: float
+) -> np.ndarray:
+    """Draws the records of update `step`: each one independently, with one probability.
+
+    Formal guarantees:
+      - Every record is in the batch with probability `sampling_prob`, independently of
+        the other records and of the other steps (Poisson sampling, as the accountant
+        assumes). Nothing is truncated.
+      - The batch is a pure function of the arguments.
+
+    Args:
+      seed: the seed of the run (see `stream_key`).
+      step: the update, from 0.
+      num_records: N, size of the training set.
+      sampling_prob: q in [0, 1], the expected batch size over N.
+
+    Returns:
+      Integer indices in [0, N), without repeats, of random length (0 is possible).
+
+    Raises:
+      UserError: if `sampling_prob` is outside [0, 1] or `num_records` below 1.
+    """
+    if num_records < 1:
+        raise UserError(f"num_records is {num_records}: it must be at least 1")
+    if not 0.0 <= sampling_prob <= 1.0:
+        raise UserError(f"sampling_prob is {sampling_prob}: it must be in [0, 1]")
+    # One iteration of jax_privacy's sampler from a generator of this step alone makes
+    # the batch of step t available without drawing the t before it.
+    generator = np.random.Generator(np.random.Philox(_sequence(seed, "sampling", step)))
+    strategy = batch_selection.CyclicPoissonSampling(
+        sampling_prob=sampling_prob, iterations=1
+    )
+    batch = next(iter(strategy.batch_iterator(num_records, rng=generator)))
+    return batch.astype(np.int32)
+
+
+def microbatches(indices: np.ndarray, microbatch_size: int) -> list[np.ndarray]:
+    """Splits a batch into microbatches of one fixed shape, so that nothing recompiles.
+
+    Args:
+      indices: [n] integer indices of records; n may be 0.
+      microbatch_size: m, the records of a microbatch.
+
+    Returns:
+      ceil(n / m) arrays of shape [m], the last one padded with -1; none for n = 0.
+    """
+    if indices.size == 0:
+        return []
+    return batch_selection.split_and_pad_global_batch(indices, microbatch_size)

@@ -1,0 +1,306 @@
+"""The training loop: the only place where the parts of the package meet.
+
+One update, in the order in which data flow: `sampling` draws the records, `mixup` makes
+each one's augmentation set, `gradients` clips and sums, `privacy` adds noise, optax
+moves the parameters, and an exponential moving average follows them.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import NamedSharding, PartitionSpec
+from jax_privacy import clipping
+
+from dpmix_jax import sampling
+from dpmix_jax.data import Records
+from dpmix_jax.errors import UserError
+from dpmix_jax.mixup import RecordSet
+
+PyTree = Any
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """SGD at a constant rate, and the average of its iterates.
+
+    Attributes:
+      learning_rate: positive.
+      momentum: in [0, 1).
+      ema_decay: in [0, 1), the decay of the averaged weights.
+    """
+
+    learning_rate: float
+    momentum: float = 0.0
+    ema_decay: float = 0.9999
+
+    def __post_init__(self):
+        if not 0 < self.learning_rate < math.inf:
+            raise UserError(
+                f"optimizer.learning_rate is {self.learning_rate}: it must be positive"
+                " and finite"
+            )
+        for name in ("momentum", "ema_decay"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(
+                    f"optimizer.{name} is {getattr(self, name)}: it must be in [0, 1)"
+                )
+
+    def build(self) -> optax.GradientTransformation:
+        return optax.sgd(self.learning_rate, self.momentum or None)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PerformanceConfig:
+    """What changes memory and speed only, never a result beyond float rounding.
+
+    Attributes:
+      microbatch_size: records whose gradients are held at once, over all devices.
+    """
+
+    microbatch_size: int = 128
+
+    def __post_init__(self):
+        if self.microbatch_size < 1:
+            raise UserError(
+                f"performance.microbatch_size is {self.microbatch_size}: it must be at"
+                " least 1"
+            )
+
+    def check_devices(self, num_devices: int) -> None:
+        if self.microbatch_size % num_devices:
+            raise UserError(
+                f"performance.microbatch_size is {self.microbatch_size}: it must be a"
+                f" multiple of the number of devices, {num_devices}"
+            )
+
+
+class TrainState(NamedTuple):
+    """Everything that one update hands to the next.
+
+    Attributes:
+      step: scalar int32, updates done.
+      params: float32 pytree.
+      ema_params: average of `params` over the updates.
+      opt_state: of the chained privatizer and optimizer. It holds the key of the next
+        noise, hence is secret.
+    """
+
+    step: jax.Array
+    params: PyTree
+    ema_params: PyTree
+    opt_state: PyTree
+
+
+class Totals(NamedTuple):
+    """Sums over the records of one batch, as microbatches come in.
+
+    Attributes:
+      gradients: clipped sum, float32 pytree like the parameters.
+      nonprivate: `loss`, `clipped` and `records`, sums over the drawn records.
+    """
+
+    gradients: PyTree
+    nonprivate: dict[str, jax.Array]
+
+
+def make_mesh(devices: list[jax.Device] | None = None) -> jax.sharding.Mesh:
+    """Returns a one-axis mesh over which the records of a microbatch are spread.
+
+    The axis is of type Auto: with it the compiler sums over devices after the clip.
+    `jax.shard_map` with its default `check_vma` would sum before.
+    """
+    return jax.make_mesh(
+        (len(devices or jax.devices()),),
+        ("records",),
+        axis_types=(jax.sharding.AxisType.Auto,),
+        devices=devices,
+    )
+
+
+def make_accumulate(
+    gradient_fn: clipping.BoundedSensitivityCallable,
+    record_set: RecordSet,
+    records: Records,
+    mesh: jax.sharding.Mesh,
+    *,
+    key: jax.Array,
+    l2_clip_norm: float,
+) -> Callable[[PyTree, jax.Array, np.ndarray, Totals], Totals]:
+    """Compiles one microbatch: records, their sets, clipped gradients, running sums.
+
+    The dataset lives on every device as uint8; only indices travel.
+
+    Formal guarantees:
+      - Adds to `totals.gradients` at most `gradient_fn.sensitivity(relation)` more or
+        less for neighbouring batches, on any number of devices and processes.
+      - The sum over a batch depends on microbatch size and devices in float rounding
+        only.
+      - Compiles once, whatever batch sizes are drawn.
+
+    Args:
+      gradient_fn: from `clipped_gradient`, of a loss over (images, labels) of one set.
+      record_set: from `augmentation_set`.
+      records: the training set.
+      mesh: from `make_mesh`.
+      key: scalar key of the augmentation stream.
+      l2_clip_norm: C, to count clipped records (not private).
+
+    Returns:
+      `f(params, step, indices [m], totals) -> totals`, donating `totals`; indices of -1
+      are padding.
+    """
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    spread = NamedSharding(mesh, PartitionSpec("records"))
+    images, labels = (
+        _put(array, everywhere) for array in (records.images, records.labels)
+    )
+
+    @jax.jit(
+        in_shardings=(everywhere, everywhere, spread, *[everywhere] * 4),
+        out_shardings=everywhere,
+        donate_argnums=3,
+    )
+    def accumulate(params, step, indices, totals, images, labels, key):
+        is_padding = indices < 0
+        drawn = records.normalize(jnp.take(images, indices, axis=0, mode="clip"))
+        targets = jax.nn.one_hot(
+            jnp.take(labels, indices, mode="clip"), records.num_classes
+        )
+        keys = sampling.record_keys(key, step, indices)
+        sets = jax.vmap(record_set)(keys, drawn, targets)
+        gradients, aux = gradient_fn(params, *sets, is_padding_example=is_padding)
+        counted = ~is_padding
+        nonprivate = {
+            "loss": jnp.sum(aux.values, where=counted),
+            "clipped": jnp.sum(aux.grad_norms > l2_clip_norm, where=counted),
+            "records": jnp.sum(counted),
+        }
+        return jax.tree.map(
+            lambda total, part: total + part.astype(total.dtype),
+            totals,
+            Totals(gradients, nonprivate),
+        )
+
+    def call(params, step, indices, totals):
+        indices = _put(np.asarray(indices, np.int32), spread)
+        return accumulate(params, step, indices, totals, images, labels, key)
+
+    return call
+
+
+def _put(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
+    """Places an array that every process holds whole."""
+    return jax.make_array_from_callback(array.shape, sharding, lambda i: array[i])
+
+
+def init_totals(params: PyTree, mesh: jax.sharding.Mesh) -> Totals:
+    """Returns zeros to accumulate into."""
+    nothing = {name: jnp.float32(0) for name in ("loss", "clipped", "records")}
+    zeros = Totals(jax.tree.map(jnp.zeros_like, params), nothing)
+    return jax.device_put(zeros, NamedSharding(mesh, PartitionSpec()))
+
+
+def ema_update(ema: PyTree, new: PyTree, decay: float, step: jax.Array) -> PyTree:
+    """Moves an average of the weights, faster in the first steps (De et al., 2022).
+
+    The decay in effect is min(decay, (1 + step) / (10 + step)), so that the random
+    initial weights are soon forgotten.
+
+    Args:
+      ema: average after `step` updates.
+      new: weights after update `step` (from 0).
+      decay: in [0, 1).
+      step: scalar integer.
+    """
+    step = step.astype(jnp.float32)
+    decay = jnp.minimum(jnp.float32(decay), (1.0 + step) / (10.0 + step))
+    return optax.incremental_update(new, ema, 1.0 - decay)
+
+
+def init_state(params: PyTree, optimizer: optax.GradientTransformation) -> TrainState:
+    """Returns the state before the first update."""
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        ema_params=jax.tree.map(jnp.copy, params),
+        opt_state=optimizer.init(params),
+    )
+
+
+def make_update(
+    optimizer: optax.GradientTransformation, *, ema_decay: float
+) -> Callable[[TrainState, PyTree], TrainState]:
+    """Compiles what follows the sum: noise and division, optimizer, average.
+
+    Args:
+      optimizer: chain of a `privacy.privatizer` and any optax optimizer.
+      ema_decay: see `ema_update`.
+
+    Returns:
+      `f(state, clipped sum) -> state`. It is to be called once per update, also for an
+      empty batch, whose sum is zero.
+    """
+
+    @jax.jit
+    def update(state: TrainState, gradients: PyTree) -> TrainState:
+        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        return TrainState(
+            step=state.step + 1,
+            params=params,
+            ema_params=ema_update(state.ema_params, params, ema_decay, state.step),
+            opt_state=opt_state,
+        )
+
+    return update
+
+
+def train(
+    state: TrainState,
+    accumulate: Callable[[PyTree, jax.Array, np.ndarray, Totals], Totals],
+    update: Callable[[TrainState, PyTree], TrainState],
+    *,
+    mesh: jax.sharding.Mesh,
+    seed: int,
+    num_records: int,
+    sampling_prob: float,
+    num_updates: int,
+    microbatch_size: int,
+    stop: Callable[[], bool] = lambda: False,
+) -> Iterator[tuple[TrainState, dict[str, jax.Array]]]:
+    """Yields (state, nonprivate sums of its batch) after each update still to be done.
+
+    Microbatches accumulate from Python: convolutions inside `lax.scan` are many times
+    slower on CPU, and on an accelerator calls are queued ahead all the same.
+
+    Args:
+      state: from `init_state` or a checkpoint; `state.step` updates are done.
+      accumulate: from `make_accumulate`.
+      update: from `make_update`.
+      mesh: from `make_mesh`.
+      seed: of the run; its sampling stream draws the batches.
+      num_records: N.
+      sampling_prob: q.
+      num_updates: T.
+      microbatch_size: m.
+      stop: asked before each microbatch; once true, the update under way is dropped
+        and the iterator ends.
+    """
+    state = jax.device_put(state, NamedSharding(mesh, PartitionSpec()))
+    for step in range(int(state.step), num_updates):
+        batch = sampling.poisson_batch(
+            seed, step, num_records=num_records, sampling_prob=sampling_prob
+        )
+        totals = init_totals(state.params, mesh)
+        for indices in sampling.microbatches(batch, microbatch_size):
+            if stop():
+                return
+            totals = accumulate(state.params, state.step, indices, totals)
+        state = update(state, totals.gradients)
+        yield state, totals.nonprivate

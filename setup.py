@@ -1,0 +1,38 @@
+"""Packaging; tools are configured in pyproject.toml."""
+
+import pathlib
+
+from setuptools import find_packages, setup
+
+HERE = pathlib.Path(__file__).parent
+
+setup(
+    name="dpmix_jax",
+    version="0.1.0",
+    description="Differentially private image classification with DP-Mix, in JAX",
+    long_description=(HERE / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["dpmix_jax", "dpmix_jax.*"]),
+    package_data={"dpmix_jax": ["py.typed"]},
+    install_requires=[
+        "absl-py>=2.3",
+        "dp-accounting>=0.6",
+        "flax>=0.12",
+        "jax>=0.10",
+        "jax_privacy>=2.0,<3",
+        "joblib>=1.4",
+        "matplotlib>=3.9",
+        "ml_collections>=1.1",
+        "numpy>=2.0",
+        "optax>=0.2.6",
+        "orbax-checkpoint>=0.11.20",
+        "safetensors>=0.5",
+        "scikit-learn>=1.5",
+    ],
+    extras_require={
+        "cuda12": ["jax[cuda12]>=0.10"],
+        "test": ["hypothesis>=6.100", "pytest>=8.3"],
+    },
+)
