@@ -1,6 +1,6 @@
 """DP-Mix_self on scikit-learn's 1,797 handwritten digits at (3, 1e-5), in two minutes.
 
-    python experiments/run.py --config=configs/digits.py
+python experiments/run.py --config=configs/digits.py
 """
 
 import ml_collections
@@ -12,7 +12,11 @@ def get_config() -> ml_collections.ConfigDict:
         {
             # None draws a secret seed, as a guarantee needs; give one to repeat a run.
             "seed": config_dict.placeholder(int),
-            "data": {"name": "digits", "validation_size": 0},
+            "data": {
+                "name": "digits",
+                "path": config_dict.placeholder(str),
+                "validation_size": 0,
+            },
             "model": {"name": "cnn", "features": (32, 64), "groups": 8},
             "method": {
                 "name": "dp_mix_self",  # or self_aug, or dp_sgd

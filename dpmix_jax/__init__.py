@@ -6,10 +6,11 @@ labels)`. Axes: B records, K members of an augmentation set, H W C image, O clas
     augment    views of one image                          [H,W,C] -> [k,H,W,C]
     mixup      the augmentation set of one record          -> [K,H,W,C], [K,O]
     gradients  loss -> clipped sum of per-record gradients, with its sensitivity
-    privacy    (epsilon, delta) <-> noise multiplier; noise; the privacy statement
+    privacy    (epsilon, delta) <-> noise multiplier, and the noise
     sampling   the Poisson batch of a step, and keys
 
-`training` puts them together; `experiment` runs a config.
+`training` puts them together, `experiment` runs a config, `statement` says what is
+promised.
 """
 
 from dpmix_jax.augment import AugmentationConfig, random_view, views
@@ -21,9 +22,7 @@ from dpmix_jax.privacy import (
     NeighboringRelation,
     PrivacyConfig,
     calibrate,
-    privacy_report,
     privatizer,
-    statement,
 )
 from dpmix_jax.sampling import microbatches, poisson_batch, record_keys, stream_key
 
@@ -42,12 +41,10 @@ __all__ = [
     "microbatches",
     "mixups",
     "poisson_batch",
-    "privacy_report",
     "privatizer",
     "random_pairs",
     "random_view",
     "record_keys",
-    "statement",
     "stream_key",
     "views",
 ]

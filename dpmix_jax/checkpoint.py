@@ -1,6 +1,5 @@
 """Saving and restoring the state of a run, and exporting what may be released."""
 
-import os
 import pathlib
 from typing import Any
 
@@ -66,26 +65,14 @@ def _as_key(like: jax.Array, data: jax.Array) -> jax.Array:
     return data
 
 
-def export_weights(path: pathlib.Path, state: TrainState) -> None:
-    """Writes the final weights, raw (`params/...`) and EMA (`ema_params/...`).
+def export_weights(state: TrainState) -> bytes:
+    """Packs weights, raw (`params/...`) and EMA (`ema_params/...`), as safetensors.
 
-    These are what the guarantee covers; nothing else of the state is written.
+    These are what the guarantee covers; nothing else of the state may be released.
     """
     trees: dict[str, Any] = {"params": state.params, "ema_params": state.ema_params}
     tensors = {
         jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf)
         for path, leaf in jax.tree_util.tree_leaves_with_path(trees)
     }
-    write_atomically(path, safetensors.numpy.save(tensors))
-
-
-def write_atomically(path: pathlib.Path, content: str | bytes) -> None:
-    """Replaces a file by a whole new one: a killed run leaves the old or the new."""
-    if isinstance(content, str):
-        content = content.encode()
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    return safetensors.numpy.save(tensors)

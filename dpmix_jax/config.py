@@ -63,8 +63,10 @@ class ExperimentConfig:
     augmentation: AugmentationConfig
     privacy: PrivacyConfig
     optimizer: OptimizerConfig
-    performance: PerformanceConfig = PerformanceConfig()
-    logging: LoggingConfig = LoggingConfig()
+    performance: PerformanceConfig = dataclasses.field(
+        default_factory=PerformanceConfig
+    )
+    logging: LoggingConfig = dataclasses.field(default_factory=LoggingConfig)
 
     def __post_init__(self):
         if self.seed is not None and self.seed < 0:
@@ -100,7 +102,8 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     return [
         f"{key} ({flat[0].get(key)} there, {flat[1].get(key)} here)"
         for key in keys
-        if key.split(".")[0] not in _FREE_SECTIONS and flat[0].get(key) != flat[1].get(key)
+        if key.split(".")[0] not in _FREE_SECTIONS
+        and flat[0].get(key) != flat[1].get(key)
     ]
 
 
@@ -124,7 +127,7 @@ def _build(cls, values: Any, prefix: str):
     for field in dataclasses.fields(cls):
         name, hint = field.name, hints[field.name]
         if name not in values:
-            if field.default is dataclasses.MISSING:
+            if field.default is field.default_factory is dataclasses.MISSING:
                 raise UserError(f"{prefix}{name} is missing from the config")
         elif dataclasses.is_dataclass(hint):
             built[name] = _build(hint, values[name], f"{prefix}{name}.")
@@ -149,7 +152,9 @@ def _typed(value: Any, hint: Any, key: str) -> Any:
     if float in allowed and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if type(value) not in allowed:
-        names = " or ".join("None" if t is types.NoneType else t.__name__ for t in allowed)
+        names = " or ".join(
+            "None" if t is types.NoneType else t.__name__ for t in allowed
+        )
         raise UserError(f"{key} is {value!r}: it must be of type {names}")
     return value
 
@@ -166,3 +171,11 @@ def check_keys(keys: Iterable[str], valid: Iterable[str], prefix: str = "") -> N
                 else f"valid are {', '.join(valid)}"
             )
             raise UserError(f"unknown key {prefix}{key}: {hint}")
+
+
+def check_path(path: str) -> None:
+    """Raises `UserError` for a dotted key that is in no group of the config."""
+    group, *rest = path.split(".")
+    check_keys([group], typing.get_type_hints(ExperimentConfig))
+    if len(rest) > 1:
+        raise UserError(f"unknown key {path}: keys are at most <group>.<name>")

@@ -1,15 +1,11 @@
 """One experiment from a config to a workdir: train, survive, evaluate, report."""
 
 import contextlib
-import fcntl
-import json
-import pathlib
-import secrets
 import signal
 import sys
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TextIO
 
 import jax
 import jax.numpy as jnp
@@ -25,14 +21,18 @@ from dpmix_jax import (
     privacy,
     report,
     sampling,
+    statement,
     training,
 )
-from dpmix_jax.checkpoint import Checkpoints, export_weights, write_atomically
-from dpmix_jax.config import ExperimentConfig, differences, to_dict
+from dpmix_jax.checkpoint import Checkpoints, export_weights
+from dpmix_jax.config import ExperimentConfig, to_dict
 from dpmix_jax.errors import UserError
+from dpmix_jax.workdir import Workdir
+
+PyTree = Any
 
 
-def run(config: ExperimentConfig, workdir: pathlib.Path) -> int:
+def run(config: ExperimentConfig, workdir: Workdir) -> int:
     """Runs an experiment, or goes on with it where it stopped.
 
     Args:
@@ -46,7 +46,7 @@ def run(config: ExperimentConfig, workdir: pathlib.Path) -> int:
 
     Raises:
       UserError: for a config that cannot run here, or a workdir that is not writable,
-        in use, or of another experiment. Nothing has been written then.
+        in use, or of another experiment. Nothing of a run has been written then.
     """
     started = time.time()
     dataset = data.load(config.data)
@@ -54,41 +54,40 @@ def run(config: ExperimentConfig, workdir: pathlib.Path) -> int:
     sampling_prob = config.privacy.sampling_prob(num_records)
     config.performance.check_devices(jax.device_count())
     if config.privacy.delta >= 1 / num_records:
-        _say(
-            f"warning: privacy.delta is {config.privacy.delta:g}, not less than"
-            f" 1/N = {1 / num_records:.3g}: such a guarantee allows to publish a record"
+        say(
+            f"warning: privacy.delta is {config.privacy.delta:g}, not below 1/N ="
+            f" {1 / num_records:.3g}: such a promise allows publishing a whole record"
         )
-    with _locked(workdir), _signals() as caught:
-        _check_workdir(workdir, config)
-        results_file = workdir / "results.json"
-        if not results_file.exists():
+    with workdir.locked(), caught_signals() as signals:
+        workdir.check(config)
+        if workdir.results() is None:
             mechanism = privacy.calibrate(
                 epsilon=config.privacy.epsilon,
                 delta=config.privacy.delta,
                 sampling_prob=sampling_prob,
                 num_updates=config.privacy.num_updates,
-                neighboring_relation=privacy.RELATIONS[
-                    config.privacy.neighboring_relation
-                ],
+                neighboring_relation=config.privacy.relation,
             )
-            write_atomically(
-                workdir / "config.json", json.dumps(to_dict(config), indent=2) + "\n"
-            )
-            _say(
+            model = _Model(config, dataset.train)
+            workdir.write_json("config.json", to_dict(config))
+            say(
                 f"{config.method.name}, K = {config.method.set_size}:"
                 f" {config.privacy.num_updates} updates of {num_records} records at q ="
                 f" {sampling_prob:.4g}, sigma = {mechanism.noise_multiplier:.4g}"
             )
-            run_ = _Run(config, workdir, dataset, mechanism, started)
-            if not run_.train(stop=lambda: bool(caught)):
-                return 128 + caught[0]
-            run_.finish()
-        (workdir / "secret_seed").unlink(missing_ok=True)
-        _say(final_line(json.loads(results_file.read_text())), file=sys.stdout)
+            job = _Run(config, workdir, dataset, model, mechanism, started)
+            if not job.train(stop=lambda: bool(signals)):
+                return 128 + signals[0]
+            job.finish()
+        workdir.forget_seed()
+        results = workdir.results()
+        assert results is not None
+        say(final_line(results), file=sys.stdout)
     return 0
 
 
 def final_line(results: dict[str, Any]) -> str:
+    """Returns the line that a finished run ends with."""
     return (
         f"test accuracy raw {100 * results['test_accuracy']:.2f} %,"
         f" EMA {100 * results['test_accuracy_ema']:.2f} %;"
@@ -97,28 +96,73 @@ def final_line(results: dict[str, Any]) -> str:
     )
 
 
+def say(text: str, file: TextIO | None = None) -> None:
+    """Prints a line at once, to the standard error stream unless told otherwise."""
+    print(text, file=file or sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def caught_signals() -> Iterator[list[int]]:
+    """Collects SIGTERM and Ctrl-C, so that the run saves first; a second one kills."""
+    caught: list[int] = []
+
+    def catch(number, frame):
+        del frame
+        caught.append(number)
+        signal.signal(number, signal.SIG_DFL)
+        say(f"{signal.Signals(number).name}: saving; once more stops at once")
+
+    previous = {n: signal.signal(n, catch) for n in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield caught
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+class _Model:
+    """A Flax model for the images of a dataset, as two pure functions."""
+
+    def __init__(self, config: ExperimentConfig, records: data.Records):
+        module = models.create(
+            config.model.name, records.num_classes, **config.model.options
+        )
+        blank = jnp.zeros((1, *records.images.shape[1:]), jnp.float32)
+        self.init = jax.jit(lambda key: module.init(key, blank))
+        try:
+            jax.eval_shape(self.init, jax.random.key(0))
+        except (ValueError, TypeError, ZeroDivisionError) as error:
+            raise UserError(
+                f"model {config.model.name!r} with options {config.model.options} does"
+                f" not fit images of {blank.shape[1:]}: {error}"
+            ) from None
+        self._module: Any = module
+
+    def logits(self, params: PyTree, images: jax.Array) -> jax.Array:
+        """[B, H, W, C] -> [B, O]."""
+        return self._module.apply(params, images)
+
+
 class _Run:
     """The parts of one run, put together; `train` and `finish` use them."""
 
     def __init__(
         self,
         config: ExperimentConfig,
-        workdir: pathlib.Path,
+        workdir: Workdir,
         dataset: data.Dataset,
+        model: "_Model",
         mechanism: privacy.Mechanism,
         started: float,
     ):
         self.config, self.workdir, self.dataset = config, workdir, dataset
         self.mechanism, self.started = mechanism, started
-        self.seed = _seed(config, workdir)
+        self.seed = workdir.seed(config)
         self.mesh = training.make_mesh()
         records = dataset.train
-        model = models.create(
-            config.model.name, records.num_classes, **config.model.options
-        )
 
         def loss_fn(params, images, labels):
-            logits = model.apply(params, images)
+            logits = model.logits(params, images)
             return optax.softmax_cross_entropy(logits, labels).mean()
 
         gradient_fn = gradients.clipped_gradient(
@@ -145,19 +189,17 @@ class _Run:
         self.update = training.make_update(
             optimizer, ema_decay=config.optimizer.ema_decay
         )
-        blank = records.normalize(jnp.zeros((1, *records.images.shape[1:]), jnp.uint8))
-        params = jax.jit(model.init)(sampling.stream_key(self.seed, "init"), blank)
+        params = model.init(sampling.stream_key(self.seed, "init"))
         self.state = training.init_state(params, optimizer)
         self.confusions = {
-            name: evaluate.make_confusion(model.apply, split)
+            name: evaluate.make_confusion(model.logits, split)
             for name, split in (
                 ("test", dataset.test),
                 ("nonprivate/validation", dataset.validation),
             )
             if split is not None
         }
-        self.checkpoints = Checkpoints(workdir / "checkpoints")
-        self.metrics = _Metrics(workdir / "metrics.jsonl")
+        self.checkpoints = Checkpoints(workdir.path / "checkpoints")
 
     def train(self, stop) -> bool:
         """Does the updates that are left; returns False if stopped before the last."""
@@ -165,9 +207,9 @@ class _Run:
         every = config.logging
         self.state = self.checkpoints.restore(self.state)
         first = int(self.state.step)
-        self.metrics.keep_until(first)
+        self.workdir.keep_metrics(first)
         if first:
-            _say(f"going on after update {first}")
+            say(f"going on after update {first}")
         progress = _Progress(first, num_updates)
         for state, sums in training.train(
             self.state,
@@ -193,9 +235,9 @@ class _Run:
         done = int(self.state.step)
         if done < num_updates:
             self.checkpoints.save(self.state)
-            _say(
-                f"stopped after update {done} of {num_updates}, which is saved: the same"
-                " command goes on from there"
+            say(
+                f"stopped after update {done} of {num_updates}, which is saved:"
+                " the same command goes on from there"
             )
         return done == num_updates
 
@@ -220,10 +262,10 @@ class _Run:
                         confusion(params)
                     )
         speed = progress.records_per_second() * self.config.method.set_size
-        self.metrics.append(
+        self.workdir.add_metrics(
             {**line, "images_per_second": speed, "seconds": time.time() - self.started}
         )
-        _say(
+        say(
             f"update {step:>{len(str(progress.last))}}/{progress.last}"
             f"  nonprivate loss {line['nonprivate/loss']:.4f}"
             f"  epsilon {line['epsilon']:.3f}  {speed:,.0f} images/s"
@@ -236,15 +278,14 @@ class _Run:
         config, test = self.config, self.dataset.test
         raw = self.confusions["test"](self.state.params)
         ema = self.confusions["test"](self.state.ema_params)
-        facts = privacy.privacy_report(
+        facts = statement.privacy_report(
             config.privacy,
             self.mechanism,
             num_records=len(self.dataset.train),
             images_per_record=config.method.set_size,
             secret_seed=config.seed is None,
         )
-        text = privacy.statement(facts)
-        metrics = self.metrics.read()
+        text = statement.statement(facts)
         results = {
             "test_accuracy": evaluate.accuracy(raw),
             "test_accuracy_ema": evaluate.accuracy(ema),
@@ -255,29 +296,23 @@ class _Run:
             "noise_multiplier": facts["noise_multiplier"],
             "seconds": time.time() - self.started,
         }
-        export_weights(self.workdir / "model.safetensors", self.state)
-        write_atomically(
-            self.workdir / "privacy.json", json.dumps(facts, indent=2) + "\n"
+        self.workdir.write("model.safetensors", export_weights(self.state))
+        self.workdir.write_json("privacy.json", facts)
+        self.workdir.write("PRIVACY.md", text)
+        page = report.render(
+            title=f"{config.method.name} on {config.data.name}",
+            results=results,
+            metrics=self.workdir.metrics(),
+            sheet=self._sheet(),
+            num_views=config.method.num_views,
+            class_names=test.class_names,
+            statement=text,
+            config=to_dict(config),
         )
-        write_atomically(self.workdir / "PRIVACY.md", text)
-        write_atomically(
-            self.workdir / "report.html",
-            report.render(
-                title=f"{config.method.name} on {config.data.name}",
-                results=results,
-                metrics=metrics,
-                sheet=self._sheet(),
-                num_views=config.method.num_views,
-                class_names=test.class_names,
-                statement=text,
-                config=to_dict(config),
-            ),
-        )
+        self.workdir.write("report.html", page)
         self.checkpoints.keep_last()
         self.checkpoints.close()
-        write_atomically(
-            self.workdir / "results.json", json.dumps(results, indent=2) + "\n"
-        )
+        self.workdir.write_json("results.json", results)
 
     def _sheet(self) -> np.ndarray:
         """Makes the augmentation set of the first test image, pixels in [0, 1]."""
@@ -287,30 +322,6 @@ class _Run:
         key = sampling.stream_key(0, "augmentation")  # public: nothing private here
         images, _ = self.record_set(key, image, label)
         return np.asarray(images) * np.array(test.stddev) + np.array(test.mean)
-
-
-class _Metrics:
-    """`metrics.jsonl`: one line a logged update, without gaps or repeats."""
-
-    def __init__(self, path: pathlib.Path):
-        self._path = path
-
-    def read(self) -> list[dict[str, Any]]:
-        lines = self._path.read_text().splitlines() if self._path.exists() else []
-        return [json.loads(line) for line in lines]
-
-    def append(self, line: dict[str, Any]) -> None:
-        with open(self._path, "a") as file:
-            file.write(json.dumps(line) + "\n")
-
-    def keep_until(self, step: int) -> None:
-        """Drops what a killed run wrote after the update that it resumes from."""
-        kept = []
-        for line in self._path.read_text().splitlines() if self._path.exists() else []:
-            with contextlib.suppress(json.JSONDecodeError):  # cut off by the kill
-                if json.loads(line)["step"] <= step:
-                    kept.append(line + "\n")
-        write_atomically(self._path, "".join(kept))
 
 
 class _Progress:
@@ -340,72 +351,3 @@ class _Progress:
         pace = (time.time() - self._start) / (self._done - self._first)
         seconds = round(pace * (self.last - self._done))
         return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"
-
-
-def _say(text: str, file=None) -> None:
-    print(text, file=file or sys.stderr, flush=True)
-
-
-def _seed(config: ExperimentConfig, workdir: pathlib.Path) -> int:
-    """Returns the seed of the run, which is drawn and kept aside if none is given."""
-    if config.seed is not None:
-        return config.seed
-    path = workdir / "secret_seed"
-    if not path.exists():
-        path.touch(mode=0o600)
-        write_atomically(path, f"{secrets.randbits(128)}\n")
-        path.chmod(0o600)
-    return int(path.read_text())
-
-
-def _check_workdir(workdir: pathlib.Path, config: ExperimentConfig) -> None:
-    """Refuses a workdir that another experiment has written into."""
-    path = workdir / "config.json"
-    if not path.exists():
-        return
-    try:
-        changed = differences(json.loads(path.read_text()), to_dict(config))
-    except (json.JSONDecodeError, AttributeError):
-        raise UserError(f"{path} is not a config of ours: use another workdir") from None
-    if changed:
-        raise UserError(
-            f"workdir {workdir} is of another experiment; these differ:"
-            f" {', '.join(changed)}: use another workdir"
-        )
-
-
-@contextlib.contextmanager
-def _locked(workdir: pathlib.Path) -> Iterator[None]:
-    """Holds a workdir for one process; the system releases it when that is killed."""
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        lock = open(workdir / ".lock", "w")  # noqa: SIM115
-    except OSError as error:
-        raise UserError(
-            f"workdir {workdir} is not writable: {error.strerror}"
-        ) from None
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(f"workdir {workdir} is in use by another run") from None
-        yield
-
-
-@contextlib.contextmanager
-def _signals() -> Iterator[list[int]]:
-    """Collects SIGTERM and Ctrl-C, so that the run saves first; a second one kills."""
-    caught: list[int] = []
-
-    def catch(number, frame):
-        del frame
-        caught.append(number)
-        signal.signal(number, signal.SIG_DFL)
-        _say(f"{signal.Signals(number).name}: saving; once more stops at once")
-
-    previous = {n: signal.signal(n, catch) for n in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield caught
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

@@ -104,7 +104,7 @@ def mixups(
     alpha: float,
     distinct_pairs: bool = True,
 ) -> tuple[jax.Array, jax.Array]:
-    """Mixes pairs from a pool: x = w x_i + (1 - w) x_j, labels alike (Zhang et al. 2018).
+    """Mixes pairs of a pool, w x_i + (1 - w) x_j, labels alike (Zhang et al., 2018).
 
     Formal guarantees:
       - The mixes depend on this pool and this key alone.

@@ -1,4 +1,4 @@
-"""From a budget (epsilon, delta) to a noise multiplier and back, and what is promised.
+"""From a budget (epsilon, delta) to a noise multiplier and back, and the noise itself.
 
 The mechanism is T updates, each a Gaussian mechanism on a Poisson sample. Accounting is
 dp_accounting's: privacy loss distributions (PLD) decide, Renyi DP (RDP) is shown beside
@@ -12,7 +12,6 @@ import importlib.metadata
 import os
 import pathlib
 from collections.abc import Iterator
-from typing import Any
 
 import absl.logging
 import dp_accounting
@@ -20,12 +19,11 @@ import jax
 import jax.numpy as jnp
 import joblib
 import optax
-from dp_accounting import pld, rdp
+from dp_accounting import NeighboringRelation, pld, rdp
 from jax_privacy import clipping, noise_addition
 
 from dpmix_jax.errors import UserError
 
-NeighboringRelation = dp_accounting.NeighboringRelation
 RELATIONS = {relation.name.lower(): relation for relation in NeighboringRelation}
 _MIN_NOISE, _MAX_NOISE = 2.0**-2, 2.0**14
 
@@ -69,6 +67,10 @@ class PrivacyConfig:
                 f"privacy.neighboring_relation is {self.neighboring_relation!r}: it"
                 f" must be one of {', '.join(RELATIONS)}"
             )
+
+    @property
+    def relation(self) -> NeighboringRelation:
+        return RELATIONS[self.neighboring_relation]
 
     def sampling_prob(self, num_records: int) -> float:
         """Returns q = B / N, or raises `UserError` if that is no probability."""
@@ -150,7 +152,7 @@ def _memory(folder: str) -> joblib.Memory:
 
 
 def _cached(function, *args):
-    """Calls a function through the disk cache, keyed by the accountant's version too."""
+    """Calls a function through the disk cache, keyed by the accountant's version."""
     folder = os.environ.get("DPMIX_JAX_CACHE") or str(
         pathlib.Path.home() / ".cache" / "dpmix_jax"
     )
@@ -301,89 +303,3 @@ def privatizer(
         dtype=jnp.float32,
     )
     return optax.chain(add_noise, optax.scale(1.0 / expected_batch_size))
-
-
-def privacy_report(
-    config: PrivacyConfig,
-    mechanism: Mechanism,
-    *,
-    num_records: int,
-    images_per_record: int,
-    secret_seed: bool,
-    public_data: str = "none",
-) -> dict[str, Any]:
-    """Collects what `statement` must say, as JSON-ready values (`privacy.json`)."""
-    return {
-        "epsilon_pld": mechanism.epsilon(config.delta),
-        "epsilon_rdp": mechanism.epsilon(config.delta, accountant="rdp"),
-        "delta": config.delta,
-        "neighboring_relation": config.neighboring_relation,
-        "noise_multiplier": mechanism.noise_multiplier,
-        "l2_clip_norm": config.l2_clip_norm,
-        "sampling_prob": mechanism.sampling_prob,
-        "expected_batch_size": config.expected_batch_size,
-        "num_updates": mechanism.num_updates,
-        "num_records": num_records,
-        "images_per_record": images_per_record,
-        "public_data": public_data,
-        "secret_seed": secret_seed,
-        "accountant": accountant_version(),
-    }
-
-
-_RELATION_TEXT = {
-    "add_or_remove_one": "one record is added or removed",
-    "replace_one": "one record is replaced by another",
-    "replace_special": "one record is replaced by an empty one",
-}
-
-_SEED_TEXT = {
-    True: (
-        "The randomness came from 128 secret bits of the operating system, which were"
-        " deleted at the end of the run."
-    ),
-    False: (
-        "The randomness came from a seed written in the configuration: whoever knows it"
-        " can draw the noise again. The guarantee holds against those who do not; for a"
-        " release, train without a fixed seed."
-    ),
-}
-
-
-def statement(report: dict[str, Any]) -> str:
-    """Writes the privacy statement of a run in Markdown from its `privacy_report`."""
-    relation = report["neighboring_relation"]
-    rdp_text = (
-        f"{report['epsilon_rdp']:.4g} by RDP"
-        if report["epsilon_rdp"] < float("inf")
-        else "RDP has no bound for this relation"
-    )
-    return f"""# Privacy statement
-
-The released weights are ({report["epsilon_pld"]:.4g}, {report["delta"]:g})-differentially
-private.
-
-- **Unit of privacy:** one training record: one image with its label and all
-  {report["images_per_record"]} image(s) derived from it in an update.
-- **Neighbouring relation:** {relation}: two datasets are neighbours if
-  {_RELATION_TEXT[relation]}.
-- **What is released:** the final weights, raw and EMA (`model.safetensors`). The
-  accountant covers the weights after every update, so intermediate ones too.
-- **What it covers:** every access of this one run to the training records. Earlier runs
-  on the same records, the choice of hyperparameters by them, and values named
-  `nonprivate/...`, logs, timings and checkpoints (they hold the key of the noise) are
-  not covered.
-- **Mechanism:** Gaussian noise on the sum of per-record gradients clipped to C =
-  {report["l2_clip_norm"]:g}, with noise multiplier sigma = {report["noise_multiplier"]:.6g}
-  relative to the sensitivity of the sum, T = {report["num_updates"]} updates.
-- **Sampling:** the accountant assumes Poisson sampling with q =
-  {report["sampling_prob"]:.6g} (expected batch {report["expected_batch_size"]} of N =
-  {report["num_records"]}); the sampler draws each record independently with that
-  probability and truncates nothing. q and N are treated as public.
-- **Accountant:** {report["accountant"]}: epsilon = {report["epsilon_pld"]:.6g} by PLD,
-  {rdp_text}, at delta = {report["delta"]:g}.
-- **Public data used:** {report["public_data"]}.
-- **Seed:** {_SEED_TEXT[report["secret_seed"]]}
-- **Arithmetic:** noise and sums are float32 from a pseudorandom generator; the proof is
-  for real numbers and ideal randomness.
-"""

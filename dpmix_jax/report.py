@@ -75,7 +75,9 @@ def plot_sheet(images: np.ndarray, num_views: int) -> matplotlib.figure.Figure:
         image = np.clip(images[i], 0, 1)
         axes.imshow(image[..., 0] if image.shape[-1] == 1 else image, cmap="gray")
         is_view = i < num_views
-        axes.set_title(f"view {i + 1}" if is_view else f"mix {i + 1 - num_views}", size=8)
+        axes.set_title(
+            f"view {i + 1}" if is_view else f"mix {i + 1 - num_views}", size=8
+        )
         for spine in axes.spines.values():
             spine.set(color="tab:blue" if is_view else "tab:orange", linewidth=2)
     return figure

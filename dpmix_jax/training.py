@@ -218,9 +218,9 @@ def ema_update(ema: PyTree, new: PyTree, decay: float, step: jax.Array) -> PyTre
       decay: in [0, 1).
       step: scalar integer.
     """
-    step = step.astype(jnp.float32)
-    decay = jnp.minimum(jnp.float32(decay), (1.0 + step) / (10.0 + step))
-    return optax.incremental_update(new, ema, 1.0 - decay)
+    count = step.astype(jnp.float32)
+    in_effect = jnp.minimum(jnp.float32(decay), (1.0 + count) / (10.0 + count))
+    return optax.incremental_update(new, ema, 1.0 - in_effect)
 
 
 def init_state(params: PyTree, optimizer: optax.GradientTransformation) -> TrainState:

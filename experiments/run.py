@@ -7,45 +7,47 @@ same command, a run that was stopped goes on where it was.
 """
 
 import pathlib
+import re
 import sys
+from typing import NoReturn
 
-import ml_collections
 from absl import app, flags, logging
 from ml_collections import config_flags
 
 from dpmix_jax import config, experiment
 from dpmix_jax.errors import UserError
+from dpmix_jax.workdir import Workdir
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Path of a config file.")
+# New attributes pass here, so that they are refused together with those of files.
+_CONFIG = config_flags.DEFINE_config_file(
+    "config",
+    None,
+    "Path of a config file.",
+    lock_config=False,
+    accept_new_attributes=True,
+)
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Where to write; by default runs/<name of the config file>."
 )
 
 
-def _keys(values: ml_collections.ConfigDict, prefix: str = "config."):
-    for key, value in values.items():
-        yield prefix + key
-        if isinstance(value, ml_collections.ConfigDict):
-            yield from _keys(value, f"{prefix}{key}.")
-
-
 def parse(argv: list[str]) -> list[str]:
     """Parses the flags; a mistake is one line and exit status 2."""
     try:
-        try:
-            return flags.FLAGS(argv)
-        except AttributeError:  # how config_flags reports a key it does not know
-            given = [arg.lstrip("-").split("=")[0] for arg in argv[1:]]
-            keys = [key for key in given if key.startswith("config.")]
-            config.check_keys(keys, _keys(flags.FLAGS["config"].value))
-            raise
+        for arg in argv[1:]:
+            key = re.match(r"--?config\.([^=]*)", arg)
+            if key:
+                config.check_path(key[1])
+        return flags.FLAGS(argv)
     except (UserError, flags.Error) as error:
         fail(error)
+    except Exception as error:  # whatever the user's config file raises
+        fail(f"--config cannot be loaded: {type(error).__name__}: {error}")
 
 
-def fail(error: Exception):
+def fail(error: Exception | str) -> NoReturn:
     """Ends the program by one line for the user."""
-    print(f"error: {error}", file=sys.stderr)
+    print("error:", " ".join(str(error).split()), file=sys.stderr)
     sys.exit(2)
 
 
@@ -59,8 +61,8 @@ def main(argv: list[str]) -> None:
         if not pathlib.Path(path).is_file():
             raise UserError(f"--config is {path}: there is no such file")
         experiment_config = config.from_config_dict(_CONFIG.value)
-        workdir = pathlib.Path(_WORKDIR.value or f"runs/{pathlib.Path(path).stem}")
-        status = experiment.run(experiment_config, workdir)
+        folder = pathlib.Path(_WORKDIR.value or f"runs/{pathlib.Path(path).stem}")
+        status = experiment.run(experiment_config, Workdir(folder))
     except UserError as error:
         fail(error)
     sys.exit(status)

@@ -1,4 +1,4 @@
-"""The handwritten digits that ship with scikit-learn (UCI; Alpaydin and Kaynak, 1998)."""
+"""Handwritten digits that ship with scikit-learn (UCI; Alpaydin and Kaynak, 1998)."""
 
 import numpy as np
 import sklearn.datasets

@@ -38,8 +38,8 @@ class Records:
                 f"labels have shape {self.labels.shape}: there must be one for each of"
                 f" the {len(self)} images"
             )
-        if len(self) and not (
-            0 <= self.labels.min() and self.labels.max() < self.num_classes
+        if len(self) and (
+            self.labels.min() < 0 or self.labels.max() >= self.num_classes
         ):
             raise UserError(
                 f"labels are in [{self.labels.min()}, {self.labels.max()}]: they must"

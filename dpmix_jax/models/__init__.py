@@ -16,7 +16,7 @@ def options(name: str) -> tuple[str, ...]:
         raise UserError(
             f"model.name is {name!r}: it must be one of {', '.join(sorted(REGISTRY))}"
         )
-    fields = dataclasses.fields(REGISTRY[name])  # type: ignore[arg-type]
+    fields = dataclasses.fields(REGISTRY[name])
     return tuple(
         f.name for f in fields if f.name not in ("parent", "name", "num_classes")
     )

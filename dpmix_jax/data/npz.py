@@ -1,0 +1,68 @@
+"""Anyone's images from one NumPy archive."""
+
+import zipfile
+
+import numpy as np
+
+from dpmix_jax.data.records import Records
+from dpmix_jax.errors import UserError
+
+_ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")
+
+
+def load_npz(path: str) -> tuple[Records, Records]:
+    """Reads `train_images`, `train_labels`, `test_images` and `test_labels`.
+
+    Args:
+      path: of an .npz file. Images are uint8 [N, H, W, C] or [N, H, W], labels integers
+        [N] from 0; optional `class_names` [O] are strings, otherwise the classes are
+        numbered up to the largest label, which is then taken to be public.
+
+    Returns:
+      Training and test records, scaled to [-1, 1].
+
+    Raises:
+      UserError: if the file is missing, damaged or lacks an array, or if an array has a
+        wrong type or shape.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            arrays = {name: archive[name] for name in archive.files}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(f"data.path is {path}: cannot be read ({error})") from None
+    for name in _ARRAYS:
+        if name not in arrays:
+            raise UserError(
+                f"data.path is {path}: {name} is missing, it must hold"
+                f" {', '.join(_ARRAYS)}"
+            )
+    for name in ("train_labels", "test_labels"):
+        if not np.issubdtype(arrays[name].dtype, np.integer):
+            raise UserError(f"{name} in {path} are {arrays[name].dtype}, not integers")
+    if "class_names" in arrays:
+        names = tuple(str(name) for name in arrays["class_names"])
+    else:
+        largest = max(arrays[n].max(initial=0) for n in ("train_labels", "test_labels"))
+        names = tuple(str(i) for i in range(int(largest) + 1))
+    train, test = (
+        _records(arrays[f"{split}_images"], arrays[f"{split}_labels"], names)
+        for split in ("train", "test")
+    )
+    if train.images.shape[1:] != test.images.shape[1:]:
+        raise UserError(
+            f"training images in {path} are {train.images.shape[1:]}, test images"
+            f" {test.images.shape[1:]}: they must be of one size"
+        )
+    return train, test
+
+
+def _records(images: np.ndarray, labels: np.ndarray, names: tuple[str, ...]) -> Records:
+    images = images[..., None] if images.ndim == 3 else images
+    channels = images.shape[-1] if images.ndim == 4 else 1
+    return Records(
+        images=images,
+        labels=labels.astype(np.int32),
+        class_names=names,
+        mean=(0.5,) * channels,
+        stddev=(0.5,) * channels,
+    )

@@ -1,0 +1,130 @@
+"""What a run promises, as data and in words."""
+
+import textwrap
+from typing import Any
+
+from dpmix_jax.privacy import Mechanism, PrivacyConfig, accountant_version
+
+
+def privacy_report(
+    config: PrivacyConfig,
+    mechanism: Mechanism,
+    *,
+    num_records: int,
+    images_per_record: int,
+    secret_seed: bool,
+    public_data: str = "none",
+) -> dict[str, Any]:
+    """Collects what `statement` must say, as JSON-ready values (`privacy.json`).
+
+    Args:
+      config: the budget and the algorithm.
+      mechanism: from `calibrate`; its epsilons are computed here, by both accountants.
+      num_records: N.
+      images_per_record: K.
+      secret_seed: whether the randomness came from a seed that nobody knows.
+      public_data: what else entered, and why it may be called public.
+    """
+    rdp = mechanism.epsilon(config.delta, accountant="rdp")
+    return {
+        "epsilon_pld": mechanism.epsilon(config.delta),
+        "epsilon_rdp": rdp if rdp < float("inf") else None,
+        "delta": config.delta,
+        "neighboring_relation": config.neighboring_relation,
+        "noise_multiplier": mechanism.noise_multiplier,
+        "l2_clip_norm": config.l2_clip_norm,
+        "sampling_prob": mechanism.sampling_prob,
+        "expected_batch_size": config.expected_batch_size,
+        "num_updates": mechanism.num_updates,
+        "num_records": num_records,
+        "images_per_record": images_per_record,
+        "public_data": public_data,
+        "secret_seed": secret_seed,
+        "accountant": accountant_version(),
+    }
+
+
+_RELATIONS = {
+    "add_or_remove_one": "one record is added or removed",
+    "replace_one": "one record is replaced by another",
+    "replace_special": "one record is replaced by an empty one",
+}
+
+_SEEDS = {
+    True: (
+        "the keys of all randomness were derived from 128 secret bits of the operating"
+        " system, deleted at the end of the run"
+    ),
+    False: (
+        "all randomness follows from a seed in the configuration. Whoever knows it can"
+        " draw the noise again, so the guarantee holds only against those who do not."
+        " For a release, train without a fixed seed"
+    ),
+}
+
+
+def statement(report: dict[str, Any]) -> str:
+    """Writes the privacy statement of a run in Markdown from its `privacy_report`."""
+    epsilon, delta = report["epsilon_pld"], report["delta"]
+    relation, rdp = report["neighboring_relation"], report["epsilon_rdp"]
+    rdp_text = f"{rdp:.6g} by RDP" if rdp else "RDP bounds nothing for this relation"
+    items = {
+        "Unit of privacy": (
+            "one training record: an image with its label, and all of the"
+            f" {report['images_per_record']} image(s) made from it in an update"
+        ),
+        "Neighbouring relation": (
+            f"{relation}: two datasets are neighbours if {_RELATIONS[relation]}"
+        ),
+        "What is released": (
+            "the final weights, raw and EMA (`model.safetensors`), and what is computed"
+            " from them. The accountant covers the weights after every update, so"
+            " intermediate ones too"
+        ),
+        "What is covered": (
+            "every access of this one run to the training records. Not covered: other"
+            " runs on these records, hyperparameters chosen by looking at them, values"
+            " named `nonprivate/...`, logs, timings, and checkpoints, which hold the"
+            " key of noise to come"
+        ),
+        "Mechanism": (
+            "Gaussian noise on the sum of per-record gradients clipped to C ="
+            f" {report['l2_clip_norm']:g}; its standard deviation is sigma ="
+            f" {report['noise_multiplier']:.6g} times the sensitivity of that sum; T ="
+            f" {report['num_updates']} updates"
+        ),
+        "Sampling": (
+            "the accountant assumes Poisson sampling with q ="
+            f" {report['sampling_prob']:.6g} (expected batch"
+            f" {report['expected_batch_size']}, N = {report['num_records']}), and so"
+            " does the sampler: each record is drawn independently with that"
+            " probability, nothing is truncated. q and N are treated as public"
+        ),
+        "Accountant": (
+            f"{report['accountant']}: epsilon = {epsilon:.6g} by PLD, {rdp_text}, at"
+            f" delta = {delta:g}"
+        ),
+        "Public data used": report["public_data"],
+        "Seed": _SEEDS[report["secret_seed"]],
+        "Arithmetic": (
+            "sums and noise are float32 from a pseudorandom generator; the proof is for"
+            " real numbers and ideal randomness"
+        ),
+    }
+    headline = (
+        f"The released weights are ({epsilon:.4g}, {delta:g})-differentially private."
+    )
+    return "\n".join(
+        ["# Privacy statement", "", headline, ""]
+        + [
+            textwrap.fill(
+                f"- **{title}:** {text}.",
+                width=88,
+                subsequent_indent="  ",
+                break_long_words=False,
+                break_on_hyphens=False,
+            )
+            for title, text in items.items()
+        ]
+        + [""]
+    )

@@ -1,0 +1,116 @@
+"""The folder of a run: its lock, its secret, and files that are whole or absent."""
+
+import contextlib
+import fcntl
+import json
+import os
+import pathlib
+import secrets
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from dpmix_jax.config import ExperimentConfig, differences, to_dict
+from dpmix_jax.errors import UserError
+
+
+def write_atomically(
+    path: pathlib.Path, content: str | bytes, *, mode: int = 0o644
+) -> None:
+    """Replaces a file by a whole new one: a killed run leaves the old or the new."""
+    partial = path.with_name(path.name + ".partial")
+    partial.unlink(missing_ok=True)
+    descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+    with open(descriptor, "wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+class Workdir:
+    """What is on disk of one run.
+
+    `results.json` is written last of all: a run that has it is finished.
+    """
+
+    def __init__(self, path: pathlib.Path):
+        self.path = path
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Holds the folder for this process; being killed releases it.
+
+        Raises:
+          UserError: if the folder cannot be written, or another run holds it.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = open(self.path / ".lock", "w")  # noqa: SIM115
+        except OSError as error:
+            raise UserError(
+                f"workdir {self.path} is not writable: {error.strerror}"
+            ) from None
+        with lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise UserError(
+                    f"workdir {self.path} is in use by another run"
+                ) from None
+            yield
+
+    def check(self, config: ExperimentConfig) -> None:
+        """Raises `UserError` if the folder is of another experiment."""
+        path = self.path / "config.json"
+        if not path.exists():
+            return
+        try:
+            changed = differences(json.loads(path.read_text()), to_dict(config))
+        except (ValueError, AttributeError):
+            raise UserError(f"{path} is not a config: use another --workdir") from None
+        if changed:
+            raise UserError(
+                f"workdir {self.path} is of another experiment, use another --workdir;"
+                f" these differ: {', '.join(changed)}"
+            )
+
+    def seed(self, config: ExperimentConfig) -> int:
+        """Returns the seed of the run; one that is secret is drawn and kept aside."""
+        if config.seed is not None:
+            return config.seed
+        path = self.path / "secret_seed"
+        if not path.exists():
+            write_atomically(path, f"{secrets.randbits(128)}\n", mode=0o600)
+        return int(path.read_text())
+
+    def forget_seed(self) -> None:
+        """Deletes the secret seed, with which the noise could be drawn again."""
+        (self.path / "secret_seed").unlink(missing_ok=True)
+
+    def write(self, name: str, content: str | bytes) -> None:
+        write_atomically(self.path / name, content)
+
+    def write_json(self, name: str, content: Mapping[str, Any]) -> None:
+        self.write(name, json.dumps(content, indent=2) + "\n")
+
+    def results(self) -> dict[str, Any] | None:
+        """Returns `results.json`, or None if the run is not finished."""
+        path = self.path / "results.json"
+        return json.loads(path.read_text()) if path.exists() else None
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """Returns the lines of `metrics.jsonl`, but for one that a kill cut off."""
+        path, lines = self.path / "metrics.jsonl", []
+        for line in path.read_text().splitlines() if path.exists() else []:
+            with contextlib.suppress(json.JSONDecodeError):
+                lines.append(json.loads(line))
+        return lines
+
+    def keep_metrics(self, last_step: int) -> None:
+        """Drops the lines after the update that a killed run goes on from."""
+        kept = [line for line in self.metrics() if line["step"] <= last_step]
+        self.write("metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
+
+    def add_metrics(self, line: Mapping[str, Any]) -> None:
+        with open(self.path / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(line) + "\n")
