@@ -30,9 +30,10 @@ class AugmentationConfig:
     subpixel: bool = False
 
     def __post_init__(self):
-        if self.max_shift < 0:
+        if not 0 <= self.max_shift < float("inf"):
             raise UserError(
                 f"augmentation.max_shift is {self.max_shift}: it must be at least 0"
+                " and finite"
             )
         if not self.subpixel and self.max_shift != int(self.max_shift):
             raise UserError(

@@ -1,6 +1,7 @@
 """Saving and restoring the state of a run, and exporting what may be released."""
 
 import pathlib
+import shutil
 from typing import Any
 
 import jax
@@ -14,16 +15,23 @@ from dpmix_jax.training import TrainState
 class Checkpoints:
     """The last two states of a run, each written whole or not at all.
 
-    A checkpoint holds the key of the noise to come: it is secret until the run ends.
+    A checkpoint holds the key of the noise to come: it is secret while that is used.
     """
 
     def __init__(self, folder: pathlib.Path):
+        folder.mkdir(mode=0o700, exist_ok=True)
+        self._folder = folder.absolute()
         self._manager = ocp.CheckpointManager(
-            folder.absolute(),
+            self._folder,
             options=ocp.CheckpointManagerOptions(
-                max_to_keep=2, enable_async_checkpointing=False
+                max_to_keep=2,
+                enable_async_checkpointing=False,
+                cleanup_tmp_directories=True,
             ),
         )
+
+    def latest_step(self) -> int | None:
+        return self._manager.latest_step()
 
     def save(self, state: TrainState) -> None:
         """Saves a state under its step, unless that is saved already."""
@@ -43,8 +51,11 @@ class Checkpoints:
 
     def keep_last(self) -> None:
         """Deletes all but the latest, so that no key of noise already used remains."""
-        for step in self._manager.all_steps()[:-1]:
-            self._manager.delete(step)
+        latest = str(self._manager.latest_step())
+        for path in self._folder.iterdir():  # also what a kill left half written
+            if path.name != latest:
+                shutil.rmtree(path)
+        self._manager.reload()
 
     def close(self) -> None:
         self._manager.close()

@@ -79,7 +79,6 @@ def run(config: ExperimentConfig, workdir: Workdir) -> int:
             if not job.train(stop=lambda: bool(signals)):
                 return 128 + signals[0]
             job.finish()
-        workdir.forget_seed()
         results = workdir.results()
         assert results is not None
         say(final_line(results), file=sys.stdout)
@@ -91,7 +90,8 @@ def final_line(results: dict[str, Any]) -> str:
     return (
         f"test accuracy raw {100 * results['test_accuracy']:.2f} %,"
         f" EMA {100 * results['test_accuracy_ema']:.2f} %;"
-        f" ({results['epsilon']:.4g}, {results['delta']:g})-DP,"
+        f" ({statement.round_up(results['epsilon'])},"
+        f" {statement.round_up(results['delta'])})-DP,"
         f" sigma {results['noise_multiplier']:.4g}; {results['seconds']:.0f} s"
     )
 
@@ -157,7 +157,14 @@ class _Run:
     ):
         self.config, self.workdir, self.dataset = config, workdir, dataset
         self.mechanism, self.started = mechanism, started
-        self.seed = workdir.seed(config)
+        self.seed = workdir.begin(
+            config.seed,
+            {
+                "data": dataset.train.digest(),
+                "noise multiplier": mechanism.noise_multiplier,
+                "accountant": privacy.accountant_version(),
+            },
+        )
         self.mesh = training.make_mesh()
         records = dataset.train
 
@@ -274,7 +281,9 @@ class _Run:
         )
 
     def finish(self) -> None:
-        """Evaluates the last state and writes everything that comes out of the run."""
+        """Erases the secrets, then writes everything that comes out of the run."""
+        self.checkpoints.keep_last()
+        self.workdir.forget_seed()
         config, test = self.config, self.dataset.test
         raw = self.confusions["test"](self.state.params)
         ema = self.confusions["test"](self.state.ema_params)
@@ -296,9 +305,6 @@ class _Run:
             "noise_multiplier": facts["noise_multiplier"],
             "seconds": time.time() - self.started,
         }
-        self.workdir.write("model.safetensors", export_weights(self.state))
-        self.workdir.write_json("privacy.json", facts)
-        self.workdir.write("PRIVACY.md", text)
         page = report.render(
             title=f"{config.method.name} on {config.data.name}",
             results=results,
@@ -309,10 +315,12 @@ class _Run:
             statement=text,
             config=to_dict(config),
         )
+        self.workdir.write("model.safetensors", export_weights(self.state))
+        self.workdir.write_json("privacy.json", facts)
+        self.workdir.write("PRIVACY.md", text)
         self.workdir.write("report.html", page)
-        self.checkpoints.keep_last()
         self.checkpoints.close()
-        self.workdir.write_json("results.json", results)
+        self.workdir.end(results)
 
     def _sheet(self) -> np.ndarray:
         """Makes the augmentation set of the first test image, pixels in [0, 1]."""

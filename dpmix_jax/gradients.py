@@ -37,7 +37,7 @@ def clipped_gradient(
     Args:
       loss_fn: `loss_fn(params, *record) -> scalar` of one record, for instance
         `loss_fn(params, images [K, H, W, C], labels [K, O])`, the mean over K.
-      l2_clip_norm: C, positive and finite.
+      l2_clip_norm: C, in [1e-10, 1e10].
 
     Returns:
       `f(params, *records, is_padding_example=None) -> (sum, aux)`: each leaf of
@@ -46,12 +46,10 @@ def clipped_gradient(
       [B]. It carries `.sensitivity(neighboring_relation)`.
 
     Raises:
-      UserError: if `l2_clip_norm` is not positive and finite.
+      UserError: if `l2_clip_norm` is out of that range.
     """
-    if not 0 < l2_clip_norm < float("inf"):
-        raise UserError(
-            f"l2_clip_norm is {l2_clip_norm}: it must be positive and finite"
-        )
+    if not 1e-10 <= l2_clip_norm <= 1e10:  # far from where float32 squares vanish
+        raise UserError(f"l2_clip_norm is {l2_clip_norm}: it must be in [1e-10, 1e10]")
     inner = clipping.clipped_grad(
         lambda params, record: loss_fn(params, *record),
         l2_clip_norm=l2_clip_norm,

@@ -26,6 +26,7 @@ from dpmix_jax.errors import UserError
 
 RELATIONS = {relation.name.lower(): relation for relation in NeighboringRelation}
 _MIN_NOISE, _MAX_NOISE = 2.0**-2, 2.0**14
+_OWN_VERSION = 1  # of what is cached: raise it when `Mechanism` changes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,7 +53,6 @@ class PrivacyConfig:
     def __post_init__(self):
         for name, allowed in (
             ("epsilon", "positive and finite"),
-            ("l2_clip_norm", "positive and finite"),
             ("expected_batch_size", "at least 1"),
             ("num_updates", "at least 1"),
         ):
@@ -60,6 +60,11 @@ class PrivacyConfig:
                 raise UserError(
                     f"privacy.{name} is {getattr(self, name)}: it must be {allowed}"
                 )
+        if not 1e-10 <= self.l2_clip_norm <= 1e10:
+            raise UserError(
+                f"privacy.l2_clip_norm is {self.l2_clip_norm}: it must be in"
+                " [1e-10, 1e10]"
+            )
         if not 0 < self.delta < 1:
             raise UserError(f"privacy.delta is {self.delta}: it must be in (0, 1)")
         if self.neighboring_relation not in RELATIONS:
@@ -152,11 +157,11 @@ def _memory(folder: str) -> joblib.Memory:
 
 
 def _cached(function, *args):
-    """Calls a function through the disk cache, keyed by the accountant's version."""
+    """Calls a function through the disk cache, keyed by the versions of the code."""
     folder = os.environ.get("DPMIX_JAX_CACHE") or str(
         pathlib.Path.home() / ".cache" / "dpmix_jax"
     )
-    return _memory(folder).cache(function)(*args, accountant_version())
+    return _memory(folder).cache(function)(*args, (accountant_version(), _OWN_VERSION))
 
 
 def accountant_version() -> str:
@@ -205,7 +210,7 @@ def _calibrate(epsilon, delta, sampling_prob, num_updates, relation, version):
         high /= 2
     low = high
     while low >= _MIN_NOISE and mechanism(low).epsilon(delta) <= epsilon:
-        low, high = low / 2, low
+        low, high = 0.8 * low, low
     if low == high or low < _MIN_NOISE:
         raise UserError(
             f"no noise multiplier from {_MIN_NOISE:g} to {_MAX_NOISE:g} spends epsilon"
@@ -287,7 +292,8 @@ def privatizer(
       - Adds independent Gaussian noise of standard deviation `noise_multiplier` times
         `gradient_fn.sensitivity(neighboring_relation)` to every coordinate of the sum,
         once per update, in float32.
-      - The noise of each update comes from a key of its own.
+      - The noise of each update comes from a key of its own, derived from `key` by
+        `init` and carried in the state. (A second `init` starts the same noise again.)
       - Divides by the expected batch size, a constant, never by the drawn one.
 
     Args:

@@ -1,8 +1,9 @@
 """All randomness of a run: named streams of one seed, and the Poisson batch of a step.
 
-Everything is a pure function of (seed, stream, step, record). Nothing is carried from
-one update to the next, so a run that resumes, or that uses another microbatch size or
-another number of devices, draws the same batches and the same views.
+Batches and augmentation keys are pure functions of (seed, step, record). Nothing of
+them is carried from one update to the next, so a run that resumes, or that uses another
+microbatch size or another number of devices, draws the same batches and the same views.
+(The key of the noise is carried along, in the state of `privacy.privatizer`.)
 """
 
 import jax

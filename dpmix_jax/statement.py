@@ -1,5 +1,6 @@
 """What a run promises, as data and in words."""
 
+import decimal
 import textwrap
 from typing import Any
 
@@ -44,6 +45,12 @@ def privacy_report(
     }
 
 
+def round_up(value: float, digits: int = 4) -> str:
+    """Writes a positive number to some digits, never smaller than it is."""
+    with decimal.localcontext(prec=digits, rounding=decimal.ROUND_CEILING):
+        return f"{float(+decimal.Decimal(value)):.{digits}g}"
+
+
 _RELATIONS = {
     "add_or_remove_one": "one record is added or removed",
     "replace_one": "one record is replaced by another",
@@ -52,12 +59,13 @@ _RELATIONS = {
 
 _SEEDS = {
     True: (
-        "the keys of all randomness were derived from 128 secret bits of the operating"
-        " system, deleted at the end of the run"
+        "all randomness comes from 64-bit keys derived from 128 secret bits of the"
+        " operating system, which were deleted after the last update"
     ),
     False: (
         "all randomness follows from a seed in the configuration. Whoever knows it can"
-        " draw the noise again, so the guarantee holds only against those who do not."
+        " draw the noise again, and two runs with it share their noise: the guarantee"
+        " holds only where the seed stays secret and no other run with it is released."
         " For a release, train without a fixed seed"
     ),
 }
@@ -84,8 +92,9 @@ def statement(report: dict[str, Any]) -> str:
         "What is covered": (
             "every access of this one run to the training records. Not covered: other"
             " runs on these records, hyperparameters chosen by looking at them, values"
-            " named `nonprivate/...`, logs, timings, and checkpoints, which hold the"
-            " key of noise to come"
+            " named `nonprivate/...`, logs, timings, checkpoints and the rest of the"
+            " workdir. Test and validation records, from which accuracies and pictures"
+            " come, are not protected at all"
         ),
         "Mechanism": (
             "Gaussian noise on the sum of per-record gradients clipped to C ="
@@ -112,7 +121,8 @@ def statement(report: dict[str, Any]) -> str:
         ),
     }
     headline = (
-        f"The released weights are ({epsilon:.4g}, {delta:g})-differentially private."
+        f"The released weights are ({round_up(epsilon)}, {round_up(delta)})-"
+        "differentially private."
     )
     return "\n".join(
         ["# Privacy statement", "", headline, ""]

@@ -63,10 +63,16 @@ class Workdir:
         """Raises `UserError` if the folder is of another experiment."""
         path = self.path / "config.json"
         if not path.exists():
+            strange = [file.name for file in self.path.iterdir() if file.name[0] != "."]
+            if strange:
+                raise UserError(
+                    f"workdir {self.path} holds {min(strange)} but no config.json: use"
+                    " a new or empty --workdir"
+                )
             return
         try:
             changed = differences(json.loads(path.read_text()), to_dict(config))
-        except (ValueError, AttributeError):
+        except (ValueError, AttributeError, OSError):
             raise UserError(f"{path} is not a config: use another --workdir") from None
         if changed:
             raise UserError(
@@ -74,18 +80,49 @@ class Workdir:
                 f" these differ: {', '.join(changed)}"
             )
 
-    def seed(self, config: ExperimentConfig) -> int:
-        """Returns the seed of the run; one that is secret is drawn and kept aside."""
-        if config.seed is not None:
-            return config.seed
-        path = self.path / "secret_seed"
+    def begin(self, seed: int | None, facts: Mapping[str, Any]) -> int:
+        """Returns the seed of a run that starts here, or that goes on here.
+
+        The seed and `facts` are kept in `secret.json` for as long as updates are left,
+        so that the same noise never meets other data, nor other noise the same run.
+
+        Args:
+          seed: from the config; None draws 128 bits from the operating system.
+          facts: what the guarantee rests on beside the config: noise, data, accountant.
+
+        Raises:
+          UserError: if a run began here with other facts, or if its secret is lost.
+        """
+        path = self.path / "secret.json"
         if not path.exists():
-            write_atomically(path, f"{secrets.randbits(128)}\n", mode=0o600)
-        return int(path.read_text())
+            if (self.path / "checkpoints").exists():
+                raise UserError(
+                    f"workdir {self.path} has checkpoints but no secret.json to go on"
+                    " from them: use another --workdir"
+                )
+            drawn = secrets.randbits(128) if seed is None else seed
+            content = json.dumps({"seed": drawn, **facts})
+            write_atomically(path, content, mode=0o600)
+        kept = json.loads(path.read_text())
+        changed = [name for name, fact in facts.items() if kept.get(name) != fact]
+        if changed:
+            raise UserError(
+                f"workdir {self.path} holds a run that began with other"
+                f" {' and '.join(changed)}: put back what it began with, or use"
+                " another --workdir"
+            )
+        return kept["seed"]
 
     def forget_seed(self) -> None:
-        """Deletes the secret seed, with which the noise could be drawn again."""
-        (self.path / "secret_seed").unlink(missing_ok=True)
+        """Erases the seed, with which the noise could be drawn again."""
+        path = self.path / "secret.json"
+        kept = json.loads(path.read_text())
+        write_atomically(path, json.dumps({**kept, "seed": 0}), mode=0o600)
+
+    def end(self, results: Mapping[str, Any]) -> None:
+        """Writes the results, by which the run is finished."""
+        self.write_json("results.json", results)
+        (self.path / "secret.json").unlink()
 
     def write(self, name: str, content: str | bytes) -> None:
         write_atomically(self.path / name, content)
@@ -104,7 +141,7 @@ class Workdir:
         for line in path.read_text().splitlines() if path.exists() else []:
             with contextlib.suppress(json.JSONDecodeError):
                 lines.append(json.loads(line))
-        return lines
+        return [line for line in lines if "step" in line]
 
     def keep_metrics(self, last_step: int) -> None:
         """Drops the lines after the update that a killed run goes on from."""

@@ -7,16 +7,23 @@ import numpy as np
 from dpmix_jax.data.records import Records
 from dpmix_jax.errors import UserError
 
-_ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")
+_ARRAYS = (
+    "train_images",
+    "train_labels",
+    "test_images",
+    "test_labels",
+    "class_names",
+)
 
 
 def load_npz(path: str) -> tuple[Records, Records]:
-    """Reads `train_images`, `train_labels`, `test_images` and `test_labels`.
+    """Reads images and labels for training and test, and the names of the classes.
 
     Args:
-      path: of an .npz file. Images are uint8 [N, H, W, C] or [N, H, W], labels integers
-        [N] from 0; optional `class_names` [O] are strings, otherwise the classes are
-        numbered up to the largest label, which is then taken to be public.
+      path: of an .npz file with `train_images` and `test_images`, uint8 [N, H, W, C] or
+        [N, H, W]; `train_labels` and `test_labels`, integers [N] in [0, O); and
+        `class_names`, O strings. (Counting the classes from private labels would let
+        one record change the shape of what is released.)
 
     Returns:
       Training and test records, scaled to [-1, 1].
@@ -28,7 +35,14 @@ def load_npz(path: str) -> tuple[Records, Records]:
     try:
         with np.load(path, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+    except (
+        OSError,
+        ValueError,
+        EOFError,
+        TypeError,
+        AttributeError,  # a lone .npy array
+        zipfile.BadZipFile,
+    ) as error:
         raise UserError(f"data.path is {path}: cannot be read ({error})") from None
     for name in _ARRAYS:
         if name not in arrays:
@@ -39,11 +53,7 @@ def load_npz(path: str) -> tuple[Records, Records]:
     for name in ("train_labels", "test_labels"):
         if not np.issubdtype(arrays[name].dtype, np.integer):
             raise UserError(f"{name} in {path} are {arrays[name].dtype}, not integers")
-    if "class_names" in arrays:
-        names = tuple(str(name) for name in arrays["class_names"])
-    else:
-        largest = max(arrays[n].max(initial=0) for n in ("train_labels", "test_labels"))
-        names = tuple(str(i) for i in range(int(largest) + 1))
+    names = tuple(str(name) for name in np.atleast_1d(arrays["class_names"]))
     train, test = (
         _records(arrays[f"{split}_images"], arrays[f"{split}_labels"], names)
         for split in ("train", "test")

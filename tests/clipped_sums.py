@@ -1,0 +1,125 @@
+"""Clipped sums of neighbouring batches on the devices of this process, for the tests.
+
+    python -m tests.clipped_sums OUT.npz [COORDINATOR NUM_PROCESSES PROCESS_ID]
+
+`sums` is also called in the process of the tests themselves, on one device.
+"""
+
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from dpmix_jax import AugmentationConfig, MethodConfig, augmentation_set
+from dpmix_jax.gradients import clipped_gradient
+from dpmix_jax.mixup import METHODS
+from dpmix_jax.training import (
+    init_totals,
+    make_accumulate,
+    make_mesh,
+    put,
+    sum_over_devices,
+)
+from tests import toy
+
+CLIP_NORM = 0.05  # below every norm: nothing hides behind an idle clip
+NUM, CHANGED = 8, 5
+BAD = {"nan": np.nan, "inf": np.inf, "huge": 1e30}
+
+
+def sums() -> dict[str, np.ndarray]:
+    """Returns flat clipped sums by `method/variant`, the same on every process.
+
+    Variants: all 8 records (`base`), one of them absent (`removed`), or with other
+    pixels and another label (`replaced`, and `nan`, `inf`, `huge` as float pixels).
+    """
+    found = {}
+    params = toy.init_params()
+    gradient_fn = clipped_gradient(toy.loss_fn, l2_clip_norm=CLIP_NORM)
+    mesh = make_mesh()
+    replicated = NamedSharding(mesh, PartitionSpec())
+    spread = NamedSharding(mesh, PartitionSpec("records"))
+    params = jax.device_put(params, replicated)
+    data = toy.records(NUM)
+    other = toy.records(NUM)
+    other.images[CHANGED] = 255 - other.images[CHANGED]
+    other.labels[CHANGED] = (other.labels[CHANGED] + 1) % toy.NUM_CLASSES
+    everyone = np.arange(NUM, dtype=np.int32)
+    for name in METHODS:
+        record_set = augmentation_set(
+            MethodConfig(name=name, k_base=3, k_self=2), AugmentationConfig(max_shift=1)
+        )
+        key = jax.random.key(7)
+
+        def run(records, indices, record_set=record_set, key=key):
+            accumulate = make_accumulate(
+                gradient_fn, record_set, records, mesh, key=key, l2_clip_norm=CLIP_NORM
+            )
+            totals = init_totals(params, mesh)
+            step = jax.device_put(jnp.int32(3), replicated)
+            return toy.flat(accumulate(params, step, indices, totals).gradients)
+
+        found[f"{name}/base"] = run(data, everyone)
+        without = np.where(everyone == CHANGED, -1, everyone)
+        found[f"{name}/removed"] = run(data, without)
+        found[f"{name}/replaced"] = run(other, everyone)
+
+        def float_sum(params, records, record_set=record_set):
+            images, labels, words = records
+            keys = jax.random.wrap_key_data(words)
+            return gradient_fn(params, *jax.vmap(record_set)(keys, images, labels))[0]
+
+        float_sum = jax.jit(sum_over_devices(float_sum, mesh))
+        words = jax.random.key_data(jax.random.split(key, NUM))
+        labels = jax.nn.one_hot(data.labels, toy.NUM_CLASSES)
+        pixels = np.asarray(data.normalize(jnp.asarray(data.images)))
+        for variant, value in {"float": None, **BAD}.items():
+            spoiled = pixels.copy()
+            if value is not None:
+                spoiled[CHANGED, 1:3] = value
+            arrays = [put(np.asarray(a), spread) for a in (spoiled, labels, words)]
+            found[f"{name}/{variant}"] = toy.flat(float_sum(params, arrays))
+    return found
+
+
+def unsafe_shard_map_sums() -> dict[str, np.ndarray]:
+    """The same by `jax.shard_map` with its defaults, which sums before the clip."""
+    params = toy.init_params()
+    gradient_fn = clipped_gradient(toy.loss_fn, l2_clip_norm=CLIP_NORM)
+    mesh = make_mesh()
+    images = jax.random.normal(jax.random.key(0), (NUM, 2, 6, 6, 1))
+    labels = jnp.broadcast_to(jnp.eye(3)[1], (NUM, 2, 3))
+
+    @jax.jit
+    @jax.shard_map(
+        mesh=mesh,
+        in_specs=(PartitionSpec(), *[PartitionSpec("records")] * 3),
+        out_specs=PartitionSpec(),
+    )
+    def total(params, images, labels, padding):
+        part = gradient_fn(params, images, labels, is_padding_example=padding)[0]
+        return jax.lax.psum(part, "records")
+
+    return {
+        name: toy.flat(total(params, images, labels, padding))
+        for name, padding in (
+            ("shard_map/base", jnp.zeros(NUM, bool)),
+            ("shard_map/removed", jnp.arange(NUM) == CHANGED),
+        )
+    }
+
+
+def main(out: str, *coordinates: str) -> None:
+    if coordinates:
+        address, processes, process = coordinates
+        jax.distributed.initialize(address, int(processes), int(process))
+    found = sums()
+    if not coordinates:
+        found |= unsafe_shard_map_sums()
+    np.savez(out, **found)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

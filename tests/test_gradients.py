@@ -1,0 +1,155 @@
+"""The clipped sum against plain loops, and what a changed record can do to it.
+
+Sums on several devices and processes: `test_neighbours.py`.
+"""
+
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from dp_accounting import NeighboringRelation
+
+from dpmix_jax import UserError, clipped_gradient
+from tests import toy
+
+
+def sets(num_records, set_size, seed=0):
+    image_key, label_key = jax.random.split(jax.random.key(seed))
+    images = jax.random.normal(image_key, (num_records, set_size, 6, 6, 1))
+    labels = jax.random.dirichlet(label_key, jnp.ones(3), (num_records, set_size))
+    return images, labels
+
+
+gradient_of_one = jax.jit(jax.grad(toy.loss_fn))
+
+
+def oracle(params, images, labels, clip_norm):
+    """A loop over records and set members: average, clip, sum; in float64."""
+    total = np.zeros(toy.flat(params).shape)
+    norms = []
+    for record_images, record_labels in zip(images, labels, strict=True):
+        members = [
+            toy.flat(gradient_of_one(params, image[None], label[None]))
+            for image, label in zip(record_images, record_labels, strict=True)
+        ]
+        mean = np.mean(np.asarray(members, np.float64), axis=0)
+        norms.append(np.linalg.norm(mean))
+        total += mean * min(1.0, clip_norm / max(norms[-1], 1e-30))
+    return total, np.array(norms)
+
+
+@hypothesis.given(
+    num_records=st.integers(0, 5),
+    set_size=st.integers(1, 4),
+    clip_norm=st.sampled_from([1e-3, 0.1, 0.5, 10.0]),
+    seed=st.integers(0, 99),
+)
+@hypothesis.settings(max_examples=12)
+def test_equals_a_loop_over_records_and_members(num_records, set_size, clip_norm, seed):
+    params = toy.init_params(seed)
+    images, labels = sets(num_records, set_size, seed)
+    gradient_fn = clipped_gradient(toy.loss_fn, l2_clip_norm=clip_norm)
+    total, aux = gradient_fn(params, images, labels)
+    expected, norms = oracle(params, images, labels, clip_norm)
+    np.testing.assert_allclose(toy.flat(total), expected, atol=2e-6 * clip_norm + 1e-6)
+    np.testing.assert_allclose(aux.grad_norms, norms, rtol=1e-4, atol=1e-7)
+    jitted, _ = jax.jit(gradient_fn)(params, images, labels)
+    np.testing.assert_allclose(toy.flat(jitted), toy.flat(total), atol=1e-6)
+
+
+def test_identical_members_count_once():
+    """K copies of an image give the gradient of the image."""
+    params = toy.init_params()
+    images, labels = sets(3, 1)
+    gradient_fn = clipped_gradient(toy.loss_fn, l2_clip_norm=0.3)
+    once, _ = gradient_fn(params, images, labels)
+    many, _ = gradient_fn(params, jnp.repeat(images, 7, 1), jnp.repeat(labels, 7, 1))
+    np.testing.assert_allclose(toy.flat(many), toy.flat(once), atol=1e-6)
+
+
+@pytest.mark.proves("gradients.clipped_gradient", 4)
+def test_padding_counts_exactly_nothing():
+    params = toy.init_params()
+    images, labels = sets(4, 2)
+    gradient_fn = jax.jit(clipped_gradient(toy.loss_fn, l2_clip_norm=0.3))
+    padding = jnp.array([False, True, False, True])
+    padded, _ = gradient_fn(params, images, labels, is_padding_example=padding)
+    other = images.at[1].set(jnp.nan).at[3].set(7.0)
+    repadded, _ = gradient_fn(params, other, labels, is_padding_example=padding)
+    np.testing.assert_array_equal(toy.flat(padded), toy.flat(repadded))
+    none, _ = gradient_fn(params, images, labels, is_padding_example=jnp.ones(4, bool))
+    assert not toy.flat(none).any()
+
+
+@pytest.mark.proves("gradients.clipped_gradient", 1)
+def test_a_record_is_blind_to_the_others():
+    """Its term, the sum less the sum without it, is bit-identical whatever they are."""
+    params = toy.init_params()
+    images, labels = sets(4, 2)
+    gradient_fn = jax.jit(clipped_gradient(toy.loss_fn, l2_clip_norm=0.3))
+    _, before = gradient_fn(params, images, labels)
+    _, after = gradient_fn(params, images.at[2].set(5.0), labels)
+    others = np.arange(4) != 2
+    np.testing.assert_array_equal(before.grad_norms[others], after.grad_norms[others])
+    alone = jnp.arange(4) != 0
+    term, _ = gradient_fn(params, images, labels, is_padding_example=alone)
+    same, _ = gradient_fn(
+        params, images.at[2].set(5.0), labels, is_padding_example=alone
+    )
+    np.testing.assert_array_equal(toy.flat(term), toy.flat(same))
+
+
+@pytest.mark.proves("gradients.clipped_gradient", 2, 3)
+@hypothesis.given(
+    bad=st.sampled_from([0.0, 3.0, np.nan, np.inf, -np.inf, 1e30, 3e38, 1e-38]),
+    share=st.sampled_from([0.03, 1.0]),
+    clip_norm=st.sampled_from([0.01, 1.0]),
+)
+def test_a_changed_record_moves_the_sum_by_the_sensitivity(bad, share, clip_norm):
+    """Removed, added or replaced, also by pixels that are no numbers."""
+    params = toy.init_params()
+    images, labels = sets(4, 3)
+    gradient_fn = clipped_gradient(toy.loss_fn, l2_clip_norm=clip_norm)
+    total = jax.jit(lambda *args: toy_sum(gradient_fn, *args))
+    spoiled = images.at[2, :, : max(1, int(6 * share)), :, :].set(bad)
+    whole, without, replaced = (
+        total(params, images, labels, jnp.zeros(4, bool)),
+        total(params, images, labels, jnp.arange(4) == 2),
+        total(params, spoiled, labels, jnp.zeros(4, bool)),
+    )
+    slack = 1 + 1e-5
+    add_remove = gradient_fn.sensitivity(NeighboringRelation.ADD_OR_REMOVE_ONE)
+    assert add_remove == clip_norm
+    assert np.linalg.norm(whole - without) <= add_remove * slack
+    assert np.linalg.norm(replaced - without) <= add_remove * slack
+    replace = gradient_fn.sensitivity(NeighboringRelation.REPLACE_ONE)
+    assert replace == 2 * clip_norm
+    assert np.linalg.norm(replaced - whole) <= replace * slack
+
+
+def toy_sum(gradient_fn, params, images, labels, padding):
+    total, _ = gradient_fn(params, images, labels, is_padding_example=padding)
+    return jnp.concatenate([jnp.ravel(leaf) for leaf in jax.tree.leaves(total)])
+
+
+@pytest.mark.proves("gradients.clipped_gradient", 5)
+def test_the_sum_is_float32_whatever_the_loss_computes_in():
+    params = jax.tree.map(lambda p: p.astype(jnp.bfloat16), toy.init_params())
+    images, labels = sets(600, 1)
+    gradient_fn = clipped_gradient(toy.loss_fn, l2_clip_norm=1e-3)
+    half = (images.astype(jnp.bfloat16), labels.astype(jnp.bfloat16))
+    total, aux = gradient_fn(params, *half)
+    assert {leaf.dtype for leaf in jax.tree.leaves(total)} == {jnp.dtype("float32")}
+    assert (np.asarray(aux.grad_norms, np.float32) > 1e-3).all()
+    # 600 equal terms: a sum in bfloat16 would stall at 256 of them.
+    same = jax.tree.map(lambda x: jnp.repeat(x[:1], 600, axis=0), half)
+    total, _ = gradient_fn(params, *same)
+    assert np.linalg.norm(toy.flat(total)) == pytest.approx(600 * 1e-3, rel=1e-2)
+
+
+@pytest.mark.parametrize("clip_norm", [0.0, -1.0, float("inf"), float("nan")])
+def test_refuses(clip_norm):
+    with pytest.raises(UserError, match=r"l2_clip_norm is .*: it must be positive"):
+        clipped_gradient(toy.loss_fn, l2_clip_norm=clip_norm)

@@ -1,0 +1,93 @@
+"""Neighbouring batches on one device, on four, and on two processes."""
+
+import os
+import socket
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from dpmix_jax.mixup import METHODS
+from tests import clipped_sums
+from tests.conftest import ROOT
+
+FOUR_DEVICES = "--xla_force_host_platform_device_count=4"
+
+
+def start(out, *coordinates, flags=""):
+    return subprocess.Popen(
+        [sys.executable, "-m", "tests.clipped_sums", str(out), *coordinates],
+        cwd=ROOT,
+        env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def load(process, out):
+    try:
+        _, errors = process.communicate(timeout=300)
+    finally:
+        process.kill()
+    assert process.returncode == 0, errors[-2000:]
+    with np.load(out) as file:
+        return dict(file)
+
+
+@pytest.fixture(scope="module")
+def by_topology(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sums")
+    found = {"one device": clipped_sums.sums()}
+    out = folder / "four.npz"
+    found["four devices"] = load(start(out, flags=FOUR_DEVICES), out)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    outs = [folder / f"process{i}.npz" for i in range(2)]
+    both = [start(out, address, "2", str(i)) for i, out in enumerate(outs)]
+    first, second = (load(p, out) for p, out in zip(both, outs, strict=True))
+    for name in first:
+        np.testing.assert_array_equal(first[name], second[name])
+    found["two processes"] = first
+    return found
+
+
+TOPOLOGIES = ["one device", "four devices", "two processes"]
+
+
+@pytest.mark.proves("training.make_accumulate", 1)
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_a_changed_record_moves_the_sum_by_the_sensitivity(
+    by_topology, topology, method
+):
+    sums = by_topology[topology]
+    bound = clipped_sums.CLIP_NORM * (1 + 1e-5)
+
+    def moved(variant, base="base"):
+        return np.linalg.norm(sums[f"{method}/{variant}"] - sums[f"{method}/{base}"])
+
+    # The clip is at work, so what is removed is a term of full length.
+    assert moved("removed") == pytest.approx(clipped_sums.CLIP_NORM, rel=1e-4)
+    assert moved("removed") <= bound  # add or remove one
+    assert moved("replaced", "removed") <= bound
+    assert 0 < moved("replaced") <= 2 * bound  # replace one
+    for bad in clipped_sums.BAD:
+        assert np.isfinite(sums[f"{method}/{bad}"]).all()
+        assert moved(bad, "float") <= 2 * bound
+
+
+@pytest.mark.proves("training.make_accumulate", 2)
+@pytest.mark.proves("training.sum_over_devices", 1)
+@pytest.mark.parametrize("topology", TOPOLOGIES[1:])
+def test_topologies_agree(by_topology, topology):
+    for name, value in by_topology["one device"].items():
+        np.testing.assert_allclose(by_topology[topology][name], value, atol=1e-6)
+
+
+def test_the_check_catches_a_sum_before_the_clip(by_topology):
+    """`jax.shard_map` with its default `check_vma` breaks the bound on four devices."""
+    sums = by_topology["four devices"]
+    moved = np.linalg.norm(sums["shard_map/base"] - sums["shard_map/removed"])
+    assert moved > 1.5 * clipped_sums.CLIP_NORM

@@ -1,0 +1,288 @@
+import json
+import math
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from dp_accounting import NeighboringRelation
+
+from dpmix_jax import (
+    Mechanism,
+    PrivacyConfig,
+    UserError,
+    calibrate,
+    clipped_gradient,
+    privacy,
+    privatizer,
+    stream_key,
+)
+from dpmix_jax.statement import privacy_report, statement
+from tests import toy
+
+# (q, T, sigma, lower and upper bound on epsilon, RDP epsilon) at delta = 1e-5, relation
+# add or remove one. Bounds: prv_accountant 0.2.0 (Gopi et al., 2021; numerical
+# composition with an error bound, eps_error 0.005). RDP: opacus 1.6.0, orders 1.1, 1.2,
+# ..., 10.9, 11, ..., 63, 128, 256, 512, 1024. The first twelve rows are runs of De et
+# al. (2022) and DP-Mix on CIFAR-10, then Caltech256, SUN397, Pet and Fashion-MNIST
+# sizes, digits, full batches and small q.
+GOLDEN = [
+    (4096 / 50000, 875, 9.12, 0.9949, 1.0049, 1.0937),
+    (4096 / 50000, 875, 10.0, 0.8978, 0.9078, 0.9877),
+    (4096 / 50000, 1125, 6.0, 1.8314, 1.8414, 1.9996),
+    (4096 / 50000, 1593, 5.0, 2.7421, 2.7522, 2.9825),
+    (4096 / 50000, 1687, 4.0, 3.6827, 3.6927, 3.9962),
+    (4096 / 50000, 1843, 3.0, 5.5017, 5.5117, 5.9522),
+    (4096 / 50000, 2600, 2.6225, 7.9947, 8.0047, 8.6212),
+    (4096 / 50000, 3066, 3.0, 7.4170, 7.4270, 7.9988),
+    (16384 / 50000, 906, 40.0, 0.9085, 0.9185, 0.9986),
+    (16384 / 50000, 1156, 24.0, 1.8332, 1.8432, 1.9991),
+    (16384 / 50000, 1765, 16.0, 3.6860, 3.6960, 3.9937),
+    (16384 / 50000, 2000, 9.4, 7.4194, 7.4294, 7.9905),
+    (1000 / 24485, 245, 1.0, 4.2327, 4.2427, 4.7783),
+    (1000 / 24485, 245, 2.0, 1.3833, 1.3933, 1.5314),
+    (1000 / 87003, 870, 0.8, 3.3996, 3.4096, 3.9808),
+    (1000 / 3680, 37, 3.0, 2.4504, 2.4604, 2.6988),
+    (256 / 60000, 3510, 1.0, 1.3452, 1.3552, 1.5588),
+    (512 / 60000, 2344, 0.8, 3.9071, 3.9171, 4.4424),
+    (256 / 1437, 100, 2.69, 2.9953, 3.0053, 3.2841),
+    (719 / 1437, 100, 6.0, 3.6185, 3.6285, 3.9302),
+    (1.0, 1, 4.0, 0.9213, 0.9313, 1.0126),
+    (1.0, 100, 20.0, 1.9881, 1.9981, 2.1657),
+    (0.001, 10000, 0.6, 2.4511, 2.4611, 3.3219),
+    (0.01, 1000, 1.0, 1.8232, 1.8332, 2.1014),
+]
+
+
+@pytest.mark.parametrize(("q", "updates", "sigma", "low", "high", "rdp"), GOLDEN)
+def test_epsilon_is_that_of_independent_accountants(q, updates, sigma, low, high, rdp):
+    mechanism = Mechanism(sampling_prob=q, num_updates=updates, noise_multiplier=sigma)
+    assert low <= mechanism.epsilon(1e-5) <= high
+    # dp_accounting leaves out orders that do not converge; a few bring 0.1 %.
+    assert mechanism.epsilon(1e-5, accountant="rdp") == pytest.approx(rdp, rel=2e-3)
+
+
+def gaussian_delta(epsilon, mu):
+    """delta of a Gaussian mechanism of sensitivity mu (Balle and Wang, 2018, Thm 8)."""
+
+    def phi(x):
+        return 0.5 * math.erfc(-x / math.sqrt(2))
+
+    return phi(mu / 2 - epsilon / mu) - math.exp(epsilon) * phi(-mu / 2 - epsilon / mu)
+
+
+@pytest.mark.parametrize("relation", list(NeighboringRelation))
+@pytest.mark.parametrize("noise_multiplier", [1.0, 2.5])
+def test_full_batches_spend_what_one_gaussian_does(relation, noise_multiplier):
+    """Noise is relative to the sensitivity of each relation, so mu is the same."""
+    mechanism = Mechanism(
+        sampling_prob=1.0,
+        num_updates=4,
+        noise_multiplier=noise_multiplier,
+        neighboring_relation=relation,
+    )
+    mu = math.sqrt(4) / noise_multiplier
+    assert gaussian_delta(mechanism.epsilon(1e-5), mu) == pytest.approx(1e-5, rel=2e-3)
+
+
+@pytest.mark.proves("privacy.calibrate", 1)
+@pytest.mark.parametrize(
+    ("epsilon", "q", "updates", "relation", "sigma"),
+    [
+        (8.0, 4096 / 50000, 2600, "add_or_remove_one", 2.6225),
+        (8.0, 4096 / 50000, 2600, "replace_special", 2.6225),
+        (1.0, 4096 / 50000, 875, "add_or_remove_one", 9.12),
+        (3.0, 256 / 1437, 100, "replace_one", None),
+        (50.0, 0.5, 10, "add_or_remove_one", None),
+        (0.05, 0.01, 100, "add_or_remove_one", None),
+    ],
+)
+def test_calibration_meets_the_budget_and_wastes_nothing(
+    epsilon, q, updates, relation, sigma
+):
+    options = {
+        "epsilon": epsilon,
+        "delta": 1e-5,
+        "sampling_prob": q,
+        "num_updates": updates,
+        "neighboring_relation": privacy.RELATIONS[relation],
+    }
+    mechanism = calibrate(**options)
+    assert 0.9995 * epsilon <= mechanism.epsilon(1e-5) <= epsilon
+    if sigma is not None:
+        assert mechanism.noise_multiplier == pytest.approx(sigma, abs=0.003)
+    assert calibrate(**options) == mechanism  # from the cache
+
+
+@pytest.mark.parametrize("epsilon", [1e-6, 1e5])
+def test_calibration_says_when_no_noise_will_do(epsilon):
+    with pytest.raises(UserError, match=r"no noise multiplier from 0.25 to 16384"):
+        calibrate(epsilon=epsilon, delta=1e-5, sampling_prob=0.05, num_updates=50)
+
+
+def test_a_spoiled_cache_is_caught(monkeypatch):
+    monkeypatch.setattr(privacy, "_cached", lambda *args: 0.5)
+    with pytest.raises(UserError, match=r"the cached noise multiplier 0.5 spends"):
+        calibrate(epsilon=1.0, delta=1e-5, sampling_prob=0.1, num_updates=100)
+
+
+def test_without_a_writable_cache_results_are_the_same(monkeypatch):
+    expected = calibrate(epsilon=2, delta=1e-5, sampling_prob=0.1, num_updates=10)
+    monkeypatch.setenv("DPMIX_JAX_CACHE", "/dev/null/nowhere")
+    assert (
+        calibrate(epsilon=2, delta=1e-5, sampling_prob=0.1, num_updates=10) == expected
+    )
+
+
+def test_accountants_are_quiet(caplog):
+    mechanism = Mechanism(sampling_prob=0.18, num_updates=100, noise_multiplier=2.0)
+    with warnings.catch_warnings(), caplog.at_level("DEBUG"):
+        warnings.simplefilter("error")
+        mechanism.epsilon(1e-5, accountant="rdp")
+    assert not caplog.records
+
+
+def noise(relation, sigma, batch, steps=3, size=40_000):
+    """Updates from zero sums through the privatizer, [steps, size]."""
+    gradient_fn = clipped_gradient(toy.loss_fn, l2_clip_norm=0.7)
+    mechanism = Mechanism(
+        sampling_prob=0.1,
+        num_updates=steps,
+        noise_multiplier=sigma,
+        neighboring_relation=relation,
+    )
+    add = privatizer(
+        gradient_fn, mechanism, expected_batch_size=batch, key=stream_key(0, "noise")
+    )
+    zeros = {"a": jnp.zeros((size // 2,)), "b": jnp.zeros((size // 20, 10))}
+    state, updates = add.init(zeros), []
+    for _ in range(steps):
+        update, state = jax.jit(add.update)(zeros, state)
+        assert {leaf.dtype for leaf in jax.tree.leaves(update)} == {
+            jnp.dtype("float32")
+        }
+        updates.append(toy.flat(update))
+    return np.array(updates)
+
+
+def is_stddev(samples, expected):
+    """Two-sided, at 5 standard errors of the estimate."""
+    return abs(samples.std() / expected - 1) < 5 / math.sqrt(2 * samples.size)
+
+
+@pytest.mark.proves("privacy.privatizer", 1, 3)
+@pytest.mark.parametrize(
+    ("relation", "sensitivity"),
+    [
+        (NeighboringRelation.ADD_OR_REMOVE_ONE, 0.7),
+        (NeighboringRelation.REPLACE_SPECIAL, 0.7),
+        (NeighboringRelation.REPLACE_ONE, 1.4),
+    ],
+)
+def test_noise_has_the_promised_scale(relation, sensitivity):
+    samples = noise(relation, sigma=2.5, batch=64)
+    expected = 2.5 * sensitivity / 64
+    assert is_stddev(samples, expected)
+    assert not is_stddev(samples / 1.5, expected)
+    assert not is_stddev(samples * 1.5, expected)
+    assert abs(samples.mean()) < 5 * expected / math.sqrt(samples.size)
+    shape = samples.ravel()[:20_000] / expected
+    assert np.mean(np.abs(shape) > 1.96) == pytest.approx(0.05, abs=0.01)
+
+
+@pytest.mark.proves("privacy.privatizer", 2)
+def test_noise_is_independent_between_updates_and_coordinates():
+    samples = noise(NeighboringRelation.ADD_OR_REMOVE_ONE, sigma=1.0, batch=1)
+    limit = 5 / math.sqrt(samples.shape[1])
+    correlations = np.corrcoef(samples)[np.triu_indices(3, 1)]
+    assert np.abs(correlations).max() < limit
+    halves = samples.reshape(3, 2, -1)
+    assert abs(np.corrcoef(halves[:, 0].ravel(), halves[:, 1].ravel())[0, 1]) < limit
+    assert len(np.unique(samples)) > 0.9 * samples.size
+
+
+def test_the_privatizer_chains_with_any_optimizer():
+    gradient_fn = clipped_gradient(toy.loss_fn, l2_clip_norm=1.0)
+    mechanism = Mechanism(sampling_prob=0.5, num_updates=1, noise_multiplier=1e-12)
+    optimizer = optax.chain(
+        privatizer(
+            gradient_fn, mechanism, expected_batch_size=8, key=jax.random.key(0)
+        ),
+        optax.sgd(2.0),
+    )
+    gradients = {"w": jnp.arange(4.0)}
+    updates, _ = optimizer.update(gradients, optimizer.init(gradients))
+    np.testing.assert_allclose(updates["w"], -2.0 * np.arange(4) / 8, atol=1e-6)
+
+
+CONFIG = PrivacyConfig(epsilon=3.0, expected_batch_size=256, num_updates=100)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"epsilon": 0.0}, "privacy.epsilon is 0.0: it must be positive"),
+        ({"epsilon": -1.0}, "privacy.epsilon is -1.0"),
+        ({"epsilon": float("nan")}, "privacy.epsilon is nan"),
+        ({"delta": 0.0}, r"privacy.delta is 0.0: it must be in \(0, 1\)"),
+        ({"delta": 1.0}, "privacy.delta is 1.0"),
+        ({"expected_batch_size": 0}, "privacy.expected_batch_size is 0"),
+        ({"num_updates": 0}, "privacy.num_updates is 0"),
+        ({"l2_clip_norm": 0.0}, "privacy.l2_clip_norm is 0.0"),
+        ({"neighboring_relation": "x"}, "privacy.neighboring_relation is 'x'"),
+    ],
+)
+def test_refuses(options, message):
+    values = {"epsilon": 1.0, "expected_batch_size": 1, "num_updates": 1} | options
+    with pytest.raises(UserError, match=message):
+        PrivacyConfig(**values)
+
+
+def test_a_batch_larger_than_the_data_is_refused():
+    assert CONFIG.sampling_prob(256) == 1.0
+    with pytest.raises(UserError, match=r"must be at most .* training records, 255"):
+        CONFIG.sampling_prob(255)
+
+
+@pytest.mark.parametrize("secret", [True, False])
+@pytest.mark.parametrize("relation", list(privacy.RELATIONS))
+def test_the_statement_says_everything(relation, secret):
+    mechanism = Mechanism(
+        sampling_prob=256 / 1437,
+        num_updates=100,
+        noise_multiplier=2.69,
+        neighboring_relation=privacy.RELATIONS[relation],
+    )
+    config = PrivacyConfig(
+        epsilon=3.0,
+        expected_batch_size=256,
+        num_updates=100,
+        neighboring_relation=relation,
+    )
+    facts = privacy_report(
+        config, mechanism, num_records=1437, images_per_record=8, secret_seed=secret
+    )
+    assert json.loads(json.dumps(facts, allow_nan=False)) == facts
+    text = " ".join(statement(facts).split())
+    for words in (
+        f"({facts['epsilon_pld']:.4g}, 1e-05)-differentially private",
+        "all of the 8 image(s) made from it",
+        relation,
+        "the final weights, raw and EMA",
+        "hyperparameters chosen by looking at them",
+        "clipped to C = 1;",
+        "sigma = 2.69 times",
+        "T = 100 updates",
+        "Poisson sampling with q = 0.178149 (expected batch 256, N = 1437)",
+        "nothing is truncated",
+        "dp_accounting 0.",
+        "by PLD",
+        "RDP",
+        "Public data used:** none",
+        "deleted at the end" if secret else "train without a fixed seed",
+        "float32",
+    ):
+        assert words in text, words
+    assert max(map(len, statement(facts).splitlines())) <= 88
