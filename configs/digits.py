@@ -17,7 +17,7 @@ def get_config() -> ml_collections.ConfigDict:
                 "path": config_dict.placeholder(str),
                 "validation_size": 0,
             },
-            "model": {"name": "cnn", "features": (32, 64), "groups": 8},
+            "model": {"name": "cnn", "features": (16, 32), "groups": 8},
             "method": {
                 "name": "dp_mix_self",  # or self_aug, or dp_sgd
                 "k_base": 4,

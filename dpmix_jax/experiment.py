@@ -81,6 +81,7 @@ def run(config: ExperimentConfig, workdir: Workdir) -> int:
             job.finish()
         results = workdir.results()
         assert results is not None
+        workdir.clean_up()
         say(final_line(results), file=sys.stdout)
     return 0
 
@@ -91,7 +92,7 @@ def final_line(results: dict[str, Any]) -> str:
         f"test accuracy raw {100 * results['test_accuracy']:.2f} %,"
         f" EMA {100 * results['test_accuracy_ema']:.2f} %;"
         f" ({statement.round_up(results['epsilon'])},"
-        f" {statement.round_up(results['delta'])})-DP,"
+        f" {results['delta']:g})-DP,"
         f" sigma {results['noise_multiplier']:.4g}; {results['seconds']:.0f} s"
     )
 

@@ -121,8 +121,8 @@ def statement(report: dict[str, Any]) -> str:
         ),
     }
     headline = (
-        f"The released weights are ({round_up(epsilon)}, {round_up(delta)})-"
-        "differentially private."
+        f"The released weights are ({round_up(epsilon)}, {delta:g})-differentially"
+        " private."
     )
     return "\n".join(
         ["# Privacy statement", "", headline, ""]

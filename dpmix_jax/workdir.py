@@ -122,7 +122,10 @@ class Workdir:
     def end(self, results: Mapping[str, Any]) -> None:
         """Writes the results, by which the run is finished."""
         self.write_json("results.json", results)
-        (self.path / "secret.json").unlink()
+
+    def clean_up(self) -> None:
+        """Deletes what a finished run does not need, if a kill has left it."""
+        (self.path / "secret.json").unlink(missing_ok=True)
 
     def write(self, name: str, content: str | bytes) -> None:
         write_atomically(self.path / name, content)

@@ -85,29 +85,26 @@ def sums() -> dict[str, np.ndarray]:
 
 
 def unsafe_shard_map_sums() -> dict[str, np.ndarray]:
-    """The same by `jax.shard_map` with its defaults, which sums before the clip."""
-    params = toy.init_params()
+    """Sums by `jax.shard_map` with its defaults, which adds up before the clip."""
     gradient_fn = clipped_gradient(toy.loss_fn, l2_clip_norm=CLIP_NORM)
-    mesh = make_mesh()
     images = jax.random.normal(jax.random.key(0), (NUM, 2, 6, 6, 1))
     labels = jnp.broadcast_to(jnp.eye(3)[1], (NUM, 2, 3))
+    spread = PartitionSpec("records")
 
     @jax.jit
     @jax.shard_map(
-        mesh=mesh,
-        in_specs=(PartitionSpec(), *[PartitionSpec("records")] * 3),
+        mesh=make_mesh(),
+        in_specs=(PartitionSpec(), spread, spread),
         out_specs=PartitionSpec(),
     )
-    def total(params, images, labels, padding):
-        part = gradient_fn(params, images, labels, is_padding_example=padding)[0]
-        return jax.lax.psum(part, "records")
+    def total(params, images, labels):
+        return jax.lax.psum(gradient_fn(params, images, labels)[0], "records")
 
+    # A record with a large gradient the other way turns that of its fellows around.
+    replaced = labels.at[CHANGED].multiply(-1000.0)
     return {
-        name: toy.flat(total(params, images, labels, padding))
-        for name, padding in (
-            ("shard_map/base", jnp.zeros(NUM, bool)),
-            ("shard_map/removed", jnp.arange(NUM) == CHANGED),
-        )
+        f"shard_map/{name}": toy.flat(total(toy.init_params(), images, value))
+        for name, value in (("base", labels), ("replaced", replaced))
     }
 
 

@@ -18,8 +18,11 @@ ROOT = pathlib.Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="session", autouse=True)
-def accounting_cache(tmp_path_factory):
-    """Keeps calibrations of the tests out of the user's cache."""
-    folder = tmp_path_factory.mktemp("accounting")
-    os.environ["DPMIX_JAX_CACHE"] = str(folder)
-    return folder
+def caches(tmp_path_factory):
+    """Keeps tests out of the user's caches; programs they start share compiled code.
+
+    JAX has read its environment by now, so nothing changes in this process.
+    """
+    os.environ["DPMIX_JAX_CACHE"] = str(tmp_path_factory.mktemp("accounting"))
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(tmp_path_factory.mktemp("compiled"))
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"

@@ -89,5 +89,5 @@ def test_topologies_agree(by_topology, topology):
 def test_the_check_catches_a_sum_before_the_clip(by_topology):
     """`jax.shard_map` with its default `check_vma` breaks the bound on four devices."""
     sums = by_topology["four devices"]
-    moved = np.linalg.norm(sums["shard_map/base"] - sums["shard_map/removed"])
-    assert moved > 1.5 * clipped_sums.CLIP_NORM
+    moved = np.linalg.norm(sums["shard_map/base"] - sums["shard_map/replaced"])
+    assert moved > 3 * clipped_sums.CLIP_NORM  # of 2 that are allowed

@@ -33,7 +33,7 @@ def load_npz(path: str) -> tuple[Records, Records]:
         wrong type or shape.
     """
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
     except (
         OSError,

@@ -1,0 +1,132 @@
+import numpy as np
+import pytest
+
+from dpmix_jax import UserError, data
+from dpmix_jax.data import DataConfig, Records
+
+
+def arrays(**changes):
+    rng = np.random.default_rng(0)
+    found = {
+        "train_images": rng.integers(0, 256, (20, 4, 4, 3)).astype(np.uint8),
+        "train_labels": rng.integers(0, 2, 20),
+        "test_images": rng.integers(0, 256, (6, 4, 4, 3)).astype(np.uint8),
+        "test_labels": rng.integers(0, 2, 6),
+        "class_names": np.array(["cat", "dog"]),
+    } | changes
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def load(tmp_path, **changes):
+    path = tmp_path / "data.npz"
+    np.savez(path, **arrays(**changes))
+    return data.load(DataConfig(name="npz", path=str(path)))
+
+
+def test_digits_are_whole_and_disjoint():
+    dataset = data.load(DataConfig())
+    assert (len(dataset.train), len(dataset.test)) == (1437, 360)
+    assert dataset.train.images.shape[1:] == (8, 8, 1)
+    assert dataset.train.num_classes == 10
+    counts = np.bincount(dataset.test.labels)
+    assert counts.min() >= 34  # stratified
+    everything = np.concatenate([dataset.train.images, dataset.test.images])
+    assert everything.max() == 240
+    pixels = np.asarray(dataset.train.normalize(dataset.train.images[:2]))
+    assert pixels.dtype == np.float32
+    np.testing.assert_allclose(
+        pixels, (dataset.train.images[:2] / 255 - 0.5) / 0.5, atol=1e-6
+    )
+
+
+def test_validation_comes_from_training_never_from_test():
+    whole, split = data.load(DataConfig()), data.load(DataConfig(validation_size=200))
+    assert (len(split.train), len(split.validation)) == (1237, 200)
+    np.testing.assert_array_equal(split.test.images, whole.test.images)
+    parts = np.concatenate([split.train.images, split.validation.images])
+    sort = lambda images: np.sort([image.tobytes() for image in images])  # noqa: E731
+    np.testing.assert_array_equal(sort(parts), sort(whole.train.images))
+    again = data.load(DataConfig(validation_size=200))
+    np.testing.assert_array_equal(split.validation.images, again.validation.images)
+
+
+def test_npz_round_trip(tmp_path):
+    dataset = load(tmp_path)
+    np.testing.assert_array_equal(dataset.train.images, arrays()["train_images"])
+    np.testing.assert_array_equal(dataset.test.labels, arrays()["test_labels"])
+    assert dataset.train.class_names == ("cat", "dog")
+    grey = arrays()["train_images"][..., 0], arrays()["test_images"][..., 0]
+    dataset = load(tmp_path, train_images=grey[0], test_images=grey[1])
+    assert dataset.train.images.shape == (20, 4, 4, 1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"test_labels": None}, "test_labels is missing"),
+        ({"class_names": None}, "class_names is missing"),
+        ({"train_labels": np.zeros(20)}, "train_labels in .* are float64"),
+        ({"train_labels": np.full(20, 2)}, r"labels are in \[2, 2\]"),
+        ({"train_labels": np.full(20, -1)}, r"labels are in \[-1, -1\]"),
+        ({"train_labels": np.zeros(19, int)}, "one for each of the 20 images"),
+        ({"train_images": np.zeros((20, 4, 4, 3))}, "images are float64"),
+        ({"train_images": np.zeros((20, 5, 4, 3), np.uint8)}, "must be of one size"),
+        (
+            {
+                "test_images": np.zeros((0, 4, 4, 3), np.uint8),
+                "test_labels": np.zeros(0, int),
+            },
+            "it has no test records",
+        ),
+    ],
+)
+def test_npz_refuses(tmp_path, changes, message):
+    with pytest.raises(UserError, match=message):
+        load(tmp_path, **changes)
+
+
+def test_unreadable_files(tmp_path):
+    path = tmp_path / "data.npz"
+    np.savez(path, **arrays())
+    whole = path.read_bytes()
+    contents = {
+        "truncated": whole[: len(whole) // 2],
+        "empty": b"",
+        "text": b"hello",
+        "a pickle": b"\x80\x04N.",
+    }
+    for content in contents.values():
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=r"data.path is .*: cannot be read"):
+            data.load(DataConfig(name="npz", path=str(path)))
+    np.save(tmp_path / "array.npy", np.zeros(3))
+    for other in ("array.npy", "absent.npz", "."):
+        with pytest.raises(UserError, match=r"data.path is .*: cannot be read"):
+            data.load(DataConfig(name="npz", path=str(tmp_path / other)))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"name": "mnist3d"}, "data.name is 'mnist3d': it must be one of digits, npz"),
+        ({"name": "npz"}, "data.path is None: it must be the path of a file"),
+        ({"path": "x"}, "data.path is x: it must be None"),
+        ({"validation_size": -1}, "data.validation_size is -1"),
+        ({"validation_size": 1437}, "less than the number of training records, 1437"),
+    ],
+)
+def test_config_refuses(options, message):
+    with pytest.raises(UserError, match=message):
+        data.load(DataConfig(**options))
+
+
+def test_digest_sees_every_pixel_and_label():
+    records = data.load(DataConfig()).train
+    images, labels = records.images.copy(), records.labels.copy()
+    images[-1, -1, -1, 0] ^= 1
+    labels[0] = (labels[0] + 1) % 10
+    changed = [
+        Records(**{**vars(records), "images": images}),
+        Records(**{**vars(records), "labels": labels}),
+    ]
+    assert len({records.digest(), *(other.digest() for other in changed)}) == 3

@@ -1,0 +1,379 @@
+"""Whole runs by the command line: what they write, and that they survive."""
+
+import json
+import os
+import pathlib
+import re
+import signal
+import stat
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from dpmix_jax.workdir import Workdir
+from tests.conftest import ROOT
+
+SMALL = {
+    "seed": 3,
+    "model.features": "4,8",
+    "model.groups": 2,
+    "method.k_base": 2,
+    "method.k_self": 1,
+    "privacy.num_updates": 12,
+    "privacy.expected_batch_size": 200,
+    "performance.microbatch_size": 64,
+    "logging.log_every": 2,
+    "logging.eval_every": 4,
+    "logging.checkpoint_every": 3,
+}
+
+
+def command(workdir, **overrides):
+    options = {**SMALL, **{k.replace("__", "."): v for k, v in overrides.items()}}
+    return [
+        sys.executable,
+        "experiments/run.py",
+        "--config=configs/digits.py",
+        f"--workdir={workdir}",
+        *(f"--config.{k}={v}" for k, v in options.items() if v is not None),
+    ]
+
+
+def run(workdir, **overrides):
+    return subprocess.run(
+        command(workdir, **overrides), cwd=ROOT, capture_output=True, text=True
+    )
+
+
+def metrics(workdir):
+    lines = Workdir(pathlib.Path(workdir)).metrics()
+    return [
+        {k: v for k, v in line.items() if k not in ("seconds", "images_per_second")}
+        for line in lines
+    ]
+
+
+def outcome(workdir):
+    """Everything of a finished run that must not depend on how often it was killed."""
+    results = json.loads((workdir / "results.json").read_text())
+    del results["seconds"]
+    return {
+        "weights": (workdir / "model.safetensors").read_bytes(),
+        "metrics": metrics(workdir),
+        "privacy": (workdir / "privacy.json").read_text(),
+        "results": results,
+    }
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("finished") / "run"
+    return workdir, run(workdir)
+
+
+def test_what_a_run_writes_and_prints(finished):
+    workdir, done = finished
+    assert done.returncode == 0, done.stderr
+    assert re.fullmatch(
+        r"test accuracy raw [\d.]+ %, EMA [\d.]+ %; \(3, 1e-05\)-DP, sigma [\d.]+;"
+        r" \d+ s\n",
+        done.stdout,
+    )
+    assert re.search(
+        r"update  4/12  nonprivate loss [\d.]+  epsilon [\d.]+  [\d,]+ images/s"
+        r"  ETA \d:\d\d:\d\d  test [\d.]+% \(EMA\)\n",
+        done.stderr,
+    )
+    assert {path.name for path in workdir.iterdir() if path.name[0] != "."} == {
+        "config.json",
+        "metrics.jsonl",
+        "checkpoints",
+        "model.safetensors",
+        "privacy.json",
+        "PRIVACY.md",
+        "report.html",
+        "results.json",
+    }
+    assert [line["step"] for line in metrics(workdir)] == [2, 4, 6, 8, 10, 12]
+    epsilons = [line["epsilon"] for line in metrics(workdir)]
+    assert epsilons == sorted(epsilons)
+    facts = json.loads((workdir / "privacy.json").read_text())
+    assert epsilons[-1] == facts["epsilon_pld"] == pytest.approx(3.0, rel=1e-3)
+    assert facts["images_per_record"] == 3
+    assert facts["num_records"] == 1437
+    assert "(3, 1e-05)-differentially private" in (workdir / "PRIVACY.md").read_text()
+    evaluated = [line for line in metrics(workdir) if "test/accuracy" in line]
+    assert [line["step"] for line in evaluated] == [4, 8, 12]
+    results = json.loads((workdir / "results.json").read_text())
+    assert results["test_accuracy_ema"] == evaluated[-1]["test/accuracy_ema"]
+    assert np.sum(results["confusion_ema"]) == 360
+
+
+def test_the_report_stands_alone_and_keeps_secrets(finished):
+    workdir, _ = finished
+    page = (workdir / "report.html").read_text()
+    assert page.count('src="data:image/png;base64,') == 2
+    assert not re.search(r'(src|href)="(?!data:)', page)
+    for words in ("Privacy statement", "EMA", "view(s) and 1 mix(es)", "k_self"):
+        assert words in page
+    for secret in ("nonprivate/loss", "nonprivate/clipped", '"seed"'):
+        assert secret not in page.replace("&quot;", '"')
+
+
+def test_weights_are_released_and_secrets_are_not_left(finished):
+    workdir, _ = finished
+    weights = safetensors.numpy.load_file(workdir / "model.safetensors")
+    raw = {name for name in weights if name.startswith("params/")}
+    assert raw
+    assert {f"ema_{name}" for name in raw} == set(weights) - raw
+    assert [path.name for path in (workdir / "checkpoints").iterdir()] == ["12"]
+    assert stat.S_IMODE((workdir / "checkpoints").stat().st_mode) == 0o700
+    assert not (workdir / "secret.json").exists()
+
+
+def test_a_finished_run_is_not_repeated(finished):
+    workdir, first = finished
+    before = outcome(workdir)
+    again = run(workdir)
+    assert (again.returncode, again.stdout) == (0, first.stdout)
+    assert "update" not in again.stderr
+    assert outcome(workdir) == before
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"privacy__epsilon": 8},
+        {"method__name": "dp_sgd"},
+        {"seed": 4},
+    ],
+)
+def test_a_workdir_of_another_experiment_is_refused(finished, overrides):
+    workdir, _ = finished
+    before = outcome(workdir)
+    refused = run(workdir, **overrides)
+    key = next(iter(overrides)).replace("__", ".")
+    assert refused.returncode == 2
+    assert refused.stderr.count("\n") == 1
+    assert (
+        f"is of another experiment, use another --workdir; these differ: {key} ("
+        in (refused.stderr)
+    )
+    assert outcome(workdir) == before
+
+
+def kill_when(process, text, number, count=1):
+    """Sends a signal after a line of output that contains a text."""
+    for line in process.stderr:
+        if text in line:
+            count -= 1
+            if count == 0:
+                process.send_signal(number)
+                break
+    rest = process.stderr.read()
+    process.stderr.close()
+    return process.wait(), rest
+
+
+def start(workdir, **overrides):
+    return subprocess.Popen(
+        command(workdir, **overrides),
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+    )
+
+
+def test_killed_twice_a_run_ends_with_the_same_bits(finished, tmp_path):
+    expected = outcome(finished[0])
+    workdir = tmp_path / "run"
+    for text in ("update  4/12", "update  8/12"):
+        status, _ = kill_when(start(workdir), text, signal.SIGKILL)
+        assert status == -signal.SIGKILL
+        assert not (workdir / "results.json").exists()
+    with open(workdir / "metrics.jsonl", "a") as file:
+        file.write('{"step": 9, "epsi')  # a line that the kill cut off
+    done = run(workdir, performance__microbatch_size=64)
+    assert done.returncode == 0, done.stderr
+    assert "going on after update 6" in done.stderr
+    assert outcome(workdir) == expected
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_a_stopped_run_saves_first(finished, tmp_path, name):
+    number = getattr(signal, name)
+    workdir = tmp_path / "run"
+    status, rest = kill_when(start(workdir), "update  4/12", number)
+    assert status == 128 + number
+    saved = int(re.search(r"stopped after update (\d+) of 12", rest)[1])
+    assert 4 <= saved < 12
+    assert max(int(p.name) for p in (workdir / "checkpoints").iterdir()) == saved
+    done = run(workdir)
+    assert f"going on after update {saved}" in done.stderr
+    assert outcome(workdir) == outcome(finished[0])
+
+
+def test_a_secret_seed_survives_a_kill_and_is_then_forgotten(tmp_path):
+    """Two runs differ; one that was killed goes on with its own randomness."""
+    weights = []
+    for name in ("a", "b"):
+        workdir = tmp_path / name
+        kill_when(start(workdir, seed=None), "update  4/12", signal.SIGKILL)
+        secret = workdir / "secret.json"
+        assert stat.S_IMODE(secret.stat().st_mode) == 0o600
+        seed = json.loads(secret.read_text())["seed"]
+        assert seed > 2**64
+        done = run(workdir, seed=None)
+        assert done.returncode == 0, done.stderr
+        assert not secret.exists()
+        for path in workdir.rglob("*"):
+            assert not path.is_file() or str(seed).encode() not in path.read_bytes()
+        assert "128 secret bits" in (workdir / "PRIVACY.md").read_text()
+        weights.append((workdir / "model.safetensors").read_bytes())
+    assert weights[0] != weights[1]
+
+
+def test_resuming_on_other_data_is_refused(tmp_path):
+    rng = np.random.default_rng(0)
+
+    def write(num):
+        np.savez(
+            tmp_path / "data.npz",
+            train_images=rng.integers(0, 256, (num, 8, 8, 1)).astype(np.uint8),
+            train_labels=rng.integers(0, 2, num),
+            test_images=rng.integers(0, 256, (9, 8, 8, 1)).astype(np.uint8),
+            test_labels=rng.integers(0, 2, 9),
+            class_names=["cat", "dog"],
+        )
+
+    options = {"data__name": "npz", "data__path": tmp_path / "data.npz"}
+    workdir = tmp_path / "run"
+    write(300)
+    kill_when(start(workdir, **options), "update  4/12", signal.SIGTERM)
+    write(300)
+    refused = run(workdir, **options)
+    assert refused.returncode == 2
+    assert "holds a run that began with other data: put back" in refused.stderr
+
+
+def test_one_workdir_one_run(tmp_path):
+    workdir = tmp_path / "run"
+    first = start(workdir)
+    try:
+        while not (workdir / "config.json").exists():
+            time.sleep(0.05)
+        second = run(workdir)
+    finally:
+        first.kill()
+        first.communicate()
+    assert second.returncode == 2
+    assert second.stderr == f"error: workdir {workdir} is in use by another run\n"
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "--config is missing: give the path of a config file"),
+        (["--config=none.py"], "--config is none.py: there is no such file"),
+        (
+            ["--config=configs/digits.py", "--config.method.nme=x"],
+            "unknown key method.nme: did you mean method.name?",
+        ),
+        (
+            ["--config=configs/digits.py", "--config.metod.name=x"],
+            "unknown key metod: did you mean method?",
+        ),
+        (
+            ["--config=configs/digits.py", "--config.privacy.epsilon=much"],
+            "flag --config.privacy.epsilon=much: could not convert string to float:"
+            " 'much'",
+        ),
+        (["--confg=x"], "Unknown command line flag 'confg'. Did you mean: config ?"),
+        (
+            ["--config=configs/digits.py", "--config.privacy.epsilon=0"],
+            "privacy.epsilon is 0.0: it must be positive and finite",
+        ),
+        (
+            ["--config=configs/digits.py", "--config.model.groups=7"],
+            "model 'cnn' with options {'features': (16, 32), 'groups': 7} does not fit"
+            " images of (8, 8, 1): Number of groups (7) does not divide the number of"
+            " channels (16).",
+        ),
+        (
+            [
+                "--config=configs/digits.py",
+                "--config.privacy.expected_batch_size=1438",
+            ],
+            "privacy.expected_batch_size is 1438: it must be at most the number of"
+            " training records, 1437",
+        ),
+        (
+            ["--config=configs/digits.py", "--workdir=README.md/run"],
+            "workdir README.md/run is not writable: Not a directory",
+        ),
+        (
+            ["--config=configs/digits.py", "--workdir=tests"],
+            "workdir tests holds __init__.py but no config.json: use a new or empty"
+            " --workdir",
+        ),
+    ],
+)
+def test_a_mistake_is_one_line(tmp_path, flags, message):
+    if not any(flag.startswith("--workdir") for flag in flags):
+        flags = [*flags, f"--workdir={tmp_path / 'run'}"]
+    done = subprocess.run(
+        [sys.executable, "experiments/run.py", *flags],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert done.stderr == f"error: {message}\n"
+    assert done.stdout == ""
+    written = tmp_path.rglob("*")
+    assert {path.name for path in written} <= {"run", ".lock"}
+
+
+def test_a_microbatch_that_does_not_divide_over_the_devices(tmp_path):
+    four = "--xla_force_host_platform_device_count=4"
+    done = subprocess.run(
+        command(tmp_path / "run", performance__microbatch_size=6),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "XLA_FLAGS": four},
+    )
+    assert done.returncode == 2
+    assert "must be a multiple of the number of devices, 4\n" in done.stderr
+
+
+def test_on_four_devices_the_same_run_comes_out(finished, tmp_path):
+    """To float rounding; and a large delta is warned of."""
+    done = subprocess.run(
+        command(tmp_path / "run"),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={
+            **os.environ,
+            "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+        },
+    )
+    assert done.returncode == 0, done.stderr
+    one, four = (
+        safetensors.numpy.load_file(workdir / "model.safetensors")
+        for workdir in (finished[0], tmp_path / "run")
+    )
+    for name, value in one.items():
+        np.testing.assert_allclose(four[name], value, atol=1e-4)
+
+
+def test_a_large_delta_is_warned_of(tmp_path):
+    done = run(tmp_path / "run", privacy__delta=1e-3, privacy__num_updates=1)
+    assert done.returncode == 0
+    assert "warning: privacy.delta is 0.001, not below 1/N = 0.000696" in done.stderr
