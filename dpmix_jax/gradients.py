@@ -7,13 +7,17 @@ import jax
 import jax.numpy as jnp
 from jax_privacy import clipping
 
+from dpmix_jax import conv
 from dpmix_jax.errors import UserError
 
 PyTree = Any
 
 
 def clipped_gradient(
-    loss_fn: Callable[..., jax.Array], *, l2_clip_norm: float
+    loss_fn: Callable[..., jax.Array],
+    *,
+    l2_clip_norm: float,
+    convolutions: str = "auto",
 ) -> clipping.BoundedSensitivityCallable:
     """Transforms a loss into the clipped sum of its per-record gradients.
 
@@ -38,6 +42,8 @@ def clipped_gradient(
       loss_fn: `loss_fn(params, *record) -> scalar` of one record, for instance
         `loss_fn(params, images [K, H, W, C], labels [K, O])`, the mean over K.
       l2_clip_norm: C, in [1e-10, 1e10].
+      convolutions: how per-record gradients of convolutions are computed, see
+        `conv.fast_convolutions`; changes speed and float rounding only.
 
     Returns:
       `f(params, *records, is_padding_example=None) -> (sum, aux)`: each leaf of
@@ -50,13 +56,21 @@ def clipped_gradient(
     """
     if not 1e-10 <= l2_clip_norm <= 1e10:  # far from where float32 squares vanish
         raise UserError(f"l2_clip_norm is {l2_clip_norm}: it must be in [1e-10, 1e10]")
-    inner = clipping.clipped_grad(
-        lambda params, record: loss_fn(params, *record),
+    value_and_gradient = conv.fast_convolutions(
+        jax.value_and_grad(loss_fn), formulation=convolutions
+    )
+
+    def record_gradient(params, record):
+        value, gradient = value_and_gradient(params, *record)
+        return gradient, value
+
+    inner = clipping.clipped_fun(
+        record_gradient,
+        has_aux=True,
         l2_clip_norm=l2_clip_norm,
         batch_argnums=1,
         keep_batch_dim=False,
-        return_values=True,
-        return_grad_norms=True,
+        return_norms=True,
         dtype=jnp.float32,
     )
 
@@ -70,7 +84,10 @@ def clipped_gradient(
             return zeros, clipping.AuxiliaryOutput(none, none, None)
         if is_padding_example is None:
             is_padding_example = jnp.zeros((size,), bool)
-        return inner(params, records, is_padding_example=is_padding_example)
+        total, (values, norms) = inner(
+            params, records, is_padding_example=is_padding_example
+        )
+        return total, clipping.AuxiliaryOutput(values, norms, None)
 
     return clipping.BoundedSensitivityCallable(
         sum_of_clipped_gradients, inner.l2_norm_bound, has_aux=True

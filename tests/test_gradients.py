@@ -46,7 +46,7 @@ def oracle(params, images, labels, clip_norm):
     clip_norm=st.sampled_from([1e-3, 0.1, 0.5, 10.0]),
     seed=st.integers(0, 99),
 )
-@hypothesis.settings(max_examples=12)
+@hypothesis.settings(max_examples=8)
 def test_equals_a_loop_over_records_and_members(num_records, set_size, clip_norm, seed):
     params = toy.init_params(seed)
     images, labels = sets(num_records, set_size, seed)
@@ -107,6 +107,7 @@ def test_a_record_is_blind_to_the_others():
     share=st.sampled_from([0.03, 1.0]),
     clip_norm=st.sampled_from([0.01, 1.0]),
 )
+@hypothesis.settings(max_examples=12)
 def test_a_changed_record_moves_the_sum_by_the_sensitivity(bad, share, clip_norm):
     """Removed, added or replaced, also by pixels that are no numbers."""
     params = toy.init_params()
@@ -149,7 +150,11 @@ def test_the_sum_is_float32_whatever_the_loss_computes_in():
     assert np.linalg.norm(toy.flat(total)) == pytest.approx(600 * 1e-3, rel=1e-2)
 
 
-@pytest.mark.parametrize("clip_norm", [0.0, -1.0, float("inf"), float("nan")])
+@pytest.mark.parametrize(
+    "clip_norm", [0.0, -1.0, 1e-22, 1e39, float("inf"), float("nan")]
+)
 def test_refuses(clip_norm):
-    with pytest.raises(UserError, match=r"l2_clip_norm is .*: it must be positive"):
+    with pytest.raises(
+        UserError, match=r"l2_clip_norm is .*: it must be in \[1e-10, 1e10\]"
+    ):
         clipped_gradient(toy.loss_fn, l2_clip_norm=clip_norm)

@@ -19,7 +19,7 @@ from dpmix_jax import (
     privatizer,
     stream_key,
 )
-from dpmix_jax.statement import privacy_report, statement
+from dpmix_jax.statement import privacy_report, round_up, statement
 from tests import toy
 
 # (q, T, sigma, lower and upper bound on epsilon, RDP epsilon) at delta = 1e-5, relation
@@ -267,7 +267,7 @@ def test_the_statement_says_everything(relation, secret):
     assert json.loads(json.dumps(facts, allow_nan=False)) == facts
     text = " ".join(statement(facts).split())
     for words in (
-        f"({facts['epsilon_pld']:.4g}, 1e-05)-differentially private",
+        f"({round_up(facts['epsilon_pld'])}, 1e-05)-differentially private",
         "all of the 8 image(s) made from it",
         relation,
         "the final weights, raw and EMA",
@@ -281,8 +281,17 @@ def test_the_statement_says_everything(relation, secret):
         "by PLD",
         "RDP",
         "Public data used:** none",
-        "deleted at the end" if secret else "train without a fixed seed",
+        "deleted after the last update" if secret else "train without a fixed seed",
         "float32",
     ):
         assert words in text, words
     assert max(map(len, statement(facts).splitlines())) <= 88
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(2.99997, "3"), (3.0, "3"), (10.004, "10.01"), (0.123401, "0.1235"), (8, "8")],
+)
+def test_a_promise_is_never_rounded_down(value, text):
+    assert round_up(value) == text
+    assert float(round_up(value)) >= value

@@ -6,8 +6,9 @@ from flax import linen as nn
 
 from dpmix_jax.errors import UserError
 from dpmix_jax.models.cnn import CNN
+from dpmix_jax.models.wrn import WideResNet
 
-REGISTRY: dict[str, type[nn.Module]] = {"cnn": CNN}
+REGISTRY: dict[str, type[nn.Module]] = {"cnn": CNN, "wrn": WideResNet}
 
 
 def options(name: str) -> tuple[str, ...]:

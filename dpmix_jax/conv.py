@@ -1,0 +1,316 @@
+"""Convolutions that stay fast when every record has a gradient of its own.
+
+`jax.vmap(jax.grad(loss))` asks for the weight gradient of each record: a convolution of
+two arrays that both have a record axis. JAX's rule makes one convolution of it, with a
+group for each record and the output gradient as a filter as large as the image, which
+is several times slower than the gradient of the same images together. But a weight
+gradient has few outputs, one matrix for each tap of the kernel, and each is a plain
+matrix product of a shifted image with the output gradient.
+
+`fast_convolutions` puts these products in place of such convolutions in any gradient
+function, whatever library its model is written in.
+"""
+
+import functools
+import itertools
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.extend import core
+
+from dpmix_jax.errors import UserError
+
+FORMULATIONS = ("auto", "flat", "shifted", "batch_group", "plain")
+
+# With more taps than this a product for each costs more than one grouped convolution.
+_MAX_TAPS = 64
+# Flat products also run over the padding: not worth it where that is the larger part.
+_MAX_FLAT_WASTE = 2.0
+
+
+def fast_convolutions(
+    function: Callable[..., Any], *, formulation: str = "auto"
+) -> Callable[..., Any]:
+    """Makes a gradient function of one record fast under `jax.vmap` over records.
+
+    `jax.vmap(fast_convolutions(jax.grad(loss_fn)), (None, 0, 0))` returns what it
+    returns without, to float rounding. The function is traced, and each convolution in
+    it, also inside `jit`, `remat`, `scan`, `cond` and custom derivatives, is replaced
+    by one with another batching rule, which applies where both operands are batched;
+    everything else is left as it is. Take gradients first, then call this: the result
+    cannot itself be differentiated where a rule has been applied in reverse mode.
+
+    Args:
+      function: of one record, usually `jax.grad` or `jax.value_and_grad` of a loss.
+        All its arguments are traced.
+      formulation: how to compute a convolution of which both operands are batched:
+        `flat` (a product of contiguous slices for each tap; stride 1), `shifted` (a
+        product of a shifted slice for each tap), `batch_group` (one convolution with
+        `batch_group_count`), `plain` (JAX's own rule), or `auto`, which chooses by
+        backend and shape. One that does not apply to a convolution is `plain` there.
+
+    Returns:
+      A function of the same signature.
+
+    Raises:
+      UserError: for an unknown formulation.
+    """
+    if formulation not in FORMULATIONS:
+        raise UserError(
+            f"formulation is {formulation!r}: it must be one of"
+            f" {', '.join(FORMULATIONS)}"
+        )
+    if formulation == "plain":
+        return function
+
+    @functools.wraps(function)
+    def rewritten(*args, **kwargs):
+        closed, shape = jax.make_jaxpr(function, return_shape=True)(*args, **kwargs)
+        leaves = jax.tree.leaves((args, kwargs))
+        outputs = _evaluate(closed, leaves, formulation)
+        return jax.tree.unflatten(jax.tree.structure(shape), outputs)
+
+    return rewritten
+
+
+# How a convolution of two batched operands is computed.
+
+
+def _products(conv, shape, lhs, rhs, *, flat: bool) -> jax.Array:
+    """Weight gradient of one record as one matrix product for each tap.
+
+    Args:
+      conv: the convolution, for its window and output layout.
+      shape: of the output.
+      lhs: images, to be laid out as [c, *space, n].
+      rhs: output gradients, to be laid out as [c, *window, o].
+      flat: read each shifted image as one contiguous piece of the padded one: with
+        rows padded to one pitch a shift is an offset, and zeros cancel what wraps.
+    """
+    numbers = conv["dimension_numbers"]
+    n, c, *space = numbers.lhs_spec
+    o, f, *window = numbers.rhs_spec
+    images = jnp.transpose(lhs, (c, *space, n))
+    gradients = jnp.transpose(rhs, (f, *window, o))
+    pads = [(low, high, 0) for low, high in conv["padding"]]
+    zero = jnp.zeros((), lhs.dtype)
+    images = lax.pad(images, zero, [(0, 0, 0), *pads, (0, 0, 0)])
+    taps = [shape[axis] for axis in numbers.out_spec[2:]]
+    spread = gradients.shape[1:-1]
+    if flat:
+        pitch = images.shape[1:-1]
+        room = [(0, whole - used, 0) for whole, used in zip(pitch, spread, strict=True)]
+        zero = zero.astype(rhs.dtype)
+        gradients = lax.pad(gradients, zero, [(0, 0, 0), *room, (0, 0, 0)])
+        strides = [math.prod(pitch[axis + 1 :]) for axis in range(len(pitch))]
+        images = images.reshape(-1, images.shape[-1])
+        gradients = gradients.reshape(-1, gradients.shape[-1])
+
+    def product(tap):
+        if flat:
+            offset = sum(i * stride for i, stride in zip(tap, strides, strict=True))
+            piece = images[offset:]
+            return _dot(conv, piece, gradients[: piece.shape[0]])
+        start = [i * s for i, s in zip(tap, conv["window_strides"], strict=True)]
+        stop = [
+            first + (size - 1) * step + 1
+            for first, size, step in zip(
+                start, spread, conv["rhs_dilation"], strict=True
+            )
+        ]
+        piece = lax.slice(
+            images,
+            (0, *start, 0),
+            (images.shape[0], *stop, images.shape[-1]),
+            (1, *conv["rhs_dilation"], 1),
+        )
+        return _dot(
+            conv,
+            piece.reshape(-1, piece.shape[-1]),
+            gradients.reshape(-1, gradients.shape[-1]),
+        )
+
+    found = jnp.stack([product(tap) for tap in itertools.product(*map(range, taps))])
+    found = found.reshape(*taps, *found.shape[1:])  # [*taps, n, o]
+    last = found.ndim - 2
+    order = [0] * found.ndim
+    for position, axis in enumerate(numbers.out_spec):
+        order[axis] = last + position if position < 2 else position - 2
+    return jnp.transpose(found, order)
+
+
+def _dot(conv, images: jax.Array, gradients: jax.Array) -> jax.Array:
+    """[l, n], [l, o] -> [n, o], in `batch_group_count` blocks; sums in float32."""
+    groups = conv["batch_group_count"]
+    options = {
+        "precision": conv["precision"],
+        "preferred_element_type": max(
+            images.dtype, jnp.dtype("float32"), key=lambda dtype: dtype.itemsize
+        ),
+    }
+    if groups == 1:
+        return lax.dot_general(images, gradients, (((0,), (0,)), ((), ())), **options)
+    images = images.reshape(images.shape[0], groups, -1)
+    gradients = gradients.reshape(gradients.shape[0], groups, -1)
+    blocks = lax.dot_general(images, gradients, (((0,), (0,)), ((1,), (1,))), **options)
+    return jnp.moveaxis(blocks, 0, 1).reshape(blocks.shape[1], -1)
+
+
+def _batch_group(conv, lhs, rhs) -> jax.Array:
+    """All records in one convolution with `batch_group_count` for each record."""
+    numbers = conv["dimension_numbers"]
+    size = lhs.shape[0]
+    n, o, out = numbers.lhs_spec[0], numbers.rhs_spec[0], numbers.out_spec[1]
+    merged = lax.conv_general_dilated(
+        _merge(lhs, n),
+        _merge(rhs, o),
+        **{**conv, "batch_group_count": conv["batch_group_count"] * size},
+    )
+    split = (*merged.shape[:out], size, -1, *merged.shape[out + 1 :])
+    return jnp.moveaxis(merged.reshape(split), out, 0)
+
+
+def _merge(array: jax.Array, axis: int) -> jax.Array:
+    """Moves the leading record axis into another one, as its major part."""
+    array = jnp.moveaxis(array, 0, axis)
+    return array.reshape(*array.shape[:axis], -1, *array.shape[axis + 2 :])
+
+
+def _choose(conv, shape, lhs, rhs, formulation: str) -> str:
+    """Picks the formulation for one record's [shapes], `plain` where none applies."""
+    numbers = conv["dimension_numbers"]
+    taps = math.prod(shape[axis] for axis in numbers.out_spec[2:])
+    undilated = all(dilation == 1 for dilation in conv["lhs_dilation"])
+    if conv["feature_group_count"] > 1 or not undilated or taps > _MAX_TAPS:
+        return "plain"
+    contiguous = all(s == 1 for s in (*conv["window_strides"], *conv["rhs_dilation"]))
+    if formulation == "flat" and not contiguous:
+        return "shifted"
+    if formulation != "auto":
+        return formulation
+    if conv["batch_group_count"] > 1:  # depthwise: nothing to multiply in matrices
+        return "plain" if jax.default_backend() == "cpu" else "batch_group"
+    if jax.default_backend() != "cpu":
+        return "shifted"
+    padded = math.prod(
+        lhs.shape[axis] + sum(pad)
+        for axis, pad in zip(numbers.lhs_spec[2:], conv["padding"], strict=True)
+    )
+    used = math.prod(rhs.shape[axis] for axis in numbers.rhs_spec[2:])
+    small = padded <= _MAX_FLAT_WASTE * used
+    return "flat" if contiguous and small and taps > 1 else "shifted"
+
+
+def _with_fast_batching(conv: dict[str, Any], formulation: str):
+    """Returns the convolution as a function (lhs, rhs) with our batching rule."""
+
+    @jax.custom_batching.custom_vmap
+    def convolution(lhs, rhs):
+        return lax.conv_general_dilated(lhs, rhs, **conv)
+
+    @convolution.def_vmap
+    def rule(axis_size, in_batched, lhs, rhs):
+        def plain(lhs, rhs):
+            return lax.conv_general_dilated(lhs, rhs, **conv)
+
+        axes = [0 if batched else None for batched in in_batched]
+        if not all(in_batched):
+            return jax.vmap(plain, axes, axis_size=axis_size)(lhs, rhs), True
+        image, gradient = (
+            jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for x in (lhs, rhs)
+        )
+        result = jax.eval_shape(plain, image, gradient)
+        chosen = _choose(conv, result.shape, image, gradient, formulation)
+        if chosen == "plain":
+            return jax.vmap(plain)(lhs, rhs), True
+        if chosen == "batch_group":
+            return _batch_group(conv, lhs, rhs), True
+        record = functools.partial(_products, conv, result.shape, flat=chosen == "flat")
+        if jax.default_backend() == "cpu":  # its batched products are slow, loops not
+            out = lax.map(lambda pair: record(*pair), (lhs, rhs))
+        else:
+            out = jax.vmap(record)(lhs, rhs)
+        return out.astype(result.dtype), True
+
+    return convolution
+
+
+# All that is needed of JAX's extension points is below.
+
+
+def _evaluate(closed: core.ClosedJaxpr, args: Sequence[Any], formulation: str):
+    """Evaluates a jaxpr with its convolutions replaced."""
+    try:
+        return _interpret(closed.jaxpr, closed.consts, args, formulation)
+    except (AttributeError, TypeError, NotImplementedError, KeyError) as error:
+        warnings.warn(
+            f"jax {jax.__version__} does not let us replace its convolutions, so that"
+            f" per-record gradients are slow: {type(error).__name__}: {error}",
+            stacklevel=3,
+        )
+        return core.jaxpr_as_fun(closed)(*args)
+
+
+def _interpret(jaxpr: core.Jaxpr, consts, args, formulation: str) -> list[Any]:
+    values: dict[core.Var, Any] = {}
+    values.update(zip(jaxpr.constvars, consts, strict=True))
+    values.update(zip(jaxpr.invars, args, strict=True))
+
+    def read(atom):
+        return atom.val if isinstance(atom, core.Literal) else values[atom]
+
+    for equation in jaxpr.eqns:
+        inputs = [read(atom) for atom in equation.invars]
+        if equation.primitive.name == "conv_general_dilated":
+            params = dict(equation.params)
+            if params.get("out_sharding") is None:
+                params.pop("out_sharding", None)
+            outputs = [_with_fast_batching(params, formulation)(*inputs)]
+        else:
+            params = {
+                name: _rewrite(value, formulation)
+                for name, value in equation.params.items()
+            }
+            params = equation.primitive.get_bind_params(params)
+            with equation.ctx.manager:
+                found = equation.primitive.bind(*inputs, **params)
+            outputs = found if equation.primitive.multiple_results else [found]
+        values.update(zip(equation.outvars, outputs, strict=True))
+    return [read(atom) for atom in jaxpr.outvars]
+
+
+def _rewrite(param: Any, formulation: str) -> Any:
+    """Rewrites the jaxprs in a parameter of an equation, if they hold a convolution."""
+    if type(param) in (tuple, list):
+        return type(param)(_rewrite(item, formulation) for item in param)
+    if isinstance(param, core.Jaxpr) and not param.constvars:
+        closed = _rewrite(core.ClosedJaxpr(param, ()), formulation)
+        return param if closed.consts else closed.jaxpr
+    if not isinstance(param, core.ClosedJaxpr) or not _has_convolution(param.jaxpr):
+        return param
+    shapes = [var.aval for var in param.jaxpr.invars]
+    return jax.make_jaxpr(
+        lambda *args: _interpret(param.jaxpr, param.consts, args, formulation)
+    )(*shapes)
+
+
+def _has_convolution(jaxpr: core.Jaxpr) -> bool:
+    return any(
+        equation.primitive.name == "conv_general_dilated"
+        or any(_has_convolution(inner) for inner in _inner(equation.params))
+        for equation in jaxpr.eqns
+    )
+
+
+def _inner(params: dict[str, Any]):
+    for value in params.values():
+        for item in value if isinstance(value, (tuple, list)) else [value]:
+            if isinstance(item, core.ClosedJaxpr):
+                yield item.jaxpr
+            elif isinstance(item, core.Jaxpr):
+                yield item
