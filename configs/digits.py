@@ -36,7 +36,8 @@ def get_config() -> ml_collections.ConfigDict:
                 "neighboring_relation": "add_or_remove_one",
             },
             "optimizer": {"learning_rate": 1.0, "momentum": 0.0, "ema_decay": 0.95},
-            "performance": {"microbatch_size": 64},
+            # Records at a time: a number, or auto for as many as fit into memory.
+            "performance": {"microbatch_size": "32", "precision": "float32"},
             "logging": {"log_every": 5, "eval_every": 10, "checkpoint_every": 10},
         }
     )

@@ -12,8 +12,9 @@ from dpmix_jax.augment import AugmentationConfig
 from dpmix_jax.data import DataConfig
 from dpmix_jax.errors import UserError
 from dpmix_jax.mixup import MethodConfig
+from dpmix_jax.performance import PerformanceConfig
 from dpmix_jax.privacy import PrivacyConfig
-from dpmix_jax.training import OptimizerConfig, PerformanceConfig
+from dpmix_jax.training import OptimizerConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

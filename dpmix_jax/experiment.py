@@ -18,6 +18,7 @@ from dpmix_jax import (
     gradients,
     mixup,
     models,
+    performance,
     privacy,
     report,
     sampling,
@@ -59,16 +60,13 @@ def run(config: ExperimentConfig, workdir: Workdir) -> int:
             f" {1 / num_records:.3g}: such a promise allows publishing a whole record"
         )
     with workdir.locked(), caught_signals() as signals:
+        performance.keep_compiled_code(workdir.path.parent / ".jax_cache")
         workdir.check(config)
-        if workdir.results() is None:
-            mechanism = privacy.calibrate(
-                epsilon=config.privacy.epsilon,
-                delta=config.privacy.delta,
-                sampling_prob=sampling_prob,
-                num_updates=config.privacy.num_updates,
-                neighboring_relation=config.privacy.relation,
-            )
+        if workdir.results() is not None:
+            say(f"finished before: {workdir.path}")
+        else:
             model = _Model(config, dataset.train)
+            mechanism = _mechanism(config.privacy, sampling_prob, workdir)
             workdir.write_json("config.json", to_dict(config))
             say(
                 f"{config.method.name}, K = {config.method.set_size}:"
@@ -86,13 +84,42 @@ def run(config: ExperimentConfig, workdir: Workdir) -> int:
     return 0
 
 
+def _mechanism(
+    config: privacy.PrivacyConfig, sampling_prob: float, workdir: Workdir
+) -> privacy.Mechanism:
+    """Returns the mechanism of a run: that it began with, or else calibrated."""
+    kept = workdir.kept()
+    if kept is None:
+        say("calibrating the noise")
+        return privacy.calibrate(
+            epsilon=config.epsilon,
+            delta=config.delta,
+            sampling_prob=sampling_prob,
+            num_updates=config.num_updates,
+            neighboring_relation=config.relation,
+        )
+    mechanism = privacy.Mechanism(
+        sampling_prob=sampling_prob,
+        num_updates=config.num_updates,
+        noise_multiplier=kept["noise_multiplier"],
+        neighboring_relation=config.relation,
+    )
+    # Not to the last bit: accountants differ in it between processors.
+    if mechanism.epsilon(config.delta) > config.epsilon * (1 + 1e-6):
+        raise UserError(
+            f"workdir {workdir.path} began with less noise than {config.epsilon:g}"
+            " allows by this accountant: use another --workdir"
+        )
+    return mechanism
+
+
 def final_line(results: dict[str, Any]) -> str:
     """Returns the line that a finished run ends with."""
     return (
         f"test accuracy raw {100 * results['test_accuracy']:.2f} %,"
         f" EMA {100 * results['test_accuracy_ema']:.2f} %;"
         f" ({statement.round_up(results['epsilon'])},"
-        f" {results['delta']:g})-DP,"
+        f" {statement.round_up(results['delta'])})-DP,"
         f" sigma {results['noise_multiplier']:.4g}; {results['seconds']:.0f} s"
     )
 
@@ -126,8 +153,12 @@ class _Model:
 
     def __init__(self, config: ExperimentConfig, records: data.Records):
         module = models.create(
-            config.model.name, records.num_classes, **config.model.options
+            config.model.name,
+            records.num_classes,
+            dtype=config.performance.dtype,
+            **config.model.options,
         )
+        self._precision = config.performance.matmul_precision
         blank = jnp.zeros((1, *records.images.shape[1:]), jnp.float32)
         self.init = jax.jit(lambda key: module.init(key, blank))
         try:
@@ -141,7 +172,8 @@ class _Model:
 
     def logits(self, params: PyTree, images: jax.Array) -> jax.Array:
         """[B, H, W, C] -> [B, O]."""
-        return self._module.apply(params, images)
+        with self._precision():
+            return self._module.apply(params, images)
 
 
 class _Run:
@@ -158,14 +190,16 @@ class _Run:
     ):
         self.config, self.workdir, self.dataset = config, workdir, dataset
         self.mechanism, self.started = mechanism, started
-        self.seed = workdir.begin(
+        workdir.begin(
             config.seed,
-            {
-                "data": dataset.train.digest(),
-                "noise multiplier": mechanism.noise_multiplier,
-                "accountant": privacy.accountant_version(),
-            },
+            data=dataset.train.digest(),
+            noise_multiplier=mechanism.noise_multiplier,
         )
+        kept = workdir.kept()
+        assert kept is not None
+        # Forgotten once the last update is saved: nothing is drawn from it any more.
+        self.forgotten = kept["seed"] is None
+        self.seed = 0 if self.forgotten else kept["seed"]
         self.mesh = training.make_mesh()
         records = dataset.train
 
@@ -174,10 +208,12 @@ class _Run:
             return optax.softmax_cross_entropy(logits, labels).mean()
 
         gradient_fn = gradients.clipped_gradient(
-            loss_fn, l2_clip_norm=config.privacy.l2_clip_norm
+            loss_fn,
+            l2_clip_norm=config.privacy.l2_clip_norm,
+            convolutions=config.performance.convolutions,
         )
         self.record_set = mixup.augmentation_set(config.method, config.augmentation)
-        self.accumulate = training.make_accumulate(
+        self.accumulate = training.Accumulate(
             gradient_fn,
             self.record_set,
             records,
@@ -211,14 +247,47 @@ class _Run:
 
     def train(self, stop) -> bool:
         """Does the updates that are left; returns False if stopped before the last."""
-        config, num_updates = self.config, self.config.privacy.num_updates
-        every = config.logging
+        num_updates = self.config.privacy.num_updates
         self.state = self.checkpoints.restore(self.state)
         first = int(self.state.step)
         self.workdir.keep_metrics(first)
+        if self.forgotten and first < num_updates:
+            raise UserError(
+                f"workdir {self.workdir.path} has lost the checkpoint of its last"
+                " update: use another --workdir"
+            )
         if first:
             say(f"going on after update {first}")
-        progress = _Progress(first, num_updates)
+        size = self._microbatch_size()
+        progress = _Progress(first, num_updates, self.started)
+        with performance.explained_out_of_memory(size):
+            self._updates(size, progress, stop)
+        done = int(self.state.step)
+        if done < num_updates:
+            self.checkpoints.save(self.state)
+            say(
+                f"stopped after update {done} of {num_updates}, which is saved:"
+                " the same command goes on from there"
+            )
+        return done == num_updates
+
+    def _microbatch_size(self) -> int:
+        size = self.config.performance.microbatch_size
+        if size != "auto":
+            return int(size)
+        found = performance.largest_microbatch(
+            lambda m: self.accumulate.bytes_needed(self.state.params, m),
+            expected_batch_size=self.config.privacy.expected_batch_size,
+            num_devices=self.mesh.size,
+            memory_gib=self.config.performance.memory_gib,
+        )
+        say(f"microbatches of {found} records")
+        return found
+
+    def _updates(self, microbatch_size: int, progress: "_Progress", stop) -> None:
+        """Does, logs and saves one update after the other."""
+        num_updates = self.config.privacy.num_updates
+        every = self.config.logging
         for state, sums in training.train(
             self.state,
             self.accumulate,
@@ -228,7 +297,7 @@ class _Run:
             num_records=len(self.dataset.train),
             sampling_prob=self.mechanism.sampling_prob,
             num_updates=num_updates,
-            microbatch_size=config.performance.microbatch_size,
+            microbatch_size=microbatch_size,
             stop=stop,
         ):
             self.state = state
@@ -240,14 +309,6 @@ class _Run:
                 self._log(step, sums, progress, evaluated)
             if step % every.checkpoint_every == 0 or last:
                 self.checkpoints.save(state)
-        done = int(self.state.step)
-        if done < num_updates:
-            self.checkpoints.save(self.state)
-            say(
-                f"stopped after update {done} of {num_updates}, which is saved:"
-                " the same command goes on from there"
-            )
-        return done == num_updates
 
     def _log(self, step, sums, progress, evaluated) -> None:
         """Writes one line of metrics and one of progress."""
@@ -336,8 +397,8 @@ class _Run:
 class _Progress:
     """Speed and remaining time, compilation of the first update left out."""
 
-    def __init__(self, first: int, last: int):
-        self.last = last
+    def __init__(self, first: int, last: int, started: float):
+        self.last, self._started = last, started
         self._first, self._done, self._records = first, first, 0.0
         self._start: float | None = None
 
@@ -345,6 +406,7 @@ class _Progress:
         count = float(records)  # waits for the update
         if self._start is None:
             self._start, self._first = time.time(), self._first + 1
+            say(f"first update after {self._start - self._started:.1f} s")
         else:
             self._records += count
         self._done += 1

@@ -25,7 +25,7 @@ from jax_privacy import clipping, noise_addition
 from dpmix_jax.errors import UserError
 
 RELATIONS = {relation.name.lower(): relation for relation in NeighboringRelation}
-_MIN_NOISE, _MAX_NOISE = 2.0**-2, 2.0**14
+_MIN_NOISE, _MAX_NOISE = 2.0**-3, 2.0**14
 _OWN_VERSION = 1  # of what is cached: raise it when `Mechanism` changes
 
 
@@ -201,17 +201,21 @@ def _calibrate(epsilon, delta, sampling_prob, num_updates, relation, version):
             neighboring_relation=NeighboringRelation[relation],
         )
 
-    # RDP is quick and never below PLD, so it bounds the search from above; PLD, whose
-    # cost grows with its epsilon, is then asked only near the target.
+    # RDP is quick and bounds the search roughly; PLD, whose cost grows with epsilon, is
+    # then asked only near the target.
     high = _MAX_NOISE
     while high > _MIN_NOISE and (
         mechanism(high / 2).epsilon(delta, accountant="rdp") <= epsilon
     ):
         high /= 2
+    enough = high > _MIN_NOISE
+    while enough and high < _MAX_NOISE and mechanism(high).epsilon(delta) > epsilon:
+        high *= 2
     low = high
-    while low >= _MIN_NOISE and mechanism(low).epsilon(delta) <= epsilon:
-        low, high = 0.8 * low, low
-    if low == high or low < _MIN_NOISE:
+    while enough and mechanism(low).epsilon(delta) <= epsilon:
+        enough = low > _MIN_NOISE
+        low, high = max(0.8 * low, _MIN_NOISE), low
+    if not enough or low == high:
         raise UserError(
             f"no noise multiplier from {_MIN_NOISE:g} to {_MAX_NOISE:g} spends epsilon"
             f" {epsilon:g} at delta {delta:g} in {num_updates} updates with sampling"

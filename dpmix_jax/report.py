@@ -134,7 +134,7 @@ def render(
         ("test accuracy, EMA weights", f"{100 * results['test_accuracy_ema']:.2f} %"),
         ("test accuracy, raw weights", f"{100 * results['test_accuracy']:.2f} %"),
         ("epsilon (PLD)", round_up(results["epsilon"])),
-        ("delta", f"{results['delta']:g}"),
+        ("delta", round_up(results["delta"])),
         ("sigma", f"{results['noise_multiplier']:.4g}"),
     ]
     classes = [

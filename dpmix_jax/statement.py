@@ -48,7 +48,7 @@ def privacy_report(
 def round_up(value: float, digits: int = 4) -> str:
     """Writes a positive number to some digits, never smaller than it is."""
     with decimal.localcontext(prec=digits, rounding=decimal.ROUND_CEILING):
-        return f"{float(+decimal.Decimal(value)):.{digits}g}"
+        return f"{float(+decimal.Decimal(repr(float(value)))):.{digits}g}"
 
 
 _RELATIONS = {
@@ -75,7 +75,9 @@ def statement(report: dict[str, Any]) -> str:
     """Writes the privacy statement of a run in Markdown from its `privacy_report`."""
     epsilon, delta = report["epsilon_pld"], report["delta"]
     relation, rdp = report["neighboring_relation"], report["epsilon_rdp"]
-    rdp_text = f"{rdp:.6g} by RDP" if rdp else "RDP bounds nothing for this relation"
+    rdp_text = (
+        f"{round_up(rdp, 7)} by RDP" if rdp else "RDP bounds nothing for this relation"
+    )
     items = {
         "Unit of privacy": (
             "one training record: an image with its label, and all of the"
@@ -110,8 +112,8 @@ def statement(report: dict[str, Any]) -> str:
             " probability, nothing is truncated. q and N are treated as public"
         ),
         "Accountant": (
-            f"{report['accountant']}: epsilon = {epsilon:.6g} by PLD, {rdp_text}, at"
-            f" delta = {delta:g}"
+            f"{report['accountant']}: epsilon = {round_up(epsilon, 7)} by PLD,"
+            f" {rdp_text}, at delta = {round_up(delta, 7)}"
         ),
         "Public data used": report["public_data"],
         "Seed": _SEEDS[report["secret_seed"]],
@@ -121,8 +123,8 @@ def statement(report: dict[str, Any]) -> str:
         ),
     }
     headline = (
-        f"The released weights are ({round_up(epsilon)}, {delta:g})-differentially"
-        " private."
+        f"The released weights are ({round_up(epsilon)}, {round_up(delta)})-"
+        "differentially private."
     )
     return "\n".join(
         ["# Privacy statement", "", headline, ""]

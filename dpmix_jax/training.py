@@ -55,31 +55,6 @@ class OptimizerConfig:
         return optax.sgd(self.learning_rate, self.momentum or None)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class PerformanceConfig:
-    """What changes memory and speed only, never a result beyond float rounding.
-
-    Attributes:
-      microbatch_size: records whose gradients are held at once, over all devices.
-    """
-
-    microbatch_size: int = 128
-
-    def __post_init__(self):
-        if self.microbatch_size < 1:
-            raise UserError(
-                f"performance.microbatch_size is {self.microbatch_size}: it must be at"
-                " least 1"
-            )
-
-    def check_devices(self, num_devices: int) -> None:
-        if self.microbatch_size % num_devices:
-            raise UserError(
-                f"performance.microbatch_size is {self.microbatch_size}: it must be a"
-                f" multiple of the number of devices, {num_devices}"
-            )
-
-
 class TrainState(NamedTuple):
     """Everything that one update hands to the next.
 
@@ -151,18 +126,12 @@ def sum_over_devices(
     )
 
 
-def make_accumulate(
-    gradient_fn: clipping.BoundedSensitivityCallable,
-    record_set: RecordSet,
-    records: Records,
-    mesh: jax.sharding.Mesh,
-    *,
-    key: jax.Array,
-    l2_clip_norm: float,
-) -> Callable[[PyTree, jax.Array, np.ndarray, Totals], Totals]:
-    """Compiles one microbatch: records, their sets, clipped gradients, running sums.
+class Accumulate:
+    """One microbatch, compiled: records, their sets, clipped gradients, running sums.
 
-    The dataset lives on every device as uint8; only indices travel.
+    `f(params, step, indices [m], totals) -> totals` adds the records of `indices` (-1
+    is padding) to `totals`, which it donates. The dataset lives on every device as
+    uint8; only indices travel.
 
     Formal guarantees:
       - Adds to `totals.gradients` at most `gradient_fn.sensitivity(relation)` more or
@@ -178,44 +147,67 @@ def make_accumulate(
       mesh: from `make_mesh`.
       key: scalar key of the augmentation stream.
       l2_clip_norm: C, to count clipped records (not private).
-
-    Returns:
-      `f(params, step, indices [m], totals) -> totals`, donating `totals`; indices of -1
-      are padding.
     """
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    spread = NamedSharding(mesh, PartitionSpec("records"))
-    words = np.asarray(jax.random.key_data(key))
-    fixed = [put(a, everywhere) for a in (records.images, records.labels, words)]
 
-    def batch_sums(shared, indices) -> Totals:
-        params, step, (images, labels, words) = shared
-        key = jax.random.wrap_key_data(words)
-        is_padding = indices < 0
-        drawn = records.normalize(jnp.take(images, indices, axis=0, mode="clip"))
-        targets = jax.nn.one_hot(
-            jnp.take(labels, indices, mode="clip"), records.num_classes
-        )
-        keys = sampling.record_keys(key, step, indices)
-        sets = jax.vmap(record_set)(keys, drawn, targets)
-        gradients, aux = gradient_fn(params, *sets, is_padding_example=is_padding)
-        nonprivate = {
-            "loss": jnp.sum(aux.values, where=~is_padding),
-            "clipped": jnp.sum(aux.grad_norms > l2_clip_norm, where=~is_padding),
-            "records": jnp.sum(~is_padding),
-        }
-        return Totals(gradients, nonprivate)
+    def __init__(
+        self,
+        gradient_fn: clipping.BoundedSensitivityCallable,
+        record_set: RecordSet,
+        records: Records,
+        mesh: jax.sharding.Mesh,
+        *,
+        key: jax.Array,
+        l2_clip_norm: float,
+    ):
+        everywhere = NamedSharding(mesh, PartitionSpec())
+        self._mesh = mesh
+        # The key is an argument, not a constant: compiled code is cached on disk.
+        words = np.asarray(jax.random.key_data(key))
+        self._fixed = [
+            put(array, everywhere) for array in (records.images, records.labels, words)
+        ]
 
-    @jax.jit(donate_argnums=2)
-    def accumulate(shared, indices, totals):
-        part = sum_over_devices(batch_sums, mesh)(shared, indices)
-        return jax.tree.map(lambda t, p: t + p.astype(t.dtype), totals, part)
+        def batch_sums(shared, indices) -> Totals:
+            params, step, (images, labels, words) = shared
+            key = jax.random.wrap_key_data(words)
+            is_padding = indices < 0
+            drawn = records.normalize(jnp.take(images, indices, axis=0, mode="clip"))
+            targets = jax.nn.one_hot(
+                jnp.take(labels, indices, mode="clip"), records.num_classes
+            )
+            keys = sampling.record_keys(key, step, indices)
+            sets = jax.vmap(record_set)(keys, drawn, targets)
+            gradients, aux = gradient_fn(params, *sets, is_padding_example=is_padding)
+            nonprivate = {
+                "loss": jnp.sum(aux.values, where=~is_padding),
+                "clipped": jnp.sum(aux.grad_norms > l2_clip_norm, where=~is_padding),
+                "records": jnp.sum(~is_padding),
+            }
+            return Totals(gradients, nonprivate)
 
-    def call(params, step, indices, totals):
-        indices = put(np.asarray(indices, np.int32), spread)
-        return accumulate((params, step, fixed), indices, totals)
+        @jax.jit(donate_argnums=2)
+        def accumulate(shared, indices, totals):
+            part = sum_over_devices(batch_sums, mesh)(shared, indices)
+            return jax.tree.map(lambda t, p: t + p.astype(t.dtype), totals, part)
 
-    return call
+        self._accumulate = accumulate
+
+    def __call__(
+        self, params: PyTree, step: jax.Array, indices: np.ndarray, totals: Totals
+    ) -> Totals:
+        spread = NamedSharding(self._mesh, PartitionSpec("records"))
+        placed = put(np.asarray(indices, np.int32), spread)
+        return self._accumulate((params, step, self._fixed), placed, totals)
+
+    def bytes_needed(self, params: PyTree, microbatch_size: int) -> int:
+        """Returns the memory of one device that a microbatch takes, by compiling it."""
+        spread = NamedSharding(self._mesh, PartitionSpec("records"))
+        indices = jax.ShapeDtypeStruct((microbatch_size,), jnp.int32, sharding=spread)
+        totals = init_totals(params, self._mesh)
+        shared = (params, jnp.int32(0), self._fixed)
+        used = self._accumulate.lower(shared, indices, totals).compile()
+        analysis: Any = used.memory_analysis()
+        return analysis.temp_size_in_bytes + analysis.argument_size_in_bytes
 
 
 def put(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
@@ -289,7 +281,7 @@ def make_update(
 
 def train(
     state: TrainState,
-    accumulate: Callable[[PyTree, jax.Array, np.ndarray, Totals], Totals],
+    accumulate: Accumulate,
     update: Callable[[TrainState, PyTree], TrainState],
     *,
     mesh: jax.sharding.Mesh,
@@ -307,7 +299,7 @@ def train(
 
     Args:
       state: from `init_state` or a checkpoint; `state.step` updates are done.
-      accumulate: from `make_accumulate`.
+      accumulate: an `Accumulate`.
       update: from `make_update`.
       mesh: from `make_mesh`.
       seed: of the run; its sampling stream draws the batches.

@@ -17,7 +17,7 @@ def write_atomically(
     path: pathlib.Path, content: str | bytes, *, mode: int = 0o644
 ) -> None:
     """Replaces a file by a whole new one: a killed run leaves the old or the new."""
-    partial = path.with_name(path.name + ".partial")
+    partial = path.with_name(f".{path.name}.partial")
     partial.unlink(missing_ok=True)
     descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
     with open(descriptor, "wb") as file:
@@ -80,44 +80,49 @@ class Workdir:
                 f" these differ: {', '.join(changed)}"
             )
 
-    def begin(self, seed: int | None, facts: Mapping[str, Any]) -> int:
-        """Returns the seed of a run that starts here, or that goes on here.
+    def kept(self) -> dict[str, Any] | None:
+        """Returns what `begin` has kept, or None for a run that has not begun."""
+        path = self.path / "secret.json"
+        return json.loads(path.read_text()) if path.exists() else None
 
-        The seed and `facts` are kept in `secret.json` for as long as updates are left,
-        so that the same noise never meets other data, nor other noise the same run.
+    def begin(self, seed: int | None, *, data: str, noise_multiplier: float) -> None:
+        """Keeps what the rest of the run needs, or checks that it is the same run.
+
+        Seed, noise and a checksum of the data stay in `secret.json` while the run is
+        not finished, so that the same noise never meets other data.
 
         Args:
           seed: from the config; None draws 128 bits from the operating system.
-          facts: what the guarantee rests on beside the config: noise, data, accountant.
+          data: checksum of the training records.
+          noise_multiplier: of the run.
 
         Raises:
-          UserError: if a run began here with other facts, or if its secret is lost.
+          UserError: if a run began here with other data, or if its secret is lost.
         """
-        path = self.path / "secret.json"
-        if not path.exists():
+        kept = self.kept()
+        if kept is None:
             if (self.path / "checkpoints").exists():
                 raise UserError(
                     f"workdir {self.path} has checkpoints but no secret.json to go on"
                     " from them: use another --workdir"
                 )
             drawn = secrets.randbits(128) if seed is None else seed
-            content = json.dumps({"seed": drawn, **facts})
-            write_atomically(path, content, mode=0o600)
-        kept = json.loads(path.read_text())
-        changed = [name for name, fact in facts.items() if kept.get(name) != fact]
-        if changed:
+            self._keep(seed=drawn, data=data, noise_multiplier=noise_multiplier)
+        elif kept["data"] != data:
             raise UserError(
-                f"workdir {self.path} holds a run that began with other"
-                f" {' and '.join(changed)}: put back what it began with, or use"
-                " another --workdir"
+                f"workdir {self.path} holds a run that began with other data: put those"
+                " back, or use another --workdir"
             )
-        return kept["seed"]
+
+    def _keep(self, **content: Any) -> None:
+        text = json.dumps(content)
+        write_atomically(self.path / "secret.json", text, mode=0o600)
 
     def forget_seed(self) -> None:
         """Erases the seed, with which the noise could be drawn again."""
-        path = self.path / "secret.json"
-        kept = json.loads(path.read_text())
-        write_atomically(path, json.dumps({**kept, "seed": 0}), mode=0o600)
+        kept = self.kept()
+        assert kept is not None
+        self._keep(**{**kept, "seed": None})
 
     def end(self, results: Mapping[str, Any]) -> None:
         """Writes the results, by which the run is finished."""

@@ -16,8 +16,8 @@ from dpmix_jax import AugmentationConfig, MethodConfig, augmentation_set
 from dpmix_jax.gradients import clipped_gradient
 from dpmix_jax.mixup import METHODS
 from dpmix_jax.training import (
+    Accumulate,
     init_totals,
-    make_accumulate,
     make_mesh,
     put,
     sum_over_devices,
@@ -54,7 +54,7 @@ def sums() -> dict[str, np.ndarray]:
         key = jax.random.key(7)
 
         def run(records, indices, record_set=record_set, key=key):
-            accumulate = make_accumulate(
+            accumulate = Accumulate(
                 gradient_fn, record_set, records, mesh, key=key, l2_clip_norm=CLIP_NORM
             )
             totals = init_totals(params, mesh)

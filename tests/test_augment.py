@@ -55,12 +55,16 @@ def test_nothing_to_draw_returns_the_image():
     np.testing.assert_array_equal(random_view(key(), image, augmentation=none), image)
 
 
+@pytest.mark.proves("augment.random_view", 1)
+@pytest.mark.proves("augment.views", 1)
 @pytest.mark.parametrize("reach", [0.5, 1.0, 1.75])
 def test_subpixel_shift_interpolates_a_ramp_exactly(reach):
     """Away from the edges a linear image moves by the offset, which fills the range."""
     ramp = jnp.broadcast_to(jnp.arange(12.0)[None, :, None], (5, 12, 1))
     some = AugmentationConfig(flip=False, max_shift=reach, subpixel=True)
     drawn = np.asarray(views(key(1), ramp, 500, augmentation=some))
+    again = np.asarray(views(key(1), ramp, 500, augmentation=some))
+    np.testing.assert_array_equal(drawn, again)
     moved = drawn[:, :, 3:9] - np.asarray(ramp)[None, :, 3:9]
     offsets = moved.mean(axis=(1, 2, 3))
     np.testing.assert_allclose(

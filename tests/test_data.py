@@ -1,3 +1,5 @@
+import hypothesis
+import hypothesis.strategies as st
 import numpy as np
 import pytest
 
@@ -68,6 +70,7 @@ def test_npz_round_trip(tmp_path):
         ({"train_labels": np.zeros(20)}, "train_labels in .* are float64"),
         ({"train_labels": np.full(20, 2)}, r"labels are in \[2, 2\]"),
         ({"train_labels": np.full(20, -1)}, r"labels are in \[-1, -1\]"),
+        ({"train_labels": np.full(20, 2**32 + 1)}, r"labels are in \[2, 2\]"),
         ({"train_labels": np.zeros(19, int)}, "one for each of the 20 images"),
         ({"train_images": np.zeros((20, 4, 4, 3))}, "images are float64"),
         ({"train_images": np.zeros((20, 5, 4, 3), np.uint8)}, "must be of one size"),
@@ -120,6 +123,21 @@ def test_config_refuses(options, message):
         data.load(DataConfig(**options))
 
 
+@hypothesis.given(place=st.integers(0, 10**6), value=st.integers(0, 255))
+def test_damaged_archives_are_refused_or_read(tmp_path_factory, place, value):
+    """Whatever byte is changed: one clear error, or records that are well formed."""
+    path = tmp_path_factory.mktemp("damaged") / "data.npz"
+    np.savez_compressed(path, **arrays())
+    content = bytearray(path.read_bytes())
+    content[place % len(content)] = value
+    path.write_bytes(bytes(content))
+    try:
+        dataset = data.load(DataConfig(name="npz", path=str(path)))
+    except UserError:
+        return
+    assert dataset.train.images.dtype == np.uint8
+
+
 def test_digest_sees_every_pixel_and_label():
     records = data.load(DataConfig()).train
     images, labels = records.images.copy(), records.labels.copy()
@@ -128,5 +146,6 @@ def test_digest_sees_every_pixel_and_label():
     changed = [
         Records(**{**vars(records), "images": images}),
         Records(**{**vars(records), "labels": labels}),
+        Records(**{**vars(records), "class_names": (*records.class_names, "x")}),
     ]
-    assert len({records.digest(), *(other.digest() for other in changed)}) == 3
+    assert len({records.digest(), *(other.digest() for other in changed)}) == 4

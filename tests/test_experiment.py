@@ -1,5 +1,6 @@
 """Whole runs by the command line: what they write, and that they survive."""
 
+import ast
 import json
 import os
 import pathlib
@@ -8,14 +9,16 @@ import signal
 import stat
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
 import safetensors.numpy
 
+from dpmix_jax import experiment
+from dpmix_jax.config import from_config_dict
 from dpmix_jax.workdir import Workdir
 from tests.conftest import ROOT
+from tests.test_config import load as load_config
 
 SMALL = {
     "seed": 3,
@@ -140,7 +143,7 @@ def test_a_finished_run_is_not_repeated(finished):
     before = outcome(workdir)
     again = run(workdir)
     assert (again.returncode, again.stdout) == (0, first.stdout)
-    assert "update" not in again.stderr
+    assert again.stderr == f"finished before: {workdir}\n"
     assert outcome(workdir) == before
 
 
@@ -258,21 +261,60 @@ def test_resuming_on_other_data_is_refused(tmp_path):
     write(300)
     refused = run(workdir, **options)
     assert refused.returncode == 2
-    assert "holds a run that began with other data: put back" in refused.stderr
+    assert "holds a run that began with other data: put those back" in refused.stderr
 
 
 def test_one_workdir_one_run(tmp_path):
     workdir = tmp_path / "run"
-    first = start(workdir)
-    try:
-        while not (workdir / "config.json").exists():
-            time.sleep(0.05)
+    with Workdir(workdir).locked():
         second = run(workdir)
-    finally:
-        first.kill()
-        first.communicate()
     assert second.returncode == 2
     assert second.stderr == f"error: workdir {workdir} is in use by another run\n"
+
+
+def test_a_kill_while_the_results_are_written(finished, tmp_path, monkeypatch):
+    """Between any two files: the same command ends with the same bits, nothing left."""
+    expected = outcome(finished[0])
+    workdir = tmp_path / "run"
+    values = [arg.split("=", 1) for arg in command(workdir)[4:]]
+    config = load_config()
+    changes = {key.removeprefix("--config."): parse(value) for key, value in values}
+    changes["performance.microbatch_size"] = "64"
+    config.update_from_flattened_dict(changes)
+
+    class Killed(BaseException):
+        pass
+
+    def attempt(allowed):
+        left = iter(range(allowed))
+        replace = os.replace
+
+        def counted(source, target):
+            if next(left, None) is None:
+                raise Killed
+            replace(source, target)
+
+        with monkeypatch.context() as patch:
+            patch.setattr("dpmix_jax.workdir.os.replace", counted)
+            patch.setattr("dpmix_jax.performance.keep_compiled_code", lambda _: None)
+            try:
+                return experiment.run(from_config_dict(config), Workdir(workdir))
+            except Killed:
+                return None
+
+    # Three files begin a run; of the rest, each attempt gets one further.
+    attempts = [attempt(allowed) for allowed in (3, 3, 4, 5, 6, 7, 8)]
+    assert attempts == [None] * 6 + [0]
+    assert outcome(workdir) == expected
+    assert not (workdir / "secret.json").exists()
+    assert not list(workdir.glob(".*.partial"))
+
+
+def parse(value):
+    try:
+        return ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return value
 
 
 @pytest.mark.parametrize(
@@ -316,11 +358,6 @@ def test_one_workdir_one_run(tmp_path):
             ["--config=configs/digits.py", "--workdir=README.md/run"],
             "workdir README.md/run is not writable: Not a directory",
         ),
-        (
-            ["--config=configs/digits.py", "--workdir=tests"],
-            "workdir tests holds __init__.py but no config.json: use a new or empty"
-            " --workdir",
-        ),
     ],
 )
 def test_a_mistake_is_one_line(tmp_path, flags, message):
@@ -337,6 +374,13 @@ def test_a_mistake_is_one_line(tmp_path, flags, message):
     assert done.stdout == ""
     written = tmp_path.rglob("*")
     assert {path.name for path in written} <= {"run", ".lock"}
+
+
+def test_a_workdir_with_other_files_is_refused(tmp_path):
+    (tmp_path / "thesis.tex").touch()
+    done = run(tmp_path)
+    assert done.returncode == 2
+    assert "holds thesis.tex but no config.json: use a new or empty" in done.stderr
 
 
 def test_a_microbatch_that_does_not_divide_over_the_devices(tmp_path):

@@ -56,7 +56,7 @@ def by_topology(tmp_path_factory):
 TOPOLOGIES = ["one device", "four devices", "two processes"]
 
 
-@pytest.mark.proves("training.make_accumulate", 1)
+@pytest.mark.proves("training.Accumulate", 1)
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("topology", TOPOLOGIES)
 def test_a_changed_record_moves_the_sum_by_the_sensitivity(
@@ -78,7 +78,7 @@ def test_a_changed_record_moves_the_sum_by_the_sensitivity(
         assert moved(bad, "float") <= 2 * bound
 
 
-@pytest.mark.proves("training.make_accumulate", 2)
+@pytest.mark.proves("training.Accumulate", 2)
 @pytest.mark.proves("training.sum_over_devices", 1)
 @pytest.mark.parametrize("topology", TOPOLOGIES[1:])
 def test_topologies_agree(by_topology, topology):

@@ -97,6 +97,8 @@ def test_full_batches_spend_what_one_gaussian_does(relation, noise_multiplier):
         (3.0, 256 / 1437, 100, "replace_one", None),
         (50.0, 0.5, 10, "add_or_remove_one", None),
         (0.05, 0.01, 100, "add_or_remove_one", None),
+        (0.1, 1e-4, 10**6, "add_or_remove_one", None),  # where RDP is below PLD
+        (2.647, 256 / 60000, 10, "replace_one", None),
     ],
 )
 def test_calibration_meets_the_budget_and_wastes_nothing(
@@ -118,7 +120,7 @@ def test_calibration_meets_the_budget_and_wastes_nothing(
 
 @pytest.mark.parametrize("epsilon", [1e-6, 1e5])
 def test_calibration_says_when_no_noise_will_do(epsilon):
-    with pytest.raises(UserError, match=r"no noise multiplier from 0.25 to 16384"):
+    with pytest.raises(UserError, match=r"no noise multiplier from 0.125 to 16384"):
         calibrate(epsilon=epsilon, delta=1e-5, sampling_prob=0.05, num_updates=50)
 
 
@@ -290,7 +292,14 @@ def test_the_statement_says_everything(relation, secret):
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(2.99997, "3"), (3.0, "3"), (10.004, "10.01"), (0.123401, "0.1235"), (8, "8")],
+    [
+        (2.99997, "3"),
+        (3.0, "3"),
+        (10.004, "10.01"),
+        (0.123401, "0.1235"),
+        (8, "8"),
+        (1e-5, "1e-05"),
+    ],
 )
 def test_a_promise_is_never_rounded_down(value, text):
     assert round_up(value) == text

@@ -28,7 +28,7 @@ DATA = toy.records(40)
 
 @pytest.fixture(scope="module")
 def accumulate():
-    return training.make_accumulate(
+    return training.Accumulate(
         GRADIENT, RECORD_SET, DATA, training.make_mesh(), key=KEY, l2_clip_norm=0.3
     )
 
@@ -92,6 +92,7 @@ def test_one_update_equals_its_definition(accumulate):
     assert sums["records"] == len(batch) > 0
 
 
+@pytest.mark.proves("training.Accumulate", 2)
 @pytest.mark.parametrize("microbatch_size", [1, 3, 40])
 def test_microbatch_size_changes_rounding_only(accumulate, microbatch_size):
     reference = train(accumulate, 8)[-1]
@@ -101,7 +102,7 @@ def test_microbatch_size_changes_rounding_only(accumulate, microbatch_size):
     )
 
 
-@pytest.mark.proves("training.make_accumulate", 3)
+@pytest.mark.proves("training.Accumulate", 3)
 def test_nothing_compiles_after_the_first_updates(accumulate):
     """Whatever sizes are drawn, empty batches among them."""
     compiled, sizes = [], []
@@ -173,9 +174,17 @@ def test_going_on_from_a_state_is_bit_identical(accumulate):
 
 
 def test_stopping_drops_the_update_under_way(accumulate):
-    calls = iter([False] * 3 + [True] * 99)
-    states = train(accumulate, 2, num_updates=5, q=0.2, stop=lambda: next(calls))
-    assert len(states) < 5
+    whole = train(accumulate, 2, num_updates=3)
+    parts = [
+        len(poisson_batch(3, step, num_records=len(DATA), sampling_prob=0.2) + 1) // 2
+        for step in range(3)
+    ]
+    assert parts[1] > 1
+    calls = iter([False] * (parts[0] + parts[1] - 1) + [True] * 99)
+    stopped = train(accumulate, 2, num_updates=3, stop=lambda: next(calls))
+    assert 1 <= len(stopped) < 3
+    for state, same in zip(stopped, whole, strict=False):
+        np.testing.assert_array_equal(toy.flat(state.params), toy.flat(same.params))
 
 
 def test_ema_warms_up_as_published():
@@ -211,19 +220,8 @@ def test_totals_are_float32_for_any_params():
             {"learning_rate": 1.0, "ema_decay": -0.1},
             "optimizer.ema_decay is -0.1",
         ),
-        (
-            training.PerformanceConfig,
-            {"microbatch_size": 0},
-            "performance.microbatch_size is 0",
-        ),
     ],
 )
 def test_refuses(config, options, message):
     with pytest.raises(UserError, match=message):
         config(**options)
-
-
-def test_a_microbatch_must_divide_over_the_devices():
-    training.PerformanceConfig(microbatch_size=8).check_devices(4)
-    with pytest.raises(UserError, match="a multiple of the number of devices, 4"):
-        training.PerformanceConfig(microbatch_size=6).check_devices(4)

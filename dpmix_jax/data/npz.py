@@ -1,6 +1,7 @@
 """Anyone's images from one NumPy archive."""
 
 import zipfile
+import zlib
 
 import numpy as np
 
@@ -41,7 +42,10 @@ def load_npz(path: str) -> tuple[Records, Records]:
         EOFError,
         TypeError,
         AttributeError,  # a lone .npy array
+        NotImplementedError,
+        RuntimeError,
         zipfile.BadZipFile,
+        zlib.error,
     ) as error:
         raise UserError(f"data.path is {path}: cannot be read ({error})") from None
     for name in _ARRAYS:
@@ -67,6 +71,7 @@ def load_npz(path: str) -> tuple[Records, Records]:
 
 
 def _records(images: np.ndarray, labels: np.ndarray, names: tuple[str, ...]) -> Records:
+    labels = np.clip(labels, -1, len(names))  # or the cast could wrap into range
     images = images[..., None] if images.ndim == 3 else images
     channels = images.shape[-1] if images.ndim == 4 else 1
     return Records(

@@ -67,7 +67,8 @@ class Records:
         return (images.astype(jnp.float32) / 255.0 - mean) / stddev
 
     def digest(self) -> str:
-        """Returns a checksum of images and labels; as private as they are."""
+        """Returns a checksum of everything; as private as the records are."""
         content = hashlib.sha256(np.ascontiguousarray(self.images).data)
+        content.update(repr((self.images.shape, self.class_names)).encode())
         content.update(np.ascontiguousarray(self.labels).data)
         return content.hexdigest()

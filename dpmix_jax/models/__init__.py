@@ -19,7 +19,9 @@ def options(name: str) -> tuple[str, ...]:
         )
     fields = dataclasses.fields(REGISTRY[name])
     return tuple(
-        f.name for f in fields if f.name not in ("parent", "name", "num_classes")
+        f.name
+        for f in fields
+        if f.name not in ("parent", "name", "num_classes", "dtype")
     )
 
 

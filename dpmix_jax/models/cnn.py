@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import jax
+import jax.numpy as jnp
 from flax import linen as nn
 
 
@@ -13,11 +14,13 @@ class CNN(nn.Module):
       num_classes: O.
       features: channels of each convolution.
       groups: groups of each GroupNorm (normalising over a batch would mix records).
+      dtype: of the computation; parameters and logits are float32.
     """
 
     num_classes: int
     features: Sequence[int] = (32, 64)
     groups: int = 8
+    dtype: jax.typing.DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:
@@ -25,6 +28,7 @@ class CNN(nn.Module):
         for i, channels in enumerate(self.features):
             if i > 0:
                 x = nn.max_pool(x, (2, 2), (2, 2))
-            x = nn.Conv(channels, (3, 3), use_bias=False)(x)
-            x = nn.relu(nn.GroupNorm(num_groups=self.groups)(x))
-        return nn.Dense(self.num_classes)(x.reshape((x.shape[0], -1)))
+            x = nn.Conv(channels, (3, 3), use_bias=False, dtype=self.dtype)(x)
+            x = nn.relu(nn.GroupNorm(num_groups=self.groups, dtype=self.dtype)(x))
+        x = x.reshape((x.shape[0], -1)).astype(jnp.float32)
+        return nn.Dense(self.num_classes)(x)

@@ -16,11 +16,13 @@ class WSConv(nn.Module):
       features: output channels.
       kernel_size: side of the square kernel.
       stride: along both axes; padding is `SAME`.
+      dtype: of the convolution; weights are standardised in float32.
     """
 
     features: int
     kernel_size: int = 3
     stride: int = 1
+    dtype: jax.typing.DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -34,17 +36,13 @@ class WSConv(nn.Module):
         variance = jnp.square(centred).mean(axes)
         scale = gain * jax.lax.rsqrt(jnp.maximum(variance * fan_in, 1e-4))
         out = jax.lax.conv_general_dilated(
-            x,
-            centred * scale[None, None, None],
+            x.astype(self.dtype),
+            (centred * scale[None, None, None]).astype(self.dtype),
             (self.stride, self.stride),
             "SAME",
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
         )
-        return out + bias[None, None, None]
-
-
-def _activate_and_normalize(x: jax.Array, groups: int) -> jax.Array:
-    return nn.GroupNorm(num_groups=groups, epsilon=1e-5)(nn.relu(x))
+        return out + bias[None, None, None].astype(self.dtype)
 
 
 class WideResNet(nn.Module):
@@ -58,6 +56,7 @@ class WideResNet(nn.Module):
       order: of layers in the shortcuts that change shape: 0 for ReLU -> GroupNorm ->
         convolution, as De et al., 3 for convolution -> GroupNorm -> ReLU (Bao and
         Bindschaedler, 2024, who find it better).
+      dtype: of the computation; parameters and logits are float32.
     """
 
     num_classes: int
@@ -65,6 +64,7 @@ class WideResNet(nn.Module):
     width: int = 4
     groups: int = 16
     order: int = 0
+    dtype: jax.typing.DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:
@@ -72,12 +72,12 @@ class WideResNet(nn.Module):
             raise ValueError(f"depth is {self.depth}: it must be 6 n + 4, at least 10")
         if self.order not in (0, 3):
             raise ValueError(f"order is {self.order}: it must be 0 or 3")
-        x = WSConv(16)(images)
+        x = self._conv(images, 16)
         for stage, channels in enumerate((16, 32, 64)):
             for block in range((self.depth - 4) // 6):
                 stride = 2 if stage > 0 and block == 0 else 1
                 x = self._block(x, channels * self.width, stride, block == 0)
-        x = _activate_and_normalize(x, self.groups).mean(axis=(1, 2))
+        x = self._norm(nn.relu(x)).astype(jnp.float32).mean(axis=(1, 2))
         return nn.Dense(self.num_classes, kernel_init=_FAN_IN)(x)
 
     def _block(
@@ -85,13 +85,17 @@ class WideResNet(nn.Module):
     ) -> jax.Array:
         shortcut = x
         if reshape and self.order == 0:
-            shortcut = _activate_and_normalize(shortcut, self.groups)
-            shortcut = WSConv(channels, 1, stride)(shortcut)
+            shortcut = self._norm(nn.relu(shortcut))
+            shortcut = self._conv(shortcut, channels, 1, stride)
         elif reshape:
-            shortcut = WSConv(channels, 1, stride)(shortcut)
-            shortcut = nn.GroupNorm(num_groups=self.groups, epsilon=1e-5)(shortcut)
-            shortcut = nn.relu(shortcut)
+            shortcut = self._conv(shortcut, channels, 1, stride)
+            shortcut = nn.relu(self._norm(shortcut))
         for step in (stride, 1):
-            x = _activate_and_normalize(x, self.groups)
-            x = WSConv(channels, 3, step)(x)
+            x = self._conv(self._norm(nn.relu(x)), channels, 3, step)
         return x + shortcut
+
+    def _conv(self, x, channels: int, kernel_size: int = 3, stride: int = 1):
+        return WSConv(channels, kernel_size, stride, self.dtype)(x)
+
+    def _norm(self, x: jax.Array) -> jax.Array:
+        return nn.GroupNorm(self.groups, epsilon=1e-5, dtype=self.dtype)(x)
