@@ -5,6 +5,7 @@ labels)`. Axes: B records, K members of an augmentation set, H W C image, O clas
 
     augment    views of one image                          [H,W,C] -> [k,H,W,C]
     mixup      the augmentation set of one record          -> [K,H,W,C], [K,O]
+    conv       convolutions whose per-record gradients are fast, in any model
     gradients  loss -> clipped sum of per-record gradients, with its sensitivity
     privacy    (epsilon, delta) <-> noise multiplier, and the noise
     sampling   the Poisson batch of a step, and keys
@@ -14,6 +15,7 @@ promised.
 """
 
 from dpmix_jax.augment import AugmentationConfig, random_view, views
+from dpmix_jax.conv import fast_convolutions
 from dpmix_jax.errors import UserError
 from dpmix_jax.gradients import clipped_gradient
 from dpmix_jax.mixup import MethodConfig, augmentation_set, mixups, random_pairs
@@ -38,6 +40,7 @@ __all__ = [
     "augmentation_set",
     "calibrate",
     "clipped_gradient",
+    "fast_convolutions",
     "microbatches",
     "mixups",
     "poisson_batch",

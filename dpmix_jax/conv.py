@@ -29,8 +29,6 @@ FORMULATIONS = ("auto", "flat", "shifted", "batch_group", "plain")
 
 # With more taps than this a product for each costs more than one grouped convolution.
 _MAX_TAPS = 64
-# Flat products also run over the padding: not worth it where that is the larger part.
-_MAX_FLAT_WASTE = 2.0
 
 
 def fast_convolutions(
@@ -181,8 +179,8 @@ def _merge(array: jax.Array, axis: int) -> jax.Array:
     return array.reshape(*array.shape[:axis], -1, *array.shape[axis + 2 :])
 
 
-def _choose(conv, shape, lhs, rhs, formulation: str) -> str:
-    """Picks the formulation for one record's [shapes], `plain` where none applies."""
+def _choose(conv, shape, formulation: str) -> str:
+    """Picks the formulation for an output of this shape, `plain` where none applies."""
     numbers = conv["dimension_numbers"]
     taps = math.prod(shape[axis] for axis in numbers.out_spec[2:])
     undilated = all(dilation == 1 for dilation in conv["lhs_dilation"])
@@ -195,15 +193,7 @@ def _choose(conv, shape, lhs, rhs, formulation: str) -> str:
         return formulation
     if conv["batch_group_count"] > 1:  # depthwise: nothing to multiply in matrices
         return "plain" if jax.default_backend() == "cpu" else "batch_group"
-    if jax.default_backend() != "cpu":
-        return "shifted"
-    padded = math.prod(
-        lhs.shape[axis] + sum(pad)
-        for axis, pad in zip(numbers.lhs_spec[2:], conv["padding"], strict=True)
-    )
-    used = math.prod(rhs.shape[axis] for axis in numbers.rhs_spec[2:])
-    small = padded <= _MAX_FLAT_WASTE * used
-    return "flat" if contiguous and small and taps > 1 else "shifted"
+    return "shifted"
 
 
 def _with_fast_batching(conv: dict[str, Any], formulation: str):
@@ -225,7 +215,7 @@ def _with_fast_batching(conv: dict[str, Any], formulation: str):
             jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for x in (lhs, rhs)
         )
         result = jax.eval_shape(plain, image, gradient)
-        chosen = _choose(conv, result.shape, image, gradient, formulation)
+        chosen = _choose(conv, result.shape, formulation)
         if chosen == "plain":
             return jax.vmap(plain)(lhs, rhs), True
         if chosen == "batch_group":
