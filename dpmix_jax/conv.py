@@ -278,10 +278,13 @@ def _rewrite(param: Any, formulation: str) -> Any:
     """Rewrites the jaxprs in a parameter of an equation, if they hold a convolution."""
     if type(param) in (tuple, list):
         return type(param)(_rewrite(item, formulation) for item in param)
-    if isinstance(param, core.Jaxpr) and not param.constvars:
+    # jax 0.11 has one class for both, so that what is closed comes first.
+    if not isinstance(param, core.ClosedJaxpr):
+        if not isinstance(param, core.Jaxpr) or param.constvars:
+            return param
         closed = _rewrite(core.ClosedJaxpr(param, ()), formulation)
         return param if closed.consts else closed.jaxpr
-    if not isinstance(param, core.ClosedJaxpr) or not _has_convolution(param.jaxpr):
+    if not _has_convolution(param.jaxpr):
         return param
     shapes = [var.aval for var in param.jaxpr.invars]
     return jax.make_jaxpr(
