@@ -25,7 +25,7 @@ from jax.extend import core
 
 from dpmix_jax.errors import UserError
 
-FORMULATIONS = ("auto", "flat", "shifted", "batch_group", "plain")
+FORMULATIONS = ("auto", "rows", "shifted", "flat", "batch_group", "plain")
 
 # With more taps than this a product for each costs more than one grouped convolution.
 _MAX_TAPS = 64
@@ -41,16 +41,17 @@ def fast_convolutions(
     it, also inside `jit`, `remat`, `scan`, `cond` and custom derivatives, is replaced
     by one with another batching rule, which applies where both operands are batched;
     everything else is left as it is. Take gradients first, then call this: the result
-    cannot itself be differentiated where a rule has been applied in reverse mode.
+    can be differentiated again, forward and in reverse, but at the speed of JAX's rule.
 
     Args:
       function: of one record, usually `jax.grad` or `jax.value_and_grad` of a loss.
         All its arguments are traced.
       formulation: how to compute a convolution of which both operands are batched:
-        `flat` (a product of contiguous slices for each tap; stride 1), `shifted` (a
-        product of a shifted slice for each tap), `batch_group` (one convolution with
-        `batch_group_count`), `plain` (JAX's own rule), or `auto`, which chooses by
-        backend and shape. One that does not apply to a convolution is `plain` there.
+        `rows` (a product for each row of taps; stride 1), `shifted` (a product of a
+        shifted slice for each tap), `flat` (the same of contiguous slices; stride 1),
+        `batch_group` (one convolution with `batch_group_count`), `plain` (JAX's own
+        rule), or `auto`, which chooses by backend and shape. Where `rows` or `flat`
+        does not apply `shifted` does, where no other does `plain`.
 
     Returns:
       A function of the same signature.
@@ -79,62 +80,24 @@ def fast_convolutions(
 # How a convolution of two batched operands is computed.
 
 
-def _products(conv, shape, lhs, rhs, *, flat: bool) -> jax.Array:
-    """Weight gradient of one record as one matrix product for each tap.
+def _products(conv, shape, lhs, rhs, *, formulation: str) -> jax.Array:
+    """Weight gradient of one record as matrix products over its pixels.
 
     Args:
       conv: the convolution, for its window and output layout.
       shape: of the output.
       lhs: images, to be laid out as [c, *space, n].
       rhs: output gradients, to be laid out as [c, *window, o].
-      flat: read each shifted image as one contiguous piece of the padded one: with
-        rows padded to one pitch a shift is an offset, and zeros cancel what wraps.
+      formulation: `rows`, `shifted` or `flat`.
     """
     numbers = conv["dimension_numbers"]
     n, c, *space = numbers.lhs_spec
     o, f, *window = numbers.rhs_spec
     images = jnp.transpose(lhs, (c, *space, n))
     gradients = jnp.transpose(rhs, (f, *window, o))
-    pads = [(low, high, 0) for low, high in conv["padding"]]
-    zero = jnp.zeros((), lhs.dtype)
-    images = lax.pad(images, zero, [(0, 0, 0), *pads, (0, 0, 0)])
     taps = [shape[axis] for axis in numbers.out_spec[2:]]
-    spread = gradients.shape[1:-1]
-    if flat:
-        pitch = images.shape[1:-1]
-        room = [(0, whole - used, 0) for whole, used in zip(pitch, spread, strict=True)]
-        zero = zero.astype(rhs.dtype)
-        gradients = lax.pad(gradients, zero, [(0, 0, 0), *room, (0, 0, 0)])
-        strides = [math.prod(pitch[axis + 1 :]) for axis in range(len(pitch))]
-        images = images.reshape(-1, images.shape[-1])
-        gradients = gradients.reshape(-1, gradients.shape[-1])
-
-    def product(tap):
-        if flat:
-            offset = sum(i * stride for i, stride in zip(tap, strides, strict=True))
-            piece = images[offset:]
-            return _dot(conv, piece, gradients[: piece.shape[0]])
-        start = [i * s for i, s in zip(tap, conv["window_strides"], strict=True)]
-        stop = [
-            first + (size - 1) * step + 1
-            for first, size, step in zip(
-                start, spread, conv["rhs_dilation"], strict=True
-            )
-        ]
-        piece = lax.slice(
-            images,
-            (0, *start, 0),
-            (images.shape[0], *stop, images.shape[-1]),
-            (1, *conv["rhs_dilation"], 1),
-        )
-        return _dot(
-            conv,
-            piece.reshape(-1, piece.shape[-1]),
-            gradients.reshape(-1, gradients.shape[-1]),
-        )
-
-    found = jnp.stack([product(tap) for tap in itertools.product(*map(range, taps))])
-    found = found.reshape(*taps, *found.shape[1:])  # [*taps, n, o]
+    products = {"rows": _rows, "shifted": _shifted, "flat": _flat}[formulation]
+    found = products(conv, taps, images, gradients)  # [*taps, n, o]
     last = found.ndim - 2
     order = [0] * found.ndim
     for position, axis in enumerate(numbers.out_spec):
@@ -142,21 +105,109 @@ def _products(conv, shape, lhs, rhs, *, flat: bool) -> jax.Array:
     return jnp.transpose(found, order)
 
 
-def _dot(conv, images: jax.Array, gradients: jax.Array) -> jax.Array:
-    """[l, n], [l, o] -> [n, o], in `batch_group_count` blocks; sums in float32."""
+def _shifted(conv, taps: Sequence[int], images, gradients) -> jax.Array:
+    """For each tap, the product of a shifted slice of the images with the gradients."""
+    images = _pad(images, conv["padding"])
+    found = [
+        _dot(conv, _window(conv, images, tap, gradients.shape[1:-1]), gradients)
+        for tap in itertools.product(*map(range, taps))
+    ]
+    return jnp.stack(found).reshape(*taps, *found[0].shape)
+
+
+def _rows(conv, taps: Sequence[int], images, gradients) -> jax.Array:
+    """For each row of taps one product, its taps side by side in one factor.
+
+    To shift images by a column is to shift gradients back by one, so the gradients,
+    shifted once for each tap of a row, make a factor wide enough to be multiplied fast,
+    and images are moved for each row only.
+    """
+    *rows, row = taps
+    *above, (low, _) = conv["padding"]
+    step, width, used = conv["window_strides"][-1], images.shape[-2], gradients.shape
+    shifts = [tap * step - low for tap in range(row)]
+    kept = [(0, 0)] * len(above)
     groups = conv["batch_group_count"]
-    options = {
-        "precision": conv["precision"],
-        "preferred_element_type": max(
+    wide = jnp.stack(  # [c, *window, groups, row, o of the group]
+        [
+            _pad(gradients, [*kept, (shift, width - used[-2] - shift)]).reshape(
+                *used[:-2], width, groups, -1
+            )
+            for shift in shifts
+        ],
+        axis=-2,
+    ).reshape(*used[:-2], width, -1)
+    images = _pad(images, [*above, (0, 0)])
+    found = [
+        _dot(conv, _window(conv, images, (*tap, 0), wide.shape[1:-1]), wide)
+        for tap in itertools.product(*map(range, rows))
+    ]
+    products = jnp.stack(found).reshape(*rows, -1, groups, row, used[-1] // groups)
+    return jnp.moveaxis(products, -2, len(rows)).reshape(*taps, -1, used[-1])
+
+
+def _flat(conv, taps: Sequence[int], images, gradients) -> jax.Array:
+    """For each tap a product of contiguous slices: no copies, some more pixels.
+
+    With rows of images and gradients padded to one pitch a shift is an offset, and the
+    gradients' zeros cancel what wraps.
+    """
+    images = _pad(images, conv["padding"])
+    pitch = images.shape[1:-1]
+    spread = gradients.shape[1:-1]
+    room = [(0, whole - used) for whole, used in zip(pitch, spread, strict=True)]
+    gradients = _pad(gradients, room).reshape(-1, gradients.shape[-1])
+    images = images.reshape(-1, images.shape[-1])
+    strides = [math.prod(pitch[axis + 1 :]) for axis in range(len(pitch))]
+    found = []
+    for tap in itertools.product(*map(range, taps)):
+        offset = sum(i * stride for i, stride in zip(tap, strides, strict=True))
+        piece = images[offset:]
+        found.append(_dot(conv, piece, gradients[: piece.shape[0]]))
+    return jnp.stack(found).reshape(*taps, *found[0].shape)
+
+
+def _pad(array: jax.Array, pads: Sequence[tuple[int, int]]) -> jax.Array:
+    """Pads the middle axes of [c, *space, n] with zeros; negative pads crop."""
+    config = [(0, 0, 0), *((low, high, 0) for low, high in pads), (0, 0, 0)]
+    return lax.pad(array, jnp.zeros((), array.dtype), config)
+
+
+def _window(conv, images, tap: Sequence[int], spread: Sequence[int]) -> jax.Array:
+    """Slices the pixels that a tap meets, for gradients of shape [c, *spread, o]."""
+    start = [i * s for i, s in zip(tap, conv["window_strides"], strict=True)]
+    stop = [
+        first + (size - 1) * step + 1
+        for first, size, step in zip(start, spread, conv["rhs_dilation"], strict=True)
+    ]
+    return lax.slice(
+        images,
+        (0, *start, 0),
+        (images.shape[0], *stop, images.shape[-1]),
+        (1, *conv["rhs_dilation"], 1),
+    )
+
+
+def _dot(conv, images: jax.Array, gradients: jax.Array) -> jax.Array:
+    """[*l, n], [*l, o] -> [n, o], in `batch_group_count` blocks; sums in float32."""
+    groups = conv["batch_group_count"]
+    images = images.reshape(-1, groups, images.shape[-1] // groups)
+    gradients = gradients.reshape(-1, groups, gradients.shape[-1] // groups)
+    if groups == 1:
+        images, gradients = images[:, 0], gradients[:, 0]
+    batch = ((1,), (1,)) if groups > 1 else ((), ())
+    found = lax.dot_general(
+        images,
+        gradients,
+        (((0,), (0,)), batch),
+        precision=conv["precision"],
+        preferred_element_type=max(
             images.dtype, jnp.dtype("float32"), key=lambda dtype: dtype.itemsize
         ),
-    }
-    if groups == 1:
-        return lax.dot_general(images, gradients, (((0,), (0,)), ((), ())), **options)
-    images = images.reshape(images.shape[0], groups, -1)
-    gradients = gradients.reshape(gradients.shape[0], groups, -1)
-    blocks = lax.dot_general(images, gradients, (((0,), (0,)), ((1,), (1,))), **options)
-    return jnp.moveaxis(blocks, 0, 1).reshape(blocks.shape[1], -1)
+    )
+    if groups > 1:  # [groups, n, o] -> [n, groups * o]
+        found = jnp.moveaxis(found, 0, 1).reshape(found.shape[1], -1)
+    return found
 
 
 def _batch_group(conv, lhs, rhs) -> jax.Array:
@@ -186,48 +237,63 @@ def _choose(conv, shape, formulation: str) -> str:
     undilated = all(dilation == 1 for dilation in conv["lhs_dilation"])
     if conv["feature_group_count"] > 1 or not undilated or taps > _MAX_TAPS:
         return "plain"
-    contiguous = all(s == 1 for s in (*conv["window_strides"], *conv["rhs_dilation"]))
-    if formulation == "flat" and not contiguous:
-        return "shifted"
-    if formulation != "auto":
-        return formulation
-    if conv["batch_group_count"] > 1:  # depthwise: nothing to multiply in matrices
+    if formulation == "auto" and conv["batch_group_count"] > 1:
+        # Grouped and depthwise: little to multiply in matrices.
         return "plain" if jax.default_backend() == "cpu" else "batch_group"
-    return "shifted"
+    steps = {
+        "auto": conv["rhs_dilation"][-1:],
+        "rows": conv["rhs_dilation"][-1:],
+        "flat": (*conv["window_strides"], *conv["rhs_dilation"]),
+    }
+    if any(step > 1 for step in steps.get(formulation, ())):
+        return "shifted"
+    return "rows" if formulation == "auto" else formulation
 
 
 def _with_fast_batching(conv: dict[str, Any], formulation: str):
     """Returns the convolution as a function (lhs, rhs) with our batching rule."""
+    plain = functools.partial(lax.conv_general_dilated, **conv)
+
+    @jax.custom_jvp  # around the other, which has no reverse mode
+    def differentiable(lhs, rhs):
+        return convolution(lhs, rhs)
+
+    @differentiable.defjvp
+    def derivative(primals, tangents):
+        (lhs, rhs), (lhs_tangent, rhs_tangent) = primals, tangents
+        tangent = plain(lhs_tangent, rhs) + plain(lhs, rhs_tangent)
+        return differentiable(lhs, rhs), tangent
 
     @jax.custom_batching.custom_vmap
     def convolution(lhs, rhs):
-        return lax.conv_general_dilated(lhs, rhs, **conv)
+        return plain(lhs, rhs)
 
     @convolution.def_vmap
     def rule(axis_size, in_batched, lhs, rhs):
-        def plain(lhs, rhs):
-            return lax.conv_general_dilated(lhs, rhs, **conv)
-
         axes = [0 if batched else None for batched in in_batched]
         if not all(in_batched):
             return jax.vmap(plain, axes, axis_size=axis_size)(lhs, rhs), True
-        image, gradient = (
-            jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for x in (lhs, rhs)
-        )
-        result = jax.eval_shape(plain, image, gradient)
-        chosen = _choose(conv, result.shape, formulation)
-        if chosen == "plain":
-            return jax.vmap(plain)(lhs, rhs), True
-        if chosen == "batch_group":
-            return _batch_group(conv, lhs, rhs), True
-        record = functools.partial(_products, conv, result.shape, flat=chosen == "flat")
-        if jax.default_backend() == "cpu":  # its batched products are slow, loops not
-            out = lax.map(lambda pair: record(*pair), (lhs, rhs))
-        else:
-            out = jax.vmap(record)(lhs, rhs)
-        return out.astype(result.dtype), True
+        return _batched(conv, formulation, lhs, rhs), True
 
-    return convolution
+    return differentiable
+
+
+def _batched(conv, formulation: str, lhs, rhs) -> jax.Array:
+    """One convolution for each record, both operands being the record's own."""
+    plain = functools.partial(lax.conv_general_dilated, **conv)
+    one = [jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for x in (lhs, rhs)]
+    result = jax.eval_shape(plain, *one)
+    chosen = _choose(conv, result.shape, formulation)
+    if chosen == "plain":
+        return jax.vmap(plain)(lhs, rhs)
+    if chosen == "batch_group":
+        return _batch_group(conv, lhs, rhs)
+    record = functools.partial(_products, conv, result.shape, formulation=chosen)
+    if jax.default_backend() == "cpu":  # its batched products are slow, loops not
+        out = lax.map(lambda pair: record(*pair), (lhs, rhs))
+    else:
+        out = jax.vmap(record)(lhs, rhs)
+    return out.astype(result.dtype)
 
 
 # All that is needed of JAX's extension points is below.

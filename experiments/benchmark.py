@@ -2,15 +2,18 @@
 
     python experiments/benchmark.py --width=2 --k=16 --records=4 --json=speed.json
 
-The workload is B records of K random 32x32x3 images in float32. Every round times every
-row once, in rotated order, and ratios are taken within rounds, so that a machine that
-slows down for a while spoils no comparison. Leave it alone all the same: PyTorch's CPU
+The workload is B records of K random 32x32x3 images. Every round times every row once,
+in rotated order, and ratios are taken within rounds, so that a machine that slows down
+for a while spoils no comparison. Leave it alone all the same: PyTorch's CPU
 threads spin while they wait for each other, and with another program on their cores its
 rows were seen to take ten times as long, JAX's twice.
 """
 
+import collections
 import dataclasses
 import functools
+import glob
+import gzip
 import importlib.metadata
 import importlib.util
 import json
@@ -19,6 +22,7 @@ import pathlib
 import platform
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple, NoReturn
@@ -33,9 +37,10 @@ from jax_privacy import clipping
 from dpmix_jax import models
 from dpmix_jax.errors import UserError
 from dpmix_jax.gradients import clipped_gradient
+from dpmix_jax.performance import PRECISIONS, PerformanceConfig
 from dpmix_jax.workdir import write_atomically
 
-FORMULATIONS = ("ours:flat", "ours:shifted", "ours:batch_group")
+FORMULATIONS = ("ours:rows", "ours:shifted", "ours:flat", "ours:batch_group")
 IN_JAX = ("non-private", "ours", *FORMULATIONS, "jax_privacy")
 IN_TORCH = (
     "torch non-private",
@@ -48,7 +53,8 @@ IN_TORCH = (
 PACKAGES = ("jax", "jaxlib", "jax_privacy", "flax", "torch", "opacus")
 NUM_CLASSES = 10
 L2_CLIP_NORM = 0.1  # below every gradient's norm here, so that the clip is at work
-TOLERANCE = 1e-5
+# Of the norm of a sum, between two ways to compute it.
+TOLERANCE = {"float32": 1e-5, "tensorfloat32": 5e-3, "bfloat16": 5e-2}
 
 _WIDTH = flags.DEFINE_integer("width", 2, "w of WRN-16-w.", lower_bound=1)
 _K = flags.DEFINE_integer("k", 16, "Images of a record.", lower_bound=1)
@@ -60,6 +66,12 @@ _METHODS = flags.DEFINE_list(
 _FORMULATIONS = flags.DEFINE_bool(
     "formulations", False, "Adds a row for each formulation of convolutions."
 )
+_PRECISION = flags.DEFINE_enum(
+    "precision", "float32", PRECISIONS, "Of the forward and backward pass."
+)
+_PROFILE = flags.DEFINE_bool(
+    "profile", False, "Names the five operations that take most of our time."
+)
 _JSON = flags.DEFINE_string("json", None, "Where to write all that was measured.")
 _RATIO = flags.DEFINE_bool(
     "dpmix_over_self_aug",
@@ -69,7 +81,7 @@ _RATIO = flags.DEFINE_bool(
 _PEAK = flags.DEFINE_float(
     "peak_tflops",
     None,
-    "Of the GPU in float32; adds model FLOP utilisation to the table.",
+    "Of the GPU at this precision; adds model FLOP utilisation to the table.",
     lower_bound=1e-9,
 )
 
@@ -154,9 +166,12 @@ def jax_gradients(loss_fn: Callable[..., jax.Array]) -> dict[str, Callable[..., 
     }
 
 
+def performance() -> PerformanceConfig:
+    return PerformanceConfig(precision=_PRECISION.value)
+
+
 def build_jax(function: Callable[..., Any], args: tuple[Any, ...]) -> Ready:
-    """Compiles in full float32, as training does unless told otherwise."""
-    with jax.default_matmul_precision("float32"):
+    with performance().matmul_precision():
         compiled = jax.jit(function).lower(*args).compile()
     memory = compiled.memory_analysis()
     peak_bytes = memory and (
@@ -183,7 +198,9 @@ def make_rows(names: list[str], k: int, suffix: str = "") -> list[Row]:
     labels = np.eye(NUM_CLASSES, dtype=np.float32)[
         rng.integers(NUM_CLASSES, size=shape)
     ]
-    model = models.create("wrn", NUM_CLASSES, depth=16, width=_WIDTH.value)
+    model = models.create(
+        "wrn", NUM_CLASSES, depth=16, width=_WIDTH.value, dtype=performance().dtype
+    )
 
     def loss_fn(params, images, labels):
         logits = model.apply(params, images)
@@ -198,7 +215,9 @@ def make_rows(names: list[str], k: int, suffix: str = "") -> list[Row]:
     if any(name in IN_TORCH for name in names):
         import torch_wrn  # needs the extra `peers`
 
-        peers = torch_wrn.Gradients(_WIDTH.value, images, labels, L2_CLIP_NORM)
+        peers = torch_wrn.Gradients(
+            _WIDTH.value, images, labels, L2_CLIP_NORM, _PRECISION.value
+        )
         for name, make in peers.methods().items():
             builds[name] = functools.partial(build_torch, make)
     base = "non-private" + suffix
@@ -291,10 +310,11 @@ def check(rows: list[Row]) -> dict[str, float]:
                 continue
             difference = relative_difference(row.output, peer.output)
             differences[row.name] = difference
-            if not difference <= TOLERANCE:  # also where it is NaN
+            allowed = TOLERANCE[_PRECISION.value]
+            if not difference <= allowed:  # also where it is NaN
                 sys.exit(
                     f"error: {row.name} differs from jax_privacy by {difference:.1e} of"
-                    f" the norm of the sum, {TOLERANCE:g} is allowed: nothing was timed"
+                    f" the norm of the sum, {allowed:g} is allowed: nothing was timed"
                 )
     return differences
 
@@ -302,6 +322,23 @@ def check(rows: list[Row]) -> dict[str, float]:
 def relative_difference(found: Any, expected: Any) -> float:
     gap = optax.tree.norm(optax.tree.sub(found, expected))
     return float(gap / optax.tree.norm(expected))
+
+
+def profile(row: Row, calls: int = 3) -> list[tuple[str, float]]:
+    """Returns the operations of a row and their seconds in one call, longest first."""
+    assert row.ready is not None
+    spent: dict[str, float] = collections.defaultdict(float)
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            for _ in range(calls):
+                row.ready.call()
+        (path,) = glob.glob(f"{folder}/**/*.trace.json.gz", recursive=True)
+        with gzip.open(path) as file:
+            events = json.load(file)["traceEvents"]
+    for event in events:
+        if event.get("ph") == "X" and "hlo_op" in event.get("args", {}):
+            spent[event["name"]] += event["dur"] / 1e6 / calls
+    return sorted(spent.items(), key=lambda item: -item[1])
 
 
 def paired(row: Row, base: Row | None) -> dict[str, float] | None:
@@ -424,7 +461,8 @@ def benchmark() -> None:
         print(f"{name.replace('_', ' ')}: {value}")
     ks = " and ".join(str(k) for k in sorted({row.k for row in rows}))
     result["workload"] = (
-        f"WRN-16-{_WIDTH.value}, 32x32x3, float32, {_RECORDS.value} records x {ks}"
+        f"WRN-16-{_WIDTH.value}, 32x32x3, {_PRECISION.value}, {_RECORDS.value} records"
+        f" x {ks}"
         f" images, {_ROUNDS.value} paired rounds: medians (least to greatest)"
     )
     print(result["workload"], flush=True)
@@ -438,6 +476,11 @@ def benchmark() -> None:
         found = paired(by_name["ours K=34"], by_name["ours K=16"])
         result["dpmix_over_self_aug"] = found
         print(f"\nours at K = 34 over ours at K = 16: {ratio(found)}; 34/16 = 2.125")
+    if _PROFILE.value and "ours" in by_name:
+        result["profile"] = profile(by_name["ours"])
+        whole = sum(seconds for _, seconds in result["profile"])
+        for name, seconds in result["profile"][:5]:
+            print(f"{seconds / whole:6.1%} {seconds:.3g} s  {name}")
     if path:
         write_atomically(path, json.dumps(result, indent=2) + "\n")
 

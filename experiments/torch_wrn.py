@@ -6,6 +6,7 @@ ghost mode has norms without gradients for linear layers only, of those in this 
 the gradients of its convolutions are formed image by image there too.
 """
 
+import functools
 import warnings
 from collections.abc import Callable
 
@@ -65,6 +66,7 @@ def _per_image_gradients(layer, activations, backprops):
         dilation=layer.dilation,
     )
     backprops = backprops.flatten(2)
+    columns = columns.to(backprops.dtype)  # they differ under autocast
     product = torch.einsum("nol,ncl->noc", backprops, columns)
     _, pullback = vjp(standardize, layer.weight.detach(), layer.gain.detach())
     weight, gain = vmap(pullback)(product.unflatten(2, layer.weight.shape[1:]))
@@ -127,10 +129,16 @@ class Gradients:
     """
 
     def __init__(
-        self, width: int, images: np.ndarray, labels: np.ndarray, l2_clip_norm: float
+        self,
+        width: int,
+        images: np.ndarray,
+        labels: np.ndarray,
+        l2_clip_norm: float,
+        precision: str,
     ):
-        # JAX multiplies in full float32 in this benchmark.
-        torch.backends.cudnn.allow_tf32 = False
+        torch.backends.cudnn.allow_tf32 = precision == "tensorfloat32"
+        torch.backends.cuda.matmul.allow_tf32 = precision == "tensorfloat32"
+        self._precision = precision
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.images = torch.tensor(images).movedim(-1, 2).contiguous().to(self.device)
         self.labels = torch.tensor(labels).to(self.device)
@@ -138,14 +146,19 @@ class Gradients:
 
     def methods(self) -> dict[str, Callable[[], Call]]:
         """Returns what builds each row of the table."""
-        return {
+        hooks = functools.partial(self.per_image, functorch=False)
+        rows = {
             "torch non-private": self.nonprivate,
             "torch.func vmap(grad)": self.vmapped,
-            "Opacus hooks": lambda: self.per_image(functorch=False),
-            "Opacus functorch": lambda: self.per_image(functorch=True),
+            "Opacus hooks": hooks,
+            "Opacus functorch": functools.partial(self.per_image, functorch=True),
             "Opacus ghost": self.ghost,
-            "K-averaged hooks": lambda: self.per_image(functorch=False, averaged=True),
+            "K-averaged hooks": functools.partial(hooks, averaged=True),
         }
+        if self._precision == "bfloat16":
+            autocast = torch.autocast(self.device, torch.bfloat16)
+            return {name: lambda m=make: autocast(m()) for name, make in rows.items()}
+        return rows
 
     def nonprivate(self) -> Call:
         """Gradient of the mean loss of all images."""

@@ -216,3 +216,23 @@ def test_a_users_own_error_passes_through():
 def test_refuses():
     with pytest.raises(UserError, match="formulation is 'fft': it must be one of auto"):
         fast_convolutions(jnp.sin, formulation="fft")
+
+
+def test_derivatives_of_every_order():
+    """Forward mode, reverse mode and both together, on top of a gradient or alone."""
+
+    def loss(weights, images):
+        return jnp.tanh(_once(weights, images)).sum()
+
+    weights, images = draw(0, 3, 3, 2, 3), draw(1, 3, 1, 5, 5, 2)
+
+    def derivatives(wrap):
+        gradients = jax.vmap(wrap(jax.grad(loss)), (None, 0))
+        return (
+            jax.jvp(lambda w: gradients(w, images), (weights,), (weights,))[1],
+            jax.grad(lambda w: jnp.square(gradients(w, images)).sum())(weights),
+            jax.jacfwd(lambda w: gradients(w, images))(weights),
+            jax.vmap(jax.grad(wrap(loss)), (None, 0))(weights, images),
+        )
+
+    assert_close(derivatives(fast_convolutions), derivatives(lambda f: f))

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from dpmix_jax.models.norm import GroupNorm
+
 
 class CNN(nn.Module):
     """3x3 convolutions with GroupNorm and ReLU, each later one after a 2x2 max pool.
@@ -29,6 +31,6 @@ class CNN(nn.Module):
             if i > 0:
                 x = nn.max_pool(x, (2, 2), (2, 2))
             x = nn.Conv(channels, (3, 3), use_bias=False, dtype=self.dtype)(x)
-            x = nn.relu(nn.GroupNorm(num_groups=self.groups, dtype=self.dtype)(x))
+            x = nn.relu(GroupNorm(self.groups, dtype=self.dtype)(x))
         x = x.reshape((x.shape[0], -1)).astype(jnp.float32)
         return nn.Dense(self.num_classes)(x)

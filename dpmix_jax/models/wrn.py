@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from dpmix_jax.models.norm import GroupNorm
+
 _FAN_IN = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
 
 
@@ -98,4 +100,4 @@ class WideResNet(nn.Module):
         return WSConv(channels, kernel_size, stride, self.dtype)(x)
 
     def _norm(self, x: jax.Array) -> jax.Array:
-        return nn.GroupNorm(self.groups, epsilon=1e-5, dtype=self.dtype)(x)
+        return GroupNorm(self.groups, dtype=self.dtype)(x)
