@@ -252,7 +252,7 @@ def _choose(conv, shape, formulation: str) -> str:
 
 def _with_fast_batching(conv: dict[str, Any], formulation: str):
     """Returns the convolution as a function (lhs, rhs) with our batching rule."""
-    plain = functools.partial(lax.conv_general_dilated, **conv)
+    plain: Callable[..., Any] = functools.partial(lax.conv_general_dilated, **conv)
 
     @jax.custom_jvp  # around the other, which has no reverse mode
     def differentiable(lhs, rhs):
@@ -280,7 +280,7 @@ def _with_fast_batching(conv: dict[str, Any], formulation: str):
 
 def _batched(conv, formulation: str, lhs, rhs) -> jax.Array:
     """One convolution for each record, both operands being the record's own."""
-    plain = functools.partial(lax.conv_general_dilated, **conv)
+    plain: Callable[..., Any] = functools.partial(lax.conv_general_dilated, **conv)
     one = [jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for x in (lhs, rhs)]
     result = jax.eval_shape(plain, *one)
     chosen = _choose(conv, result.shape, formulation)

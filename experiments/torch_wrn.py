@@ -147,7 +147,7 @@ class Gradients:
     def methods(self) -> dict[str, Callable[[], Call]]:
         """Returns what builds each row of the table."""
         hooks = functools.partial(self.per_image, functorch=False)
-        rows = {
+        rows: dict[str, Callable[[], Call]] = {
             "torch non-private": self.nonprivate,
             "torch.func vmap(grad)": self.vmapped,
             "Opacus hooks": hooks,
@@ -155,10 +155,14 @@ class Gradients:
             "Opacus ghost": self.ghost,
             "K-averaged hooks": functools.partial(hooks, averaged=True),
         }
-        if self._precision == "bfloat16":
-            autocast = torch.autocast(self.device, torch.bfloat16)
-            return {name: lambda m=make: autocast(m()) for name, make in rows.items()}
-        return rows
+        return {
+            name: functools.partial(self._in_precision, make)
+            for name, make in rows.items()
+        }
+
+    def _in_precision(self, make: Callable[[], Call]) -> Call:
+        enabled = self._precision == "bfloat16"
+        return torch.autocast(self.device, torch.bfloat16, enabled)(make())
 
     def nonprivate(self) -> Call:
         """Gradient of the mean loss of all images."""
