@@ -5,19 +5,15 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from typing import Any, TextIO
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from dpmix_jax import (
     data,
     evaluate,
-    gradients,
-    mixup,
-    models,
     performance,
     privacy,
     report,
@@ -28,9 +24,9 @@ from dpmix_jax import (
 from dpmix_jax.checkpoint import Checkpoints, export_weights
 from dpmix_jax.config import ExperimentConfig, to_dict
 from dpmix_jax.errors import UserError
+from dpmix_jax.pipeline import Model, Pipeline
+from dpmix_jax.progress import Progress, say
 from dpmix_jax.workdir import Workdir
-
-PyTree = Any
 
 
 def run(config: ExperimentConfig, workdir: Workdir) -> int:
@@ -65,7 +61,7 @@ def run(config: ExperimentConfig, workdir: Workdir) -> int:
         if workdir.results() is not None:
             say(f"finished before: {workdir.path}")
         else:
-            model = _Model(config, dataset.train)
+            model = Model(config, dataset.train)
             mechanism = _mechanism(config.privacy, sampling_prob, workdir)
             workdir.write_json("config.json", to_dict(config))
             say(
@@ -124,11 +120,6 @@ def final_line(results: dict[str, Any]) -> str:
     )
 
 
-def say(text: str, file: TextIO | None = None) -> None:
-    """Prints a line at once, to the standard error stream unless told otherwise."""
-    print(text, file=file or sys.stderr, flush=True)
-
-
 @contextlib.contextmanager
 def caught_signals() -> Iterator[list[int]]:
     """Collects SIGTERM and Ctrl-C, so that the run saves first; a second one kills."""
@@ -148,34 +139,6 @@ def caught_signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-class _Model:
-    """A Flax model for the images of a dataset, as two pure functions."""
-
-    def __init__(self, config: ExperimentConfig, records: data.Records):
-        module = models.create(
-            config.model.name,
-            records.num_classes,
-            dtype=config.performance.dtype,
-            **config.model.options,
-        )
-        self._precision = config.performance.matmul_precision
-        blank = jnp.zeros((1, *records.images.shape[1:]), jnp.float32)
-        self.init = jax.jit(lambda key: module.init(key, blank))
-        try:
-            jax.eval_shape(self.init, jax.random.key(0))
-        except (ValueError, TypeError, ZeroDivisionError) as error:
-            raise UserError(
-                f"model {config.model.name!r} with options {config.model.options} does"
-                f" not fit images of {blank.shape[1:]}: {error}"
-            ) from None
-        self._module: Any = module
-
-    def logits(self, params: PyTree, images: jax.Array) -> jax.Array:
-        """[B, H, W, C] -> [B, O]."""
-        with self._precision():
-            return self._module.apply(params, images)
-
-
 class _Run:
     """The parts of one run, put together; `train` and `finish` use them."""
 
@@ -184,7 +147,7 @@ class _Run:
         config: ExperimentConfig,
         workdir: Workdir,
         dataset: data.Dataset,
-        model: "_Model",
+        model: Model,
         mechanism: privacy.Mechanism,
         started: float,
     ):
@@ -200,41 +163,10 @@ class _Run:
         # Forgotten once the last update is saved: nothing is drawn from it any more.
         self.forgotten = kept["seed"] is None
         self.seed = 0 if self.forgotten else kept["seed"]
-        self.mesh = training.make_mesh()
-        records = dataset.train
-
-        def loss_fn(params, images, labels):
-            logits = model.logits(params, images)
-            return optax.softmax_cross_entropy(logits, labels).mean()
-
-        gradient_fn = gradients.clipped_gradient(
-            loss_fn,
-            l2_clip_norm=config.privacy.l2_clip_norm,
-            convolutions=config.performance.convolutions,
+        self.pipeline = Pipeline(
+            config, model, dataset.train, mechanism=mechanism, seed=self.seed
         )
-        self.record_set = mixup.augmentation_set(config.method, config.augmentation)
-        self.accumulate = training.Accumulate(
-            gradient_fn,
-            self.record_set,
-            records,
-            self.mesh,
-            key=sampling.stream_key(self.seed, "augmentation"),
-            l2_clip_norm=config.privacy.l2_clip_norm,
-        )
-        optimizer = optax.chain(
-            privacy.privatizer(
-                gradient_fn,
-                mechanism,
-                expected_batch_size=config.privacy.expected_batch_size,
-                key=sampling.stream_key(self.seed, "noise"),
-            ),
-            config.optimizer.build(),
-        )
-        self.update = training.make_update(
-            optimizer, ema_decay=config.optimizer.ema_decay
-        )
-        params = model.init(sampling.stream_key(self.seed, "init"))
-        self.state = training.init_state(params, optimizer)
+        self.state = self.pipeline.state
         self.confusions = {
             name: evaluate.make_confusion(model.logits, split)
             for name, split in (
@@ -258,8 +190,10 @@ class _Run:
             )
         if first:
             say(f"going on after update {first}")
-        size = self._microbatch_size()
-        progress = _Progress(first, num_updates, self.started)
+        size = self.pipeline.microbatch_size()
+        if self.config.performance.microbatch_size == "auto":
+            say(f"microbatches of {size} records")
+        progress = Progress(first, num_updates, self.started)
         with performance.explained_out_of_memory(size):
             self._updates(size, progress, stop)
         done = int(self.state.step)
@@ -271,28 +205,15 @@ class _Run:
             )
         return done == num_updates
 
-    def _microbatch_size(self) -> int:
-        size = self.config.performance.microbatch_size
-        if size != "auto":
-            return int(size)
-        found = performance.largest_microbatch(
-            lambda m: self.accumulate.bytes_needed(self.state.params, m),
-            expected_batch_size=self.config.privacy.expected_batch_size,
-            num_devices=self.mesh.size,
-            memory_gib=self.config.performance.memory_gib,
-        )
-        say(f"microbatches of {found} records")
-        return found
-
-    def _updates(self, microbatch_size: int, progress: "_Progress", stop) -> None:
+    def _updates(self, microbatch_size: int, progress: Progress, stop) -> None:
         """Does, logs and saves one update after the other."""
         num_updates = self.config.privacy.num_updates
         every = self.config.logging
         for state, sums in training.train(
             self.state,
-            self.accumulate,
-            self.update,
-            mesh=self.mesh,
+            self.pipeline.accumulate,
+            self.pipeline.update,
+            mesh=self.pipeline.mesh,
             seed=self.seed,
             num_records=len(self.dataset.train),
             sampling_prob=self.mechanism.sampling_prob,
@@ -390,35 +311,5 @@ class _Run:
         image = test.normalize(jnp.asarray(test.images[:1]))[0]
         label = jax.nn.one_hot(test.labels[0], test.num_classes)
         key = sampling.stream_key(0, "augmentation")  # public: nothing private here
-        images, _ = self.record_set(key, image, label)
+        images, _ = self.pipeline.record_set(key, image, label)
         return np.asarray(images) * np.array(test.stddev) + np.array(test.mean)
-
-
-class _Progress:
-    """Speed and remaining time, compilation of the first update left out."""
-
-    def __init__(self, first: int, last: int, started: float):
-        self.last, self._started = last, started
-        self._first, self._done, self._records = first, first, 0.0
-        self._start: float | None = None
-
-    def add(self, records: jax.Array) -> None:
-        count = float(records)  # waits for the update
-        if self._start is None:
-            self._start, self._first = time.time(), self._first + 1
-            say(f"first update after {self._start - self._started:.1f} s")
-        else:
-            self._records += count
-        self._done += 1
-
-    def records_per_second(self) -> float:
-        assert self._start is not None
-        return self._records / max(time.time() - self._start, 1e-9)
-
-    def eta(self) -> str:
-        assert self._start is not None
-        if self._done == self._first:
-            return "-:--:--"
-        pace = (time.time() - self._start) / (self._done - self._first)
-        seconds = round(pace * (self.last - self._done))
-        return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"

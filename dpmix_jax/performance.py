@@ -14,9 +14,11 @@ from dpmix_jax import conv
 from dpmix_jax.errors import UserError
 
 PRECISIONS = ("float32", "tensorfloat32", "bfloat16")
+PLACES = ("auto", "device", "host")
 _GIB = 2**30
 _SHARE = 0.9  # of the memory of an accelerator; compilers underestimate a little
 _SHARE_OF_HOST = 0.5
+_SHARE_OF_DATASET = 0.25
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,12 +33,16 @@ class PerformanceConfig:
         Parameters, clipping, sums and noise are float32 whatever it is.
       convolutions: how per-record gradients of convolutions are computed, see
         `conv.fast_convolutions`.
+      dataset_on: where the training set lives: `device`, `host` (records are read
+        ahead, a few microbatches at a time), or `auto`, on the device if it takes no
+        more than a quarter of its memory.
     """
 
     microbatch_size: int | str = "auto"
     memory_gib: float = 0.0
     precision: str = "float32"
     convolutions: str = "auto"
+    dataset_on: str = "auto"
 
     def __post_init__(self):
         size = self.microbatch_size
@@ -59,6 +65,7 @@ class PerformanceConfig:
         for name, allowed in (
             ("precision", PRECISIONS),
             ("convolutions", conv.FORMULATIONS),
+            ("dataset_on", PLACES),
         ):
             if getattr(self, name) not in allowed:
                 raise UserError(
@@ -74,6 +81,13 @@ class PerformanceConfig:
                 f"performance.microbatch_size is {size}: it must be a multiple of the"
                 f" number of devices, {num_devices}"
             )
+
+    def keeps_on_device(self, dataset_bytes: int, num_devices: int) -> bool:
+        """Whether each device gets the whole training set."""
+        if self.dataset_on != "auto":
+            return self.dataset_on == "device"
+        budget = self.memory_gib * _GIB or _device_bytes(num_devices)
+        return dataset_bytes <= _SHARE_OF_DATASET * budget
 
     @property
     def dtype(self) -> jnp.dtype:

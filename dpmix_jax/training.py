@@ -5,9 +5,11 @@ each one's augmentation set, `gradients` clips and sums, `privacy` adds noise, o
 moves the parameters, and an exponential moving average follows them.
 """
 
+import collections
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
@@ -129,15 +131,15 @@ def sum_over_devices(
 class Accumulate:
     """One microbatch, compiled: records, their sets, clipped gradients, running sums.
 
-    `f(params, step, indices [m], totals) -> totals` adds the records of `indices` (-1
-    is padding) to `totals`, which it donates. The dataset lives on every device as
-    uint8; only indices travel.
+    `f(params, step, batch, totals) -> totals` adds the records of a microbatch from
+    `place` to `totals`, which it donates. The dataset lives on every device as uint8
+    and only indices travel, or else on the host and the records of a microbatch do.
 
     Formal guarantees:
       - Adds to `totals.gradients` at most `gradient_fn.sensitivity(relation)` more or
         less for neighbouring batches, on any number of devices and processes.
-      - The sum over a batch depends on microbatch size and devices in float rounding
-        only.
+      - The sum over a batch depends on microbatch size, devices and where the dataset
+        lives in float rounding only.
       - Compiles once, whatever batch sizes are drawn.
 
     Args:
@@ -147,6 +149,7 @@ class Accumulate:
       mesh: from `make_mesh`.
       key: scalar key of the augmentation stream.
       l2_clip_norm: C, to count clipped records (not private).
+      on_device: whether the dataset lives on the devices, or on the host.
     """
 
     def __init__(
@@ -158,25 +161,28 @@ class Accumulate:
         *,
         key: jax.Array,
         l2_clip_norm: float,
+        on_device: bool = True,
     ):
         everywhere = NamedSharding(mesh, PartitionSpec())
         self._mesh = mesh
+        self._arrays = (records.images, records.labels)
+        self._on_device = on_device
+        table = self._arrays if on_device else ()
         # The key is an argument, not a constant: compiled code is cached on disk.
         words = np.asarray(jax.random.key_data(key))
-        self._fixed = [
-            put(array, everywhere) for array in (records.images, records.labels, words)
-        ]
+        self._fixed = jax.tree.map(lambda array: put(array, everywhere), (table, words))
 
-        def batch_sums(shared, indices) -> Totals:
-            params, step, (images, labels, words) = shared
-            key = jax.random.wrap_key_data(words)
-            is_padding = indices < 0
-            drawn = records.normalize(jnp.take(images, indices, axis=0, mode="clip"))
-            targets = jax.nn.one_hot(
-                jnp.take(labels, indices, mode="clip"), records.num_classes
+        def batch_sums(shared, batch) -> Totals:
+            params, step, (table, words) = shared
+            indices, *drawn = batch
+            images, labels = drawn or (
+                jnp.take(array, indices, axis=0, mode="clip") for array in table
             )
+            is_padding = indices < 0
+            targets = jax.nn.one_hot(labels, records.num_classes)
+            key = jax.random.wrap_key_data(words)
             keys = sampling.record_keys(key, step, indices)
-            sets = jax.vmap(record_set)(keys, drawn, targets)
+            sets = jax.vmap(record_set)(keys, records.normalize(images), targets)
             gradients, aux = gradient_fn(params, *sets, is_padding_example=is_padding)
             nonprivate = {
                 "loss": jnp.sum(aux.values, where=~is_padding),
@@ -186,26 +192,39 @@ class Accumulate:
             return Totals(gradients, nonprivate)
 
         @jax.jit(donate_argnums=2)
-        def accumulate(shared, indices, totals):
-            part = sum_over_devices(batch_sums, mesh)(shared, indices)
+        def accumulate(shared, batch, totals):
+            part = sum_over_devices(batch_sums, mesh)(shared, batch)
             return jax.tree.map(lambda t, p: t + p.astype(t.dtype), totals, part)
 
         self._accumulate = accumulate
 
-    def __call__(
-        self, params: PyTree, step: jax.Array, indices: np.ndarray, totals: Totals
-    ) -> Totals:
+    def place(self, indices: np.ndarray) -> list[jax.Array]:
+        """Puts a microbatch on the devices: [m] indices, -1 for padding."""
         spread = NamedSharding(self._mesh, PartitionSpec("records"))
-        placed = put(np.asarray(indices, np.int32), spread)
-        return self._accumulate((params, step, self._fixed), placed, totals)
+        batch = [put(np.asarray(indices, np.int32), spread)]
+        rows = np.maximum(indices, 0)
+        for array in () if self._on_device else self._arrays:
+            shape = (len(rows), *array.shape[1:])
+            # Every process reads the records of its own devices only.
+            read = lambda part, array=array: array[rows[part[0]]]  # noqa: E731
+            batch.append(jax.make_array_from_callback(shape, spread, read))
+        return batch
+
+    def __call__(
+        self,
+        params: PyTree,
+        step: jax.Array,
+        batch: Sequence[jax.Array],
+        totals: Totals,
+    ) -> Totals:
+        return self._accumulate((params, step, self._fixed), batch, totals)
 
     def bytes_needed(self, params: PyTree, microbatch_size: int) -> int:
         """Returns the memory of one device that a microbatch takes, by compiling it."""
-        spread = NamedSharding(self._mesh, PartitionSpec("records"))
-        indices = jax.ShapeDtypeStruct((microbatch_size,), jnp.int32, sharding=spread)
+        batch = self.place(np.full(microbatch_size, -1))
         totals = init_totals(params, self._mesh)
         shared = (params, jnp.int32(0), self._fixed)
-        used = self._accumulate.lower(shared, indices, totals).compile()
+        used = self._accumulate.lower(shared, batch, totals).compile()
         analysis: Any = used.memory_analysis()
         return analysis.temp_size_in_bytes + analysis.argument_size_in_bytes
 
@@ -311,14 +330,42 @@ def train(
         and the iterator ends.
     """
     state = jax.device_put(state, NamedSharding(mesh, PartitionSpec()))
-    for step in range(int(state.step), num_updates):
-        batch = sampling.poisson_batch(
-            seed, step, num_records=num_records, sampling_prob=sampling_prob
-        )
-        totals = init_totals(state.params, mesh)
-        for indices in sampling.microbatches(batch, microbatch_size):
-            if stop():
-                return
-            totals = accumulate(state.params, state.step, indices, totals)
-        state = update(state, totals.gradients)
-        yield state, totals.nonprivate
+
+    def parts() -> Iterator[np.ndarray | None]:
+        for step in range(int(state.step), num_updates):
+            batch = sampling.poisson_batch(
+                seed, step, num_records=num_records, sampling_prob=sampling_prob
+            )
+            yield from sampling.microbatches(batch, microbatch_size)
+            yield None  # the end of a batch, also of an empty one
+
+    totals = init_totals(state.params, mesh)
+    for part in _ahead(parts(), lambda p: None if p is None else accumulate.place(p)):
+        if part is None:
+            state = update(state, totals.gradients)
+            yield state, totals.nonprivate
+            totals = init_totals(state.params, mesh)
+        elif stop():
+            return
+        else:
+            totals = accumulate(state.params, state.step, part, totals)
+
+
+def _ahead(
+    items: Iterable[Any], function: Callable[[Any], Any], depth: int = 2
+) -> Iterator[Any]:
+    """Maps in order, a few items ahead in another thread, so that devices need not wait
+    for records to be read.
+    """
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        pending: collections.deque[Future] = collections.deque()
+        try:
+            for item in items:
+                pending.append(thread.submit(function, item))
+                if len(pending) > depth:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        finally:
+            for future in pending:
+                future.cancel()

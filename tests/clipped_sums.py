@@ -59,7 +59,8 @@ def sums() -> dict[str, np.ndarray]:
             )
             totals = init_totals(params, mesh)
             step = jax.device_put(jnp.int32(3), replicated)
-            return toy.flat(accumulate(params, step, indices, totals).gradients)
+            batch = accumulate.place(indices)
+            return toy.flat(accumulate(params, step, batch, totals).gradients)
 
         found[f"{name}/base"] = run(data, everyone)
         without = np.where(everyone == CHANGED, -1, everyone)

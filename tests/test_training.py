@@ -200,6 +200,24 @@ def test_ema_warms_up_as_published():
         assert float(ema["w"]) == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.proves("training.Accumulate", 2)
+def test_records_from_the_host_give_the_same_bits(accumulate):
+    """Read ahead from a dataset that is not on the device, across empty batches."""
+    host = training.Accumulate(
+        GRADIENT,
+        RECORD_SET,
+        DATA,
+        training.make_mesh(),
+        key=KEY,
+        l2_clip_norm=0.3,
+        on_device=False,
+    )
+    for q in (0.2, 0.01):
+        ours, theirs = (train(a, 4, q=q) for a in (accumulate, host))
+        for a, b in zip(ours, theirs, strict=True):
+            np.testing.assert_array_equal(toy.flat(a.params), toy.flat(b.params))
+
+
 def test_totals_are_float32_for_any_params():
     params = {"w": jnp.ones(3, jnp.bfloat16)}
     totals = training.init_totals(params, training.make_mesh())
