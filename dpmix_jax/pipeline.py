@@ -26,7 +26,8 @@ class Model:
     """A Flax model for the images of a dataset, as two pure functions.
 
     Raises:
-      UserError: for options that do not fit the images.
+      UserError: for options that do not fit the images, or a model that keeps anything
+        but parameters, such as BatchNorm's statistics.
     """
 
     def __init__(self, config: ExperimentConfig, records: Records):
@@ -40,12 +41,19 @@ class Model:
         blank = jnp.zeros((1, *records.images.shape[1:]), jnp.float32)
         self.init = jax.jit(lambda key: module.init(key, blank))
         try:
-            jax.eval_shape(self.init, jax.random.key(0))
+            collections = jax.eval_shape(self.init, jax.random.key(0))
         except (ValueError, TypeError, ZeroDivisionError) as error:
             raise UserError(
                 f"model {config.model.name!r} with options {config.model.options} does"
                 f" not fit images of {blank.shape[1:]}: {error}"
             ) from None
+        if set(collections) != {"params"}:
+            raise UserError(
+                f"model {config.model.name!r} keeps"
+                f" {', '.join(sorted(set(collections) - {'params'}))}: statistics of a"
+                " batch mix records, so that none has a gradient of its own; use"
+                " GroupNorm or LayerNorm"
+            )
         self._module: Any = module
 
     def num_parameters(self) -> int:

@@ -1,9 +1,12 @@
+"""Models against independent definitions of them, with the same weights."""
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dpmix_jax import models
 from dpmix_jax.models.norm import GroupNorm
 
 
@@ -36,3 +39,106 @@ def test_group_norm_is_that_of_flax(dtype):
 def test_group_norm_refuses_channels_that_do_not_divide():
     with pytest.raises(ValueError, match="6 channels are not 4 groups"):
         GroupNorm(4).init(jax.random.key(0), jnp.zeros((1, 2, 2, 6)))
+
+
+def convolve(x, weight, stride):
+    """[C, H, W] with [h, w, C, O], padded as SAME: sums written out, in float64."""
+    side = weight.shape[0]
+    out = -(-x.shape[1] // stride)
+    pad = max((out - 1) * stride + side - x.shape[1], 0)
+    x = np.pad(x, ((0, 0), *[(pad // 2, pad - pad // 2)] * 2))
+    rows = range(0, out * stride, stride)
+    patches = [[x[:, i : i + side, j : j + side] for j in rows] for i in rows]
+    return np.einsum("ijchw,hwco->oij", np.array(patches), weight)
+
+
+def plain_wrn(params, image, blocks, order):
+    """WRN of De et al. (2022), Appendix C, for one [H, W, C] image, in NumPy."""
+    taken = {"WSConv": 0, "GroupNorm": 0, "Dense": 0}
+
+    def layer(kind):
+        found = params[f"{kind}_{taken[kind]}"]
+        taken[kind] += 1
+        return {name: np.float64(value) for name, value in found.items()}
+
+    def conv(x, stride=1):
+        p = layer("WSConv")
+        kernel = p["kernel"]
+        fan_in = np.prod(kernel.shape[:3])
+        mean, variance = kernel.mean((0, 1, 2)), kernel.var((0, 1, 2))
+        kernel = (
+            p["gain"] * (kernel - mean) / np.sqrt(np.maximum(fan_in * variance, 1e-4))
+        )
+        return convolve(x, kernel, stride) + p["bias"][:, None, None]
+
+    def norm(x):
+        p = layer("GroupNorm")
+        groups = x.reshape(16, -1)
+        centred = groups - groups.mean(1, keepdims=True)
+        x = (centred / np.sqrt(groups.var(1, keepdims=True) + 1e-5)).reshape(x.shape)
+        return x * p["scale"][:, None, None] + p["bias"][:, None, None]
+
+    def relu(x):
+        return np.maximum(x, 0.0)
+
+    x = conv(np.moveaxis(np.float64(image), -1, 0))
+    for stage in range(3):
+        for block in range(blocks):
+            stride = 2 if stage > 0 and block == 0 else 1
+            shortcut = x
+            if block == 0 and order == 0:
+                shortcut = conv(norm(relu(x)), stride)
+            elif block == 0:
+                shortcut = relu(norm(conv(x, stride)))
+            x = conv(norm(relu(x)), stride)
+            x = conv(norm(relu(x))) + shortcut
+    dense = layer("Dense")
+    return norm(relu(x)).mean((1, 2)) @ dense["kernel"] + dense["bias"]
+
+
+@pytest.mark.parametrize("order", [0, 3])
+def test_wrn_is_that_of_the_paper(order):
+    """Logits of WRN-16-1 equal those of loops in NumPy, whatever the weights."""
+    model = models.create("wrn", 5, depth=16, width=1, order=order)
+    image = np.random.default_rng(0).standard_normal((9, 9, 3)).astype(np.float32)
+    params = jax.jit(model.init)(jax.random.key(0), image[None])
+    leaves, tree = jax.tree.flatten(params)
+    rng = np.random.default_rng(1)  # gains and biases are no longer 1 and 0
+    leaves = [
+        leaf + 0.3 * rng.standard_normal(leaf.shape, np.float32) for leaf in leaves
+    ]
+    params = jax.tree.unflatten(tree, leaves)
+    with jax.default_matmul_precision("float32"):
+        found = jax.jit(model.apply)(params, image[None])[0]
+    expected = plain_wrn(params["params"], image, 2, order)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("depth", "width", "count"),
+    [(16, 4, 2_753_818), (40, 4, 8_961_306), (28, 10, 36_500_378)],
+)
+def test_numbers_of_parameters(depth, width, count):
+    """Published: 2.75 M (De et al., 2022), 8.9 M, 36.5 M (Zagoruyko, without gains)."""
+    model = models.create("wrn", 10, depth=depth, width=width)
+    shapes = jax.eval_shape(
+        model.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3), jnp.float32)
+    )
+    assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == count
+
+
+def test_wrn_starts_as_its_source_says():
+    """Kernels: truncated normal of variance 1 / fan-in; gains 1, biases 0."""
+    model = models.create("wrn", 10, depth=10, width=4)
+    image = jnp.zeros((1, 8, 8, 3), jnp.float32)
+    params = jax.jit(model.init)(jax.random.key(0), image)["params"]
+    for name, layer in params.items():
+        kernel = layer.get("kernel")
+        if kernel is not None and kernel.size > 10_000:
+            fan_in = np.prod(kernel.shape[:-1])
+            assert float(kernel.std()) == pytest.approx(fan_in**-0.5, rel=0.03), name
+            bound = 2.0 / 0.87962566 * fan_in**-0.5  # two of the untruncated
+            assert float(jnp.abs(kernel).max()) <= bound * 1.0001
+        for ones in {"gain", "scale"} & {*layer}:
+            np.testing.assert_array_equal(layer[ones], 1.0)
+        np.testing.assert_array_equal(layer["bias"], 0.0)
