@@ -32,16 +32,18 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from absl import app, flags, logging
+from jax.sharding import NamedSharding, PartitionSpec
 from jax_privacy import clipping
 
-from dpmix_jax import models
+from dpmix_jax import models, training
 from dpmix_jax.errors import UserError
 from dpmix_jax.gradients import clipped_gradient
 from dpmix_jax.performance import PRECISIONS, PerformanceConfig
 from dpmix_jax.workdir import write_atomically
 
 FORMULATIONS = ("ours:rows", "ours:shifted", "ours:flat", "ours:batch_group")
-IN_JAX = ("non-private", "ours", *FORMULATIONS, "jax_privacy")
+ALL_DEVICES = "ours, all devices"
+IN_JAX = ("non-private", "ours", ALL_DEVICES, *FORMULATIONS, "jax_privacy")
 IN_TORCH = (
     "torch non-private",
     "torch.func vmap(grad)",
@@ -161,9 +163,31 @@ def jax_gradients(loss_fn: Callable[..., jax.Array]) -> dict[str, Callable[..., 
     return {
         "non-private": nonprivate,
         "ours": ours("auto"),
+        ALL_DEVICES: over_devices(ours("auto")),
         **{name: ours(name.removeprefix("ours:")) for name in FORMULATIONS},
         "jax_privacy": peer,
     }
+
+
+def over_devices(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Spreads the records over all devices, as training does."""
+    total = training.sum_over_devices(
+        lambda params, records: function(params, *records), training.make_mesh()
+    )
+    return lambda params, *records: total(params, records)
+
+
+def on_all_devices(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Places parameters whole, and a part of the records, on every device."""
+    mesh, (params, *records) = training.make_mesh(), args
+    if _RECORDS.value % mesh.size:
+        raise UserError(
+            f"--records is {_RECORDS.value}: it must be a multiple of the number of"
+            f" devices, {mesh.size}"
+        )
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    spread = NamedSharding(mesh, PartitionSpec("records"))
+    return (jax.device_put(params, everywhere), *jax.device_put(records, spread))
 
 
 def performance() -> PerformanceConfig:
@@ -212,6 +236,9 @@ def make_rows(names: list[str], k: int, suffix: str = "") -> list[Row]:
         name: functools.partial(build_jax, function, args)
         for name, function in jax_gradients(loss_fn).items()
     }
+    builds[ALL_DEVICES] = lambda: build_jax(
+        jax_gradients(loss_fn)[ALL_DEVICES], on_all_devices(args)
+    )
     if any(name in IN_TORCH for name in names):
         import torch_wrn  # needs the extra `peers`
 
@@ -233,6 +260,8 @@ def select() -> list[str]:
     known = (*IN_JAX, *IN_TORCH)
     if _METHODS.value is None:
         wanted = {name for name in known if name not in FORMULATIONS}
+        if jax.device_count() == 1:
+            wanted.discard(ALL_DEVICES)
     else:
         wanted = {name.strip() for name in _METHODS.value}
     for name in sorted(wanted - {*known}):

@@ -176,6 +176,29 @@ def test_what_is_not_per_record_is_left_alone():
     assert one.count("convolution(") == same.count("convolution(")
 
 
+def test_depthwise_convolutions_are_no_groups_of_records():
+    """As in ConvNeXt: 7x7, a filter for each channel."""
+
+    def loss(weights, images):
+        out = jax.lax.conv_general_dilated(
+            images,
+            weights,
+            (1, 1),
+            "SAME",
+            dimension_numbers=NHWC,
+            feature_group_count=6,
+        )
+        return jnp.square(out).sum()
+
+    weights, images = draw(0, 7, 7, 1, 6), draw(1, 3, 2, 9, 8, 6)
+    plain, fast = (
+        slow_convolutions(per_record(loss, formulation), weights, images)
+        for formulation in ("plain", "auto")
+    )
+    assert plain == fast + 1  # the forward pass has groups of channels
+    assert_close(per_record(loss, "auto")(weights, images), loop(loss, weights, images))
+
+
 def test_large_windows_stay_with_xla():
     """A patch embedding has as many taps as pixels: products would be slower."""
 

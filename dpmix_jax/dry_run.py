@@ -1,0 +1,79 @@
+"""What a run would cost, told without touching data."""
+
+import time
+
+import jax
+import numpy as np
+
+from dpmix_jax import data, performance, privacy, training
+from dpmix_jax.config import ExperimentConfig
+from dpmix_jax.pipeline import Model, Pipeline
+from dpmix_jax.progress import duration, say
+
+
+def dry_run(config: ExperimentConfig) -> str:
+    """Calibrates, compiles, and times a microbatch of blank images on this device.
+
+    Args:
+      config: of a run. Data of the user's own (`npz`, `folder`, `tfds:`) are read to
+        learn how many they are; of other datasets that is known.
+
+    Returns:
+      Lines of text: noise, budget, work, memory, and estimated hours.
+
+    Raises:
+      UserError: for a config that cannot run here.
+    """
+    records = data.blank(config.data)
+    config.performance.check_devices(jax.device_count())
+    q = config.privacy.sampling_prob(len(records))
+    model = Model(config, records)
+    say("calibrating the noise")
+    mechanism = privacy.calibrate(
+        epsilon=config.privacy.epsilon,
+        delta=config.privacy.delta,
+        sampling_prob=q,
+        num_updates=config.privacy.num_updates,
+        neighboring_relation=config.privacy.relation,
+    )
+    pipeline = Pipeline(config, model, records, mechanism=mechanism, seed=0)
+    say("compiling and timing a microbatch")
+    size = pipeline.microbatch_size()
+    with performance.explained_out_of_memory(size):
+        seconds = _seconds_of_update(pipeline, size, q * len(records))
+    batch, updates = config.privacy.expected_batch_size, config.privacy.num_updates
+    facts = {
+        "guarantee": f"({mechanism.epsilon(config.privacy.delta):.4g},"
+        f" {config.privacy.delta:g})-DP, {config.privacy.neighboring_relation}",
+        "noise": f"sigma = {mechanism.noise_multiplier:.5g},"
+        f" C = {config.privacy.l2_clip_norm:g}",
+        "updates": f"{updates:,} of {batch:,} expected records, q = {q:.5g}",
+        "images": f"{batch * config.method.set_size:,} an update"
+        f" (K = {config.method.set_size}, {config.method.name})",
+        "parameters": f"{model.num_parameters():,}",
+        "memory": f"{pipeline.bytes_needed(size) / 2**30:.2f} GiB a device for"
+        f" microbatches of {size} records",
+        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "time": f"{seconds:.3g} s an update, {seconds * updates / 3600:.3g} h"
+        f" ({duration(seconds * updates)}), without evaluations",
+    }
+    return "\n".join(f"{name:<11} {text}" for name, text in facts.items())
+
+
+def _seconds_of_update(pipeline: Pipeline, size: int, expected: float) -> float:
+    """Estimates an update from a microbatch and what follows the sum."""
+    state = pipeline.state
+    batch = pipeline.accumulate.place(np.arange(size))
+
+    def once(count: int) -> float:
+        totals = training.init_totals(state.params, pipeline.mesh)
+        start = time.perf_counter()
+        for _ in range(count):
+            totals = pipeline.accumulate(state.params, state.step, batch, totals)
+        jax.block_until_ready(pipeline.update(state, totals.gradients))
+        return time.perf_counter() - start
+
+    once(1)  # compiles
+    one, three = once(1), once(3)
+    each = max(three - one, 0.0) / 2
+    return one - each + each * max(expected / size, 1.0)
