@@ -5,7 +5,7 @@ import pathlib
 from setuptools import find_packages, setup
 
 HERE = pathlib.Path(__file__).parent
-# Reads and writes prepared datasets without TensorFlow; tfds does not declare the second.
+# Read and write prepared datasets without TensorFlow; the second is undeclared there.
 TFDS = ["array_record>=0.8", "importlib_resources>=6.4", "tensorflow-datasets>=4.9.10"]
 
 setup(

@@ -3,8 +3,8 @@
     python experiments/prepare.py --name=caltech256 --path=256_ObjectCategories.tar \
         --image_size=224 [--tfds_dir=out]
 
-Runs with the same `data` settings then start from the decoded images. With --tfds_dir it
-also writes an array_record folder (PNG, without TensorFlow), which
+Runs with the same `data` settings then start from the decoded images. With --tfds_dir
+it also writes an array_record folder (PNG, without TensorFlow), which
 `--config.data.name=tfds:caltech256 --config.data.path=out` reads.
 """
 
