@@ -132,7 +132,7 @@ def _open(folder: pathlib.Path) -> Decoded:
             for split in _SPLITS
         )
         return Decoded(tuple(meta["class_names"]), train, test, meta["skipped"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"the cache {folder} is damaged, delete it: {error}") from None
 
 

@@ -177,6 +177,8 @@ def _images(tree: Tree, suffixes: Iterable[str] = _IMAGES) -> _Files:
     top, folders = "", tree.folders
     while len(tops := {name.split("/")[0] for name in folders}) == 1:
         only = f"{tops.pop()}/"
+        if only == "train/":  # a `test` is missing, which must not go unnoticed
+            break
         folders = {f.removeprefix(only) for f in folders if f.startswith(only)}
         if not folders:  # the images are right here
             break

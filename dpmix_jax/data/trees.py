@@ -41,7 +41,8 @@ def reading(path: pathlib.Path) -> Iterator[None]:
         zipfile.BadZipFile,
         tarfile.TarError,
     ) as error:
-        raise UserError(f"data.path is {path}: cannot be read ({error})") from None
+        reason = " ".join(str(error).split())  # tarfile's has several lines
+        raise UserError(f"data.path is {path}: cannot be read ({reason})") from None
 
 
 class Tree(abc.ABC):
