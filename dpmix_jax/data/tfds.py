@@ -195,14 +195,13 @@ def _builder(folder: pathlib.Path, name: str) -> Any:
 
 
 def _only_bytes(builder: Any) -> Any:
+    """Returns tfds' decoders that leave images (segmentation masks too) encoded."""
     tfds = _tfds()
-    names = {"image", "label", "id", "filename", "file_name"}
-    features = {
-        key: builder.info.features[key] for key in names & {*builder.info.features}
+    return {
+        name: tfds.decode.SkipDecoding()
+        for name, feature in builder.info.features.items()
+        if isinstance(feature, tfds.features.Image)
     }
-    return tfds.decode.PartialDecoding(
-        features, decoders={"image": tfds.decode.SkipDecoding()}
-    )
 
 
 def _list_split(
