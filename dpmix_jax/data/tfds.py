@@ -7,6 +7,7 @@ TensorFlow Datasets itself does from most of its builders, but only with TensorF
     tfds build cifar10 --file_format=array_record
 """
 
+import contextlib
 import os
 import pathlib
 import re
@@ -18,7 +19,6 @@ import numpy as np
 from dpmix_jax.data import images, splits
 from dpmix_jax.data.cache import Encoded, Example
 from dpmix_jax.data.records import Records
-from dpmix_jax.data.trees import reading
 from dpmix_jax.errors import UserError
 
 NAME = re.compile(
@@ -87,7 +87,7 @@ def list_examples(folder: pathlib.Path, *, name: str) -> Encoded:
         or has no images with labels.
     """
     builder = _builder(folder, name)
-    with reading(folder):
+    with _reading(folder):
         source = builder.as_data_source(decoders=_only_bytes(builder))
     found = {
         split: _list_split(source, split, folder, builder.info.features)
@@ -172,9 +172,19 @@ def _tfds() -> Any:
     return tensorflow_datasets
 
 
+@contextlib.contextmanager
+def _reading(folder: pathlib.Path) -> Iterator[None]:
+    """Turns whatever tfds raises for damaged files into one line; there is no list."""
+    try:
+        yield
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"data.path is {folder}: cannot be read ({reason})") from None
+
+
 def _builder(folder: pathlib.Path, name: str) -> Any:
     tfds = _tfds()
-    with reading(folder):
+    with _reading(folder):
         builder = tfds.builder_from_directory(folder)
     match = NAME.fullmatch(name)
     assert match is not None
@@ -245,7 +255,7 @@ def _examples(
     rows = list(rows)
     for start in range(0, len(rows), _CHUNK):
         chunk = rows[start : start + _CHUNK]
-        with reading(folder):
+        with _reading(folder):
             examples = source[split].__getitems__(chunk)
         yield from (((split, row), ex) for row, ex in zip(chunk, examples, strict=True))
 
