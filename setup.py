@@ -5,6 +5,8 @@ import pathlib
 from setuptools import find_packages, setup
 
 HERE = pathlib.Path(__file__).parent
+# Read and write prepared datasets without TensorFlow; the second is undeclared there.
+TFDS = ["array_record>=0.8", "importlib_resources>=6.4", "tensorflow-datasets>=4.9.10"]
 
 setup(
     name="dpmix_jax",
@@ -28,12 +30,15 @@ setup(
         "numpy>=2.0",
         "optax>=0.2.6",
         "orbax-checkpoint>=0.11.20",
+        "pillow>=11.0",
         "safetensors>=0.5",
         "scikit-learn>=1.5",
     ],
     extras_require={
         "cuda12": ["jax[cuda12]>=0.10"],
         "peers": ["opacus==1.6.0", "torch==2.13.0"],
-        "test": ["hypothesis>=6.100", "pytest>=8.3", "pytest-xdist>=3.6"],
+        "test": ["hypothesis>=6.100", "pytest>=8.3", "pytest-xdist>=3.6", *TFDS],
+        "tfds": TFDS,
+        "tfds-prepare": [*TFDS, "tensorflow-cpu>=2.19"],
     },
 )

@@ -23,6 +23,7 @@ from dp_accounting import NeighboringRelation, pld, rdp
 from jax_privacy import clipping, noise_addition
 
 from dpmix_jax.errors import UserError
+from dpmix_jax.places import cache_folder
 
 RELATIONS = {relation.name.lower(): relation for relation in NeighboringRelation}
 _MIN_NOISE, _MAX_NOISE = 2.0**-3, 2.0**14
@@ -158,10 +159,9 @@ def _memory(folder: str) -> joblib.Memory:
 
 def _cached(function, *args):
     """Calls a function through the disk cache, keyed by the versions of the code."""
-    folder = os.environ.get("DPMIX_JAX_CACHE") or str(
-        pathlib.Path.home() / ".cache" / "dpmix_jax"
+    return _memory(str(cache_folder())).cache(function)(
+        *args, (accountant_version(), _OWN_VERSION)
     )
-    return _memory(folder).cache(function)(*args, (accountant_version(), _OWN_VERSION))
 
 
 def accountant_version() -> str:

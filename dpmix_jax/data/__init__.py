@@ -1,19 +1,24 @@
-"""Datasets: one record type, and sources of it by name."""
+"""Datasets: one record type, and sources of it by name.
+
+sources     every dataset by name: where it is, its page, its constants
+digits npz idx cifar    files that are arrays, read into memory
+folder      files that are images, labelled by where they are; official layouts
+tfds        prepared TensorFlow Datasets, read and written without TensorFlow
+trees images splits cache    what those are made of
+"""
 
 import dataclasses
 from typing import NamedTuple
 
 import numpy as np
 
-from dpmix_jax.data.digits import load_digits
-from dpmix_jax.data.npz import load_npz
+from dpmix_jax.data import sources, tfds
 from dpmix_jax.data.records import Records
 from dpmix_jax.errors import UserError
 
 __all__ = ["DataConfig", "Dataset", "Records", "load"]
 
-_EMBEDDED = {"digits": load_digits}
-_FILES = {"npz": load_npz}
+_MAX_IMAGE_SIZE = 2048
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -22,8 +27,17 @@ class DataConfig:
 
     Attributes:
       name: `digits` (1,437 + 360 handwritten digits of 8x8, embedded in scikit-learn),
-        or `npz` (arrays of your own, see `data.npz`).
-      path: of the file, for `npz`.
+        `npz` (arrays of your own, see `data.npz`), `folder` (images of your own, a
+        folder for each class, see `data.folder`), `cifar10`, `cifar100`, `eurosat`,
+        `caltech256`, `sun397`, `oxford_iiit_pet`, `fashion_mnist`, `mnist` (their
+        official files), or `tfds:<builder>[/<config>][:<version>]` (prepared
+        TensorFlow Datasets).
+      path: of the file or folder, which `npz` and `folder` need. For the others None
+        looks below `DPMIX_JAX_DATA`, by default `~/dpmix_data`, for their official
+        names; for `tfds:` in `TFDS_DATA_DIR`, by default `~/tensorflow_datasets`.
+      image_size: 0 keeps images as they are, which must then be of one size; else they
+        become RGB, their shortest side becomes this (bicubic), and the centre is
+        cropped, as CLIP does it.
       validation_size: records taken from the training set (the same for every run) for
         choosing hyperparameters; they are neither trained on nor covered by the
         guarantee, so what is measured on them is named `nonprivate/...`.
@@ -31,19 +45,29 @@ class DataConfig:
 
     name: str = "digits"
     path: str | None = None
+    image_size: int = 0
     validation_size: int = 0
 
     def __post_init__(self):
-        if self.name not in _EMBEDDED | _FILES:
+        if self.name not in sources.NAMES and not tfds.NAME.fullmatch(self.name):
             raise UserError(
                 f"data.name is {self.name!r}: it must be one of"
-                f" {', '.join(_EMBEDDED | _FILES)}"
+                f" {', '.join(sources.NAMES)}, or tfds:<builder>"
             )
-        if (self.path is None) == (self.name in _FILES):
-            needed = "the path of a file" if self.name in _FILES else "None"
+        if self.name == "digits" and self.path is not None:
             raise UserError(
-                f"data.path is {self.path}: it must be {needed} for data.name"
+                f"data.path is {self.path}: it must be None for data.name 'digits'"
+            )
+        if self.name in ("npz", "folder") and self.path is None:
+            what = {"npz": "a file", "folder": "a folder or archive"}[self.name]
+            raise UserError(
+                f"data.path is None: it must be the path of {what} for data.name"
                 f" {self.name!r}"
+            )
+        if not 0 <= self.image_size <= _MAX_IMAGE_SIZE:
+            raise UserError(
+                f"data.image_size is {self.image_size}: it must be in"
+                f" [0, {_MAX_IMAGE_SIZE}]"
             )
         if self.validation_size < 0:
             raise UserError(
@@ -63,10 +87,7 @@ def load(config: DataConfig) -> Dataset:
     Raises:
       UserError: if the data cannot be read, or are too few.
     """
-    if config.path is None:
-        train, test = _EMBEDDED[config.name]()
-    else:
-        train, test = _FILES[config.name](config.path)
+    train, test = sources.read(config.name, config.path, config.image_size)
     for split, records in (("training", train), ("test", test)):
         if len(records) == 0:
             raise UserError(f"data.name is {config.name!r}: it has no {split} records")

@@ -1,5 +1,6 @@
 """Anyone's images from one NumPy archive."""
 
+import pathlib
 import zipfile
 import zlib
 
@@ -17,7 +18,7 @@ _ARRAYS = (
 )
 
 
-def load_npz(path: str) -> tuple[Records, Records]:
+def load_npz(path: pathlib.Path) -> tuple[Records, Records]:
     """Reads images and labels for training and test, and the names of the classes.
 
     Args:

@@ -7,7 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dpmix_jax.data import cache
 from dpmix_jax.errors import UserError
+
+_DIGEST_BYTES = 2**26  # read at a time
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -15,7 +18,7 @@ class Records:
     """Labelled images of one size, undecorated.
 
     Attributes:
-      images: [N, H, W, C] uint8.
+      images: [N, H, W, C] uint8; a read-only memory map where they come from a cache.
       labels: [N] int32 in [0, O).
       class_names: O names.
       mean, stddev: [C] public constants, never computed from private records, on the
@@ -55,9 +58,14 @@ class Records:
         return len(self.class_names)
 
     def subset(self, indices: np.ndarray) -> "Records":
-        return dataclasses.replace(
-            self, images=self.images[indices], labels=self.labels[indices]
+        """Returns some of the records; of memory-mapped images, another map."""
+        images = self.images
+        chosen = (
+            cache.rows(images, indices)
+            if isinstance(images, np.memmap)
+            else images[indices]
         )
+        return dataclasses.replace(self, images=chosen, labels=self.labels[indices])
 
     def normalize(self, images: jax.Array) -> jax.Array:
         """Maps uint8 images [..., H, W, C] to float32 by the public constants."""
@@ -68,7 +76,10 @@ class Records:
 
     def digest(self) -> str:
         """Returns a checksum of everything; as private as the records are."""
-        content = hashlib.sha256(np.ascontiguousarray(self.images).data)
+        content = hashlib.sha256()
+        step = max(1, _DIGEST_BYTES // max(1, int(np.prod(self.images.shape[1:]))))
+        for start in range(0, len(self), step):  # they may not fit into memory
+            content.update(np.ascontiguousarray(self.images[start : start + step]).data)
         content.update(repr((self.images.shape, self.class_names)).encode())
         content.update(np.ascontiguousarray(self.labels).data)
         return content.hexdigest()

@@ -1,0 +1,88 @@
+"""From the bytes of an image file to uint8 pixels."""
+
+import io
+
+import numpy as np
+from PIL import Image
+
+_FORMATS = ("JPEG", "PNG", "GIF", "BMP", "PPM", "TIFF", "WEBP")  # none runs a program
+MAX_PIXELS = 2**26  # 67 million, before and after resizing; a photograph has 50
+
+
+class BadImageError(Exception):
+    """An image that cannot be decoded; the message says why, not which."""
+
+
+def decode(content: bytes, *, image_size: int = 0, channels: int = 3) -> np.ndarray:
+    """Decodes one image file.
+
+    Everything becomes RGB as Pillow converts it: grey is repeated, palettes are looked
+    up, CMYK is converted without a colour profile, transparency is dropped; of 16-bit
+    grey the high byte is kept. The orientation in EXIF data is ignored, as torchvision
+    does.
+
+    Args:
+      content: of the file: JPEG, PNG, GIF (its first frame), BMP, PPM, TIFF or WebP.
+      image_size: 0 keeps the size; else see `fit`.
+      channels: 3, or 1 for grey.
+
+    Returns:
+      uint8 [H, W, channels].
+
+    Raises:
+      BadImageError: if it is truncated, damaged, of another format, or too large.
+    """
+    try:
+        with Image.open(io.BytesIO(content), formats=_FORMATS) as image:
+            _check_size(*image.size)
+            image.load()
+            pixels = fit(_converted(image, "RGB" if channels == 3 else "L"), image_size)
+    except BadImageError:
+        raise
+    except Exception as error:  # Pillow's decoders raise whatever damage makes them
+        raise BadImageError(str(error) or type(error).__name__) from None
+    return pixels.reshape(*pixels.shape[:2], channels)
+
+
+def fit(image: Image.Image, image_size: int) -> np.ndarray:
+    """Returns the pixels of an image, resized and cropped as CLIP does it.
+
+    The shortest side becomes `image_size` by bicubic interpolation, the longest is
+    rounded down; then the centre is cropped. 0 returns the pixels as they are.
+    """
+    if image_size == 0:
+        return np.asarray(image, np.uint8)
+    width, height = image.size
+    shortest = min(width, height)
+    width, height = (int(image_size * side / shortest) for side in (width, height))
+    _check_size(width, height)
+    if (width, height) != image.size:
+        image = image.resize((width, height), Image.Resampling.BICUBIC)
+    left, top = (round((side - image_size) / 2.0) for side in (width, height))
+    return np.asarray(
+        image.crop((left, top, left + image_size, top + image_size)), np.uint8
+    )
+
+
+def encode(pixels: np.ndarray) -> bytes:
+    """Encodes uint8 [H, W, 1 or 3] as PNG."""
+    file = io.BytesIO()
+    Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels).save(
+        file, "PNG"
+    )
+    return file.getvalue()
+
+
+def _converted(image: Image.Image, mode: str) -> Image.Image:
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    elif image.mode in ("I", "F"):
+        raise BadImageError(f"its pixels are of mode {image.mode}, not of 8 or 16 bits")
+    elif image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")  # straight to RGB, Pillow warns
+    return image.convert(mode)
+
+
+def _check_size(width: int, height: int) -> None:
+    if width * height > MAX_PIXELS:
+        raise BadImageError(f"{width}x{height} are more than {MAX_PIXELS:,} pixels")

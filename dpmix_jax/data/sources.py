@@ -1,0 +1,289 @@
+"""Every dataset by name: where its files may be, its official page, its constants.
+
+To add one, write how its files are read and add it to `SOURCES`.
+"""
+
+import dataclasses
+import functools
+import pathlib
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from dpmix_jax.data import cache, cifar, folder, idx, images, tfds, trees
+from dpmix_jax.data.digits import load_digits
+from dpmix_jax.data.npz import load_npz
+from dpmix_jax.data.records import Records
+from dpmix_jax.errors import UserError
+from dpmix_jax.places import data_folder
+
+Pair = tuple[Records, Records]
+
+# Mean and standard deviation of each channel, for pixels in [0, 1]: published
+# constants, never computed from a user's records.
+_CLIP = (  # of OpenAI's CLIP and open_clip, for photographs and pretrained encoders
+    (0.48145466, 0.4578275, 0.40821073),
+    (0.26862954, 0.26130258, 0.27577711),
+)
+_CONSTANTS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
+    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+    "mnist": ((0.1307,), (0.3081,)),  # as in PyTorch's examples
+    "fashion_mnist": ((0.2860,), (0.3530,)),  # as commonly used
+}
+
+_FASHION_CLASSES = (
+    *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"),
+    *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Source:
+    """A dataset that can be read, by one of two functions.
+
+    Attributes:
+      arrays: reads a path into training and test records: what is small and no files.
+      layout: lists the images in the trees of files that `open` makes of a path.
+      official: names that the dataset has when it is downloaded or unpacked; none if
+        its files are the user's own.
+      elsewhere: folders in which an operating system keeps it.
+      url: of its official page.
+    """
+
+    arrays: Callable[[pathlib.Path], Pair] | None = None
+    layout: Callable[..., cache.Encoded] | None = None
+    open: Callable[[pathlib.Path], list[trees.Tree]] = lambda p: [trees.open_tree(p)]
+    official: tuple[str, ...] = ()
+    elsewhere: tuple[str, ...] = ()
+    url: str = ""
+
+
+def read(name: str, path: str | None, image_size: int) -> Pair:
+    """Returns training and test records of a dataset, in canonical order.
+
+    Args:
+      name: of `SOURCES`, or `tfds:<builder>`.
+      path: of its files; None for where they are by default.
+      image_size: 0 for images as they are, all of one size; else what `images.fit`
+        brings them to, in RGB.
+
+    Raises:
+      UserError: if they are missing or damaged.
+    """
+    if name == "digits":
+        train, test = load_digits()
+    elif tfds.NAME.fullmatch(name):
+        return _read_tfds(name, path, image_size)
+    else:
+        source = SOURCES[name]
+        found = find(name, path)
+        if source.layout is not None:
+            return _read_files(name, source, found, image_size)
+        assert source.arrays is not None
+        train, test = source.arrays(found)
+    return _resized(name, train, test, image_size) if image_size else (train, test)
+
+
+def find(name: str, path: str | None) -> pathlib.Path:
+    """Returns the folder or file that holds a dataset.
+
+    Below `path`, or by default below `places.data_folder()`, it may have an official
+    name; else it is `path` itself.
+
+    Raises:
+      UserError: if there is nothing, with where to get it.
+    """
+    source = SOURCES[name]
+    if path is None:
+        tops = [data_folder() / name, data_folder()]
+        places = [top / official for top in tops for official in source.official]
+        places += [data_folder() / name, *map(pathlib.Path, source.elsewhere)]
+    else:
+        given = pathlib.Path(path).expanduser()
+        places = [given / official for official in source.official] + [given]
+    for place in places:
+        if place.exists():
+            return place
+    if not source.official:
+        raise UserError(f"data.path is {path}: cannot be read (there is no such file)")
+    names = " or ".join(source.official)
+    where = path or " or ".join([f"{data_folder()}", *source.elsewhere])
+    raise UserError(
+        f"data.path is {path}: {name} ({names}) is not in {where}; get it from"
+        f" {source.url}, then `python experiments/prepare.py --name={name} --path=<it>`"
+    )
+
+
+def _read_files(name: str, source: Source, path: pathlib.Path, image_size: int) -> Pair:
+    opened, layout = source.open(path), source.layout
+    assert layout is not None
+    found = cache.decoded(
+        name,
+        [*(tree.identity() for tree in opened), image_size],
+        lambda: layout(*opened),
+        functools.partial(images.decode, image_size=image_size),
+    )
+    return _records(name, found)
+
+
+def _read_tfds(name: str, path: str | None, image_size: int) -> Pair:
+    folder = tfds.find_version(name, path)
+    channels = 3 if image_size else tfds.channels(folder, name=name)
+    found = cache.decoded(
+        re.sub(r"\W", "-", name),
+        [trees.open_tree(folder).identity(), image_size],
+        lambda: tfds.list_examples(folder, name=name),
+        functools.partial(images.decode, image_size=image_size, channels=channels),
+    )
+    match = tfds.NAME.fullmatch(name)
+    assert match is not None
+    return _records(match["builder"], found)
+
+
+def _records(name: str, found: cache.Decoded) -> Pair:
+    if found.skipped:
+        reasons = ", ".join(f"{count} {why}" for why, count in found.skipped.items())
+        cache.say(f"{name}: files not used: {reasons}")
+    channels = found.train[0].shape[-1]
+    mean, stddev = _CONSTANTS.get(name, _CLIP if channels == 3 else ((0.5,), (0.5,)))
+    train, test = (
+        Records(
+            images=images,
+            labels=labels,
+            class_names=found.class_names,
+            mean=_broadcast(mean, channels),
+            stddev=_broadcast(stddev, channels),
+        )
+        for images, labels in (found.train, found.test)
+    )
+    return train, test
+
+
+def _resized(name: str, train: Records, test: Records, image_size: int) -> Pair:
+    """Brings records that are in memory to RGB of another size, through the cache."""
+    channels = train.images.shape[-1]
+    if channels not in (1, 3):
+        raise UserError(
+            f"data.image_size is {image_size}: images of {channels} channels cannot be"
+            " resized, it must be 0"
+        )
+
+    def fit(pixels: np.ndarray) -> np.ndarray:
+        plain = pixels[..., 0] if channels == 1 else pixels
+        return images.fit(Image.fromarray(plain).convert("RGB"), image_size)
+
+    both = {"train": train, "test": test}
+    found = cache.decoded(
+        name,
+        [train.digest(), test.digest(), image_size],
+        lambda: cache.Encoded(
+            class_names=train.class_names,
+            train=[cache.Example(("train", i), n) for i, n in enumerate(train.labels)],
+            test=[cache.Example(("test", i), n) for i, n in enumerate(test.labels)],
+            contents=lambda keys: (((s, i), both[s].images[i]) for s, i in keys),
+            skipped={},
+        ),
+        fit,
+    )
+    resized = (
+        dataclasses.replace(
+            records,
+            images=images,
+            mean=_broadcast(records.mean, 3),
+            stddev=_broadcast(records.stddev, 3),
+        )
+        for records, (images, _) in ((train, found.train), (test, found.test))
+    )
+    train, test = resized
+    return train, test
+
+
+def _broadcast(constants: tuple[float, ...], channels: int) -> tuple[float, ...]:
+    return constants * channels if len(constants) == 1 else constants
+
+
+def _pet_trees(path: pathlib.Path) -> list[trees.Tree]:
+    """Returns the images and the annotations, two folders or two archives."""
+    found = []
+    for part in ("images", "annotations"):
+        places = [path / f"{part}{suffix}" for suffix in ("", *trees.ARCHIVES)]
+        present = [place for place in places if place.exists()]
+        if not present:
+            raise UserError(
+                f"data.path is {path}: {part} or {part}.tar.gz is missing; get it from"
+                f" {SOURCES['oxford_iiit_pet'].url}"
+            )
+        found.append(trees.open_tree(present[0]))
+    return found
+
+
+def _cifar(classes: int) -> Source:
+    mean, stddev = _CONSTANTS[f"cifar{classes}"]
+    folders = {
+        10: ("cifar-10-batches-bin", "cifar-10-batches-py"),
+        100: ("cifar-100-binary", "cifar-100-python"),
+    }[classes]
+    archives = (f"cifar-{classes}-binary.tar.gz", f"cifar-{classes}-python.tar.gz")
+    return Source(
+        arrays=functools.partial(
+            cifar.load_cifar, num_classes=classes, mean=mean, stddev=stddev
+        ),
+        official=(*archives, *folders),
+        url="https://www.cs.toronto.edu/~kriz/cifar.html",
+    )
+
+
+def _idx(name: str, class_names: Sequence[str], **places: Any) -> Source:
+    mean, stddev = _CONSTANTS[name]
+    read = functools.partial(
+        idx.load_idx, class_names=tuple(class_names), mean=mean, stddev=stddev
+    )
+    return Source(arrays=read, **places)
+
+
+SOURCES = {
+    "npz": Source(arrays=load_npz),
+    "cifar10": _cifar(10),
+    "cifar100": _cifar(100),
+    "eurosat": Source(
+        layout=folder.eurosat,
+        official=("EuroSAT_RGB", "2750", "EuroSAT_RGB.zip", "EuroSAT.zip"),
+        url="https://github.com/phelber/EuroSAT",
+    ),
+    "caltech256": Source(
+        layout=folder.caltech256,
+        official=("256_ObjectCategories", "256_ObjectCategories.tar"),
+        url="https://data.caltech.edu/records/nyy15-4j048",
+    ),
+    "sun397": Source(
+        layout=folder.sun397,
+        official=("SUN397", "SUN397.tar.gz"),
+        url="https://vision.princeton.edu/projects/2010/SUN/",
+    ),
+    "oxford_iiit_pet": Source(
+        layout=folder.oxford_iiit_pet,
+        open=_pet_trees,
+        official=("oxford-iiit-pet",),
+        url="https://www.robots.ox.ac.uk/~vgg/data/pets/",
+    ),
+    "fashion_mnist": _idx(
+        "fashion_mnist",
+        _FASHION_CLASSES,
+        official=("fashion-mnist",),
+        elsewhere=("/usr/share/datasets/fashion-mnist",),  # Debian's package
+        url="https://github.com/zalandoresearch/fashion-mnist (or Debian's package"
+        " dataset-fashion-mnist)",
+    ),
+    "mnist": _idx(
+        "mnist",
+        "0123456789",
+        official=("MNIST/raw",),
+        url="http://yann.lecun.com/exdb/mnist/",
+    ),
+    "folder": Source(layout=folder.class_folders),
+}
+NAMES = ("digits", *SOURCES)

@@ -1,0 +1,71 @@
+"""Decodes a dataset once, and writes it as a prepared TensorFlow Dataset if asked to.
+
+    python experiments/prepare.py --name=caltech256 --path=256_ObjectCategories.tar \
+        --image_size=224 [--tfds_dir=out]
+
+Runs with the same `data` settings then start from the decoded images. With --tfds_dir
+it also writes an array_record folder (PNG, without TensorFlow), which
+`--config.data.name=tfds:caltech256 --config.data.path=out` reads.
+"""
+
+import sys
+import time
+from typing import NoReturn
+
+from absl import app, flags
+
+from dpmix_jax import data
+from dpmix_jax.data import tfds
+from dpmix_jax.errors import UserError
+
+_NAME = flags.DEFINE_string("name", None, "As data.name of a config.")
+_PATH = flags.DEFINE_string("path", None, "As data.path of a config.")
+_IMAGE_SIZE = flags.DEFINE_integer("image_size", 0, "As data.image_size of a config.")
+_TFDS_DIR = flags.DEFINE_string(
+    "tfds_dir", None, "Where to write the prepared dataset."
+)
+
+
+def parse(argv: list[str]) -> list[str]:
+    """Parses the flags; a mistake is one line and exit status 2."""
+    try:
+        return flags.FLAGS(argv)
+    except flags.Error as error:
+        fail(error)
+
+
+def fail(error: Exception | str) -> NoReturn:
+    """Ends the program by one line for the user."""
+    print("error:", " ".join(str(error).split()), file=sys.stderr)
+    sys.exit(2)
+
+
+def main(argv: list[str]) -> None:
+    try:
+        if len(argv) > 1:
+            raise UserError(f"unknown argument {argv[1]}: settings are --<key>=<value>")
+        if _NAME.value is None:
+            raise UserError("--name is missing: give the name of a dataset")
+        started = time.monotonic()
+        dataset = data.load(
+            data.DataConfig(
+                name=_NAME.value, path=_PATH.value, image_size=_IMAGE_SIZE.value
+            )
+        )
+        for split, records in (("train", dataset.train), ("test", dataset.test)):
+            print(
+                f"{_NAME.value} {split}: {len(records):,} images of"
+                f" {records.images.shape[1:]}, {records.num_classes} classes, SHA-256"
+                f" {records.digest()}"
+            )
+        print(f"{time.monotonic() - started:.1f} s")
+        if _TFDS_DIR.value is not None:
+            name = _NAME.value.removeprefix("tfds:").split("/")[0].split(":")[0]
+            folder = tfds.write(name, dataset.train, dataset.test, _TFDS_DIR.value)
+            print(f"{folder}: read it by data.name tfds:{name}")
+    except UserError as error:
+        fail(error)
+
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=parse)
