@@ -1,13 +1,34 @@
-"""DP-Mix_self on scikit-learn's 1,797 handwritten digits at (3, 1e-5), in two minutes.
+"""DP-Mix_self on scikit-learn's 1,797 handwritten digits, epsilon 1 to 8.
 
 python experiments/run.py --config=configs/digits.py
+
+The argument is the epsilon, one of 1, 2, 3, 4, 6, 8 (3 if none is given), for instance
+--config=configs/digits.py:8. The paper has no such row.
+
+Hardware: two CPU cores. Hours: 25 s at epsilon 3, calibration and compilation included.
+Accuracy: 95.28 % at epsilon 3 (median of 5 seeds, 94.44 to 95.56;
+docs/results/digits.md), not measured at the others. Epsilon 3 was tuned on validation
+records; T at the others is scaled by eye from there, and their rate is that of 3.
 """
 
 import ml_collections
 from ml_collections import config_dict
 
+from dpmix_jax.config import choose
 
-def get_config() -> ml_collections.ConfigDict:
+# By epsilon: updates, learning rate.
+ROWS = {
+    "1": (60, 1.0),
+    "2": (80, 1.0),
+    "3": (100, 1.0),
+    "4": (120, 1.0),
+    "6": (140, 1.0),
+    "8": (160, 1.0),
+}
+
+
+def get_config(epsilon: str = "3") -> ml_collections.ConfigDict:
+    num_updates, learning_rate = choose(ROWS, epsilon)
     return ml_collections.ConfigDict(
         {
             # None draws a secret seed, as a guarantee needs; give one to repeat a run.
@@ -28,14 +49,18 @@ def get_config() -> ml_collections.ConfigDict:
             # At 8x8 a whole pixel is a large move, and a mirrored digit is no digit.
             "augmentation": {"flip": False, "max_shift": 0.5, "subpixel": True},
             "privacy": {
-                "epsilon": 3.0,
+                "epsilon": float(epsilon),
                 "delta": 1e-5,
                 "expected_batch_size": 256,
-                "num_updates": 100,
+                "num_updates": num_updates,
                 "l2_clip_norm": 1.0,
                 "neighboring_relation": "add_or_remove_one",
             },
-            "optimizer": {"learning_rate": 1.0, "momentum": 0.0, "ema_decay": 0.95},
+            "optimizer": {
+                "learning_rate": learning_rate,
+                "momentum": 0.0,
+                "ema_decay": 0.95,
+            },
             # Records at a time: a number, or auto for as many as fit into memory.
             "performance": {"microbatch_size": "32", "precision": "float32"},
             "logging": {"log_every": 5, "eval_every": 10, "checkpoint_every": 10},

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import re
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -98,7 +99,10 @@ def to_dict(config: ExperimentConfig) -> dict[str, Any]:
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """Lists the keys whose values differ, of those that change the outcome of a run."""
-    flat = [dict(_flatten(values)) for values in (old, new)]
+    flat = [
+        {k: list(v) if isinstance(v, tuple) else v for k, v in flatten(values).items()}
+        for values in (old, new)
+    ]
     keys = sorted(set(flat[0]) | set(flat[1]))
     return [
         f"{key} ({flat[0].get(key)} there, {flat[1].get(key)} here)"
@@ -108,12 +112,15 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _flatten(values: Mapping[str, Any], prefix: str = ""):
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Returns nested mappings as one, with dotted keys."""
+    flat: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, Mapping):
-            yield from _flatten(value, f"{prefix}{key}.")
+            flat.update(flatten(value, f"{prefix}{key}."))
         else:
-            yield prefix + key, list(value) if isinstance(value, tuple) else value
+            flat[prefix + key] = value
+    return flat
 
 
 def _build(cls, values: Any, prefix: str):
@@ -172,6 +179,27 @@ def check_keys(keys: Iterable[str], valid: Iterable[str], prefix: str = "") -> N
                 else f"valid are {', '.join(valid)}"
             )
             raise UserError(f"unknown key {prefix}{key}: {hint}")
+
+
+def choose(rows: Mapping[str, Any], name: str, key: str = "epsilon") -> Any:
+    """Returns the row that the argument of a config file names, or raises `UserError`.
+
+    Args:
+      rows: by name.
+      name: what follows the colon in `--config=configs/digits.py:8`.
+      key: what the names are.
+    """
+    if name not in rows:
+        raise UserError(f"{key} is {name!r}: it must be one of {', '.join(rows)}")
+    return rows[name]
+
+
+def check_flags(argv: Iterable[str]) -> None:
+    """Raises `UserError` for the first `--config.<path>` that `check_path` refuses."""
+    for arg in argv:
+        path = re.match(r"--?config\.([^=]*)", arg)
+        if path:
+            check_path(path[1])
 
 
 def check_path(path: str) -> None:

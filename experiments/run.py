@@ -2,69 +2,45 @@
 
     python experiments/run.py --config=configs/digits.py --config.method.name=self_aug
 
-Every value of the config can be set by `--config.<key>=<value>`. Started again with the
-same command, a run that was stopped goes on where it was.
+Every value of the config can be set by `--config.<key>=<value>`; what follows a colon
+in `--config=configs/digits.py:8` is the epsilon whose row of the config is taken.
+Started again with the same command, a run that was stopped goes on where it was.
 """
 
 import pathlib
-import re
 import sys
-from typing import NoReturn
 
 from absl import app, flags, logging
-from ml_collections import config_flags
 
-from dpmix_jax import config, experiment
+from dpmix_jax import command_line, config, experiment
 from dpmix_jax.errors import UserError
 from dpmix_jax.workdir import Workdir
 
-# New attributes pass here, so that they are refused together with those of files.
-_CONFIG = config_flags.DEFINE_config_file(
-    "config",
-    None,
-    "Path of a config file.",
-    lock_config=False,
-    accept_new_attributes=True,
-)
+_CONFIG = command_line.define_config()
 _WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Where to write; by default runs/<name of the config file>."
+    "workdir", None, "Where to write; by default runs/<config file>[-<its argument>]."
 )
 
 
 def parse(argv: list[str]) -> list[str]:
     """Parses the flags; a mistake is one line and exit status 2."""
     try:
-        for arg in argv[1:]:
-            key = re.match(r"--?config\.([^=]*)", arg)
-            if key:
-                config.check_path(key[1])
+        config.check_flags(argv)
         return flags.FLAGS(argv)
-    except (UserError, flags.Error) as error:
-        fail(error)
-    except Exception as error:  # whatever the user's config file raises
-        fail(f"--config cannot be loaded: {type(error).__name__}: {error}")
-
-
-def fail(error: Exception | str) -> NoReturn:
-    """Ends the program by one line for the user."""
-    print("error:", " ".join(str(error).split()), file=sys.stderr)
-    sys.exit(2)
+    except Exception as error:  # also whatever the user's config file raises
+        command_line.fail(command_line.explain(error))
 
 
 def main(argv: list[str]) -> None:
     del argv
     logging.set_verbosity(logging.WARNING)
     try:
-        if _CONFIG.value is None:
-            raise UserError("--config is missing: give the path of a config file")
-        path = config_flags.get_config_filename(flags.FLAGS["config"])
-        if not pathlib.Path(path).is_file():
-            raise UserError(f"--config is {path}: there is no such file")
+        named = command_line.config_file()
         experiment_config = config.from_config_dict(_CONFIG.value)
-        folder = pathlib.Path(_WORKDIR.value or f"runs/{pathlib.Path(path).stem}")
+        folder = pathlib.Path(_WORKDIR.value or command_line.default_workdir(*named))
         status = experiment.run(experiment_config, Workdir(folder))
     except UserError as error:
-        fail(error)
+        command_line.fail(error)
     sys.exit(status)
 
 

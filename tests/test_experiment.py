@@ -322,6 +322,12 @@ def parse(value):
     [
         ([], "--config is missing: give the path of a config file"),
         (["--config=none.py"], "--config is none.py: there is no such file"),
+        (["--config=none.py:8"], "--config is none.py: there is no such file"),
+        (
+            ["--config=configs/digits.py:5"],
+            "--config cannot be loaded: epsilon is '5': it must be one of 1, 2, 3, 4,"
+            " 6, 8",
+        ),
         (
             ["--config=configs/digits.py", "--config.method.nme=x"],
             "unknown key method.nme: did you mean method.name?",

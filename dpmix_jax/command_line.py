@@ -1,0 +1,93 @@
+"""What the programs in `experiments/` share: config flags, and mistakes as one line."""
+
+import pathlib
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from absl import flags
+from ml_collections import config_flags
+
+from dpmix_jax import config
+from dpmix_jax.errors import UserError
+
+
+def define_config(
+    flag_values: flags.FlagValues = flags.FLAGS, argv: Sequence[str] | None = None
+) -> flags.FlagHolder:
+    """Defines `--config=<file>` or `--config=<file>:<argument of get_config>`.
+
+    New attributes pass here, so that they are refused together with those of files.
+
+    Args:
+      flag_values: receives the flag and those of the config's keys.
+      argv: the command line with the program's name, if it is not this program's own.
+    """
+    return config_flags.DEFINE_config_file(
+        "config",
+        None,
+        "Path of a config file; what follows a colon is its argument.",
+        flag_values=flag_values,
+        lock_config=False,
+        accept_new_attributes=True,
+        sys_argv=None if argv is None else list(argv),
+    )
+
+
+def config_file(
+    flag_values: flags.FlagValues = flags.FLAGS,
+) -> tuple[pathlib.Path, str]:
+    """Returns the file that `--config` names, and its argument, or "" for none.
+
+    Raises:
+      UserError: if there is no such file.
+    """
+    if flag_values["config"].value is None:
+        raise UserError("--config is missing: give the path of a config file")
+    name = config_flags.get_config_filename(flag_values["config"])
+    path, _, argument = name.partition(":")
+    if not pathlib.Path(path).is_file():
+        raise UserError(f"--config is {path}: there is no such file")
+    return pathlib.Path(path), argument
+
+
+def default_workdir(path: pathlib.Path, argument: str) -> pathlib.Path:
+    """Returns `runs/<name of the config file>[-<argument>]`."""
+    return pathlib.Path("runs") / "-".join(filter(None, (path.stem, argument)))
+
+
+def load_experiment(argv: Sequence[str]) -> config.ExperimentConfig:
+    """Reads what `experiments/run.py` would run, given these flags.
+
+    Raises:
+      UserError: for what `experiments/run.py` refuses before it reads data.
+    """
+    values, argv = flags.FlagValues(), ["run.py", *argv]
+    holder = define_config(values, argv)
+    try:
+        config.check_flags(argv)
+        values(argv)
+        config_file(values)
+        return config.from_config_dict(holder.value)
+    except Exception as error:
+        raise UserError(explain(error)) from None
+
+
+def explain(error: Exception) -> str:
+    """Returns one line for the user about what parsing the command line has raised.
+
+    What a config file raised comes from config_flags as a traceback in the message.
+    """
+    text = str(error).strip()
+    if "Traceback" in text:  # config_flags puts what a file raised into the message
+        own = f"{UserError.__module__}.{UserError.__qualname__}: "
+        text = f"--config cannot be loaded: {text.splitlines()[-1].removeprefix(own)}"
+    elif not isinstance(error, UserError | flags.Error):
+        text = f"--config cannot be loaded: {type(error).__name__}: {text}"
+    return " ".join(text.split())
+
+
+def fail(error: Exception | str) -> NoReturn:
+    """Ends the program by one line for the user and exit status 2."""
+    print("error:", " ".join(str(error).split()), file=sys.stderr)
+    sys.exit(2)
