@@ -1,0 +1,425 @@
+"""Sweeps: which runs there are, what their tables say, and that they survive."""
+
+import csv
+import io
+import json
+import pathlib
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import time
+
+import ml_collections
+import pytest
+import scipy.stats
+
+from dpmix_jax import UserError, sweep
+from dpmix_jax.command_line import load_experiment
+from dpmix_jax.sweep import from_config_dict, paired_test, to_csv, to_markdown
+from dpmix_jax.workdir import Workdir
+from tests.conftest import ROOT
+from tests.test_configs import module
+
+ROWS = (
+    ("DP-SGD", {"method.name": "dp_sgd"}),
+    ("Self-Aug, K = 2", {"method.name": "self_aug", "method": {"k_base": 2}}),
+)
+SMALL = {
+    "title": "Tiny",
+    "base": f"{ROOT}/configs/digits.py:{{epsilon}}",
+    "rows": ROWS,
+    "columns": {"epsilon": ("3",)},
+    "common": {
+        "model": {"features": "4,8", "groups": 2},
+        "privacy": {"num_updates": 3},
+        "performance": {"microbatch_size": 256},
+    },
+    "seeds": 2,
+    "metric": "test_accuracy_ema",
+    "paper": {"source": "A paper.", "cells": (("DP-SGD", "3", "50.0 (.1)"),)},
+}
+
+
+def config(*settings, **changes):
+    return from_config_dict(ml_collections.ConfigDict({**SMALL, **changes}), settings)
+
+
+# The grid.
+
+
+def test_runs_go_seed_by_seed():
+    grid = config(
+        columns={"epsilon": ("1", "8"), "optimizer": {"learning_rate": (0.5, 2)}}
+    )
+    runs = grid.runs()
+    assert len(runs) == 2 * 4 * 2
+    assert [run.seed for run in runs] == [0] * 8 + [1] * 8
+    assert [run.row for run in runs[:8]] == ["DP-SGD"] * 4 + ["Self-Aug, K = 2"] * 4
+    assert [run.point for run in runs[:3]] == [("1", 0.5), ("1", 2), ("8", 0.5)]
+    last = runs[-1]
+    folder = "self-aug-k-2/epsilon=8-optimizer.learning_rate=2/seed=1"
+    assert last.folder == pathlib.Path(folder)
+    assert last.flags == (
+        f"--config={ROOT}/configs/digits.py:8",
+        "--config.model.features=4,8",
+        "--config.model.groups=2",
+        "--config.performance.microbatch_size=256",
+        "--config.privacy.num_updates=3",
+        "--config.optimizer.learning_rate=2",
+        "--config.method.name=self_aug",
+        "--config.method.k_base=2",
+        "--config.seed=1",
+    )
+    built = load_experiment(last.flags)
+    assert (built.seed, built.privacy.epsilon) == (1, 8.0)
+    assert (built.method.name, built.method.k_base) == ("self_aug", 2)
+    assert (built.optimizer.learning_rate, built.privacy.num_updates) == (2.0, 3)
+
+
+def test_a_sweep_without_columns_has_one_cell_a_row():
+    runs = config(base="configs/digits.py", columns={}, seeds=1, paper=None).runs()
+    assert [str(run.folder) for run in runs] == ["dp-sgd/seed=0", "self-aug-k-2/seed=0"]
+
+
+def test_set_comes_before_common():
+    (first, *_) = config("privacy.num_updates=7", "data.validation_size=9").runs()
+    built = load_experiment(first.flags)
+    assert (built.privacy.num_updates, built.data.validation_size) == (7, 9)
+
+
+@pytest.mark.parametrize("data", ["", "cifar10", "digits", "fashion_mnist"])
+def test_table11_compares_at_equal_compute(data):
+    file = module(ROOT / "configs/table11.py")
+    table11 = from_config_dict(file.get_config(data) if data else file.get_config())
+    runs = table11.runs()
+    assert len(runs) == 3 * 2 * 5
+    built = [load_experiment([*run.flags]) for run in runs[:6]]
+    assert {b.data.name for b in built} == {data or "cifar10"}
+    assert [b.privacy.epsilon for b in built] == [1.0, 8.0] * 3
+    assert [b.method.name for b in built[::2]] == [
+        "self_aug",
+        "self_aug",
+        "dp_mix_self",
+    ]
+    fewer, equal, mixed = (b.method.set_size for b in built[::2])
+    assert fewer == built[4].method.k_base < equal == mixed
+    if data in ("", "cifar10"):
+        assert (fewer, equal) == (16, 34)
+        assert "| 57.1 (.4) |" in to_markdown(table11, [])
+        for cell in table11.paper["cells"]:
+            assert cell[0] in table11.rows
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sedes": 3}, "unknown key sedes: did you mean seeds?"),
+        ({"seeds": 0}, "seeds is 0: it must be at least 1"),
+        ({"seeds": "2"}, "seeds is '2': it must be of type int"),
+        ({"rows": ()}, "rows is empty"),
+        ({"rows": {"a": {}}}, "rows is {'a': {}}: it must be of type tuple"),
+        ({"rows": (("a",),)}, "rows has ('a',): it must be a name and its settings"),
+        ({"rows": (("a", {}), ("a", {}))}, "rows has 'a' twice"),
+        ({"rows": (("a b", {}), ("a-b", {}))}, "rows or columns share the folder a-b/"),
+        ({"columns": {"epsilon": "3"}}, "columns.epsilon is '3': it must be a list"),
+        (
+            {"base": "a.py:{delta}"},
+            "base is a.py:{delta}: delta is none of the columns",
+        ),
+        (
+            {"common": {"method": {"name": "dp_sgd"}}},
+            "rows.DP-SGD: method.name is set twice",
+        ),
+        ({"rows": (("a", {"seed": 3}),)}, "rows.a: seed is set twice"),
+        ({"columns": {"epsilon": ("1",), "seed": (3,)}}, "rows.DP-SGD: seed is set"),
+    ],
+)
+def test_refuses(changes, message):
+    with pytest.raises(UserError) as error:
+        config(**changes)
+    assert str(error.value).startswith(message)
+    assert "\n" not in str(error.value)
+
+
+def test_refuses_what_is_missing_or_no_setting():
+    values = ml_collections.ConfigDict(
+        {k: v for k, v in SMALL.items() if k != "metric"}
+    )
+    with pytest.raises(UserError, match="metric is missing from the config"):
+        from_config_dict(values)
+    with pytest.raises(UserError, match="--set is seed: it must be <key>=<value>"):
+        config("seed")
+
+
+# The tables.
+
+
+def record(row, epsilon, seed, value):
+    keys = {"row": row, "epsilon": epsilon, "seed": seed, "test_accuracy_ema": value}
+    return {**keys, "device": "2 x GPU", "jax": "0.10"}
+
+
+def test_table_by_hand():
+    values = {"DP-SGD": (0.50, 0.52, 0.57), "Self-Aug, K = 2": (0.51, 0.55)}
+    grid = config(seeds=3, columns={"epsilon": ("3", "8")})
+    records = [
+        record(row, "3", seed, value)
+        for row, line in values.items()
+        for seed, value in enumerate(line)
+    ]
+    text = to_markdown(grid, records)
+    assert text.startswith(
+        """# Tiny
+
+`test_accuracy_ema` in %, at the last update: median (standard deviation) over 3 paired\
+ seeds.
+
+**5 of 12 runs have finished.**
+
+| | epsilon = 3, ours | paper | epsilon = 8, ours | paper |
+| --- | --- | --- | --- | --- |
+| DP-SGD | 52.00 (3.61) | 50.0 (.1) | - | - |
+| Self-Aug, K = 2 | 53.00 (2.83), n = 2 | - | - | - |
+
+- ours: run here, on 2 x GPU, jax 0.10.
+- paper: as printed, not run here. A paper.
+"""
+    )
+    assert "| DP-SGD | epsilon = 3 | 3 | 52.00 | 3.61 | 50.00 | 57.00 |\n" in text
+    assert "| DP-SGD | epsilon = 8 | 0 | - | - | - | - |\n" in text
+    # Differences of the seeds that both have: 1 and 3 points.
+    p = scipy.stats.ttest_rel([0.51, 0.55], [0.50, 0.52]).pvalue
+    names = "| Self-Aug, K = 2 less DP-SGD | epsilon = 3 |"
+    assert f"{names} 2 | +2.00 | 1.41 | {p:.2g} | 1.4 |" in text
+    assert "best" not in text
+
+
+def test_a_metric_that_is_no_accuracy_is_no_percentage():
+    grid = config(metric="nonprivate/loss", paper=None)
+    records = [{"row": "DP-SGD", "epsilon": "3", "seed": 0, "nonprivate/loss": 0.01234}]
+    text = to_markdown(grid, records)
+    assert "`nonprivate/loss`, at the last update" in text
+    assert "| DP-SGD | 0.0123 (-), n = 1 |" in text
+    assert "paper" not in text
+
+
+def test_paired_test():
+    values = [0.01, -0.02, 0.03, 0.025, 0.04]
+    p, d = paired_test(values)
+    assert p == pytest.approx(scipy.stats.ttest_1samp(values, 0.0).pvalue)
+    assert d == pytest.approx(statistics.fmean(values) / statistics.stdev(values))
+    assert paired_test([0.01]) == paired_test([0.01] * 3) == (None, None)
+
+
+def test_csv_takes_every_column():
+    text = to_csv([{"row": "a, b", "x": 1}, {"row": "c", "y": 2}])
+    assert text == 'row,x,y\n"a, b",1,\nc,,2\n'
+    assert to_csv([]) == "\n"
+
+
+# Whole sweeps by the command line.
+
+
+def write_config(folder, **changes):
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "grid.py"
+    path.write_text(
+        "import ml_collections\n\n\ndef get_config():\n"
+        f"    return ml_collections.ConfigDict({ {**SMALL, **changes}!r})\n"
+    )
+    return path
+
+
+def command(workdir, *flags, **changes):
+    path = write_config(workdir.parent / "config", **changes)
+    program = [sys.executable, f"{ROOT}/experiments/sweep.py", f"--config={path}"]
+    return [*program, f"--workdir={workdir}", *flags]
+
+
+def run(*args, **changes):
+    return subprocess.run(command(*args, **changes), capture_output=True, text=True)
+
+
+def lines(workdir):
+    return list(csv.DictReader(io.StringIO((workdir / "runs.csv").read_text())))
+
+
+def outcome(workdir):
+    """What must not depend on how often a sweep was killed."""
+    timings = ("seconds", "images_per_second")
+    untimed = [{k: v for k, v in x.items() if k not in timings} for x in lines(workdir)]
+    return (workdir / "table.md").read_text(), untimed
+
+
+def mtimes(workdir):
+    return {p: p.stat().st_mtime_ns for p in workdir.glob("*/*/*/results.json")}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("finished") / "sweep"
+    return workdir, run(workdir)
+
+
+@pytest.fixture
+def copy(finished, tmp_path):
+    """A copy of the finished sweep, as it was when seed 0 was done."""
+    workdir = shutil.copytree(finished[0], tmp_path / "sweep")
+    for path in workdir.glob("*/*/seed=1"):
+        shutil.rmtree(path)
+        path.with_name("seed=1.log").unlink()
+    return workdir
+
+
+def test_what_a_sweep_writes_and_prints(finished):
+    workdir, done = finished
+    assert done.returncode == 0, done.stderr
+    table, _ = outcome(workdir)
+    assert done.stdout == table
+    say = done.stderr.splitlines()
+    assert say[0] == f"4 runs into {workdir}, 0 of them finished before"
+    assert len(say) == 5
+    assert say[1].startswith("run 1/4  DP-SGD, epsilon = 3, seed 0: test_accuracy_ema ")
+    assert say[4].endswith("ETA 0:00:00")
+    by_row = {}
+    for line in lines(workdir):
+        results = Workdir(workdir / line["workdir"]).results()
+        for key in ("test_accuracy", "test_accuracy_ema", "noise_multiplier", "jax"):
+            assert line[key] == str(results[key])
+        assert line["measured_epsilon"] == str(results["epsilon"])
+        assert (line["epsilon"], line["step"]) == ("3", "3")
+        log = workdir / f"{line['workdir']}.log"
+        assert "test accuracy raw" in log.read_text()
+        by_row.setdefault(line["row"], []).append(float(line["test_accuracy_ema"]))
+    assert [line["seed"] for line in lines(workdir)] == ["0", "0", "1", "1"]
+    for row, values in by_row.items():
+        median, sd = statistics.median(values), statistics.stdev(values)
+        assert f"| {row} | {100 * median:.2f} ({100 * sd:.2f}) |" in table
+    assert "| DP-SGD | " in table
+    assert " | 50.0 (.1) |" in table
+
+
+def test_finished_runs_are_not_repeated(finished):
+    workdir, first = finished
+    before = mtimes(workdir)
+    again = run(workdir)
+    assert (again.returncode, again.stdout) == (0, first.stdout)
+    assert again.stderr == f"4 runs into {workdir}, 4 of them finished before\n"
+    assert mtimes(workdir) == before
+
+
+def test_runs_of_other_settings_are_failures(copy):
+    """They are neither overwritten nor taken for what they are not."""
+    before = mtimes(copy)
+    done = run(copy, "--set=privacy.num_updates=4", "--config.seeds=1")
+    assert done.returncode == 1
+    assert "2 runs into" in done.stderr
+    failed = [line for line in done.stderr.splitlines() if line.startswith("failed: ")]
+    assert len(failed) == 2
+    for line in failed:
+        assert "is of another experiment, use another --workdir; these differ:" in line
+        assert "privacy.num_updates (3 there, 4 here)" in line
+    assert "**0 of 2 runs have finished.**" in done.stdout
+    assert mtimes(copy) == before
+
+
+def wait_for(path, text):
+    deadline = time.time() + 120
+    while not (path.exists() and text in path.read_text()):
+        assert time.time() < deadline, path
+        time.sleep(0.05)
+
+
+def start(*args):
+    return subprocess.Popen(
+        command(*args), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+
+
+def test_killed_half_way_it_gives_the_same_table(finished, copy):
+    """The run that the killed sweep left behind is waited for, not lost."""
+    before = mtimes(copy)
+    assert len(before) == 2
+    process = start(copy)
+    wait_for(copy / "dp-sgd/epsilon=3/seed=1.log", "calibrating")
+    process.kill()
+    process.wait()
+    done = run(copy)
+    assert done.returncode == 0, done.stderr
+    assert "4 runs into" in done.stderr
+    assert "waiting for the process that is still running" in done.stderr
+    assert outcome(copy) == outcome(finished[0])
+    assert {path: mtimes(copy)[path] for path in before} == before
+
+
+def test_a_stopped_sweep_stops_its_run_first(copy):
+    process = start(copy, "--set=logging.log_every=1")
+    log = copy / "dp-sgd/epsilon=3/seed=1.log"
+    wait_for(log, "calibrating")
+    process.terminate()
+    assert process.wait() == 128 + signal.SIGTERM
+    with Workdir(log.with_suffix("")).locked():
+        assert "SIGTERM: saving" in log.read_text()
+    assert not (copy / "self-aug-k-2/epsilon=3/seed=1").exists()
+
+
+def test_a_failed_run_does_not_stop_the_rest(copy):
+    rows = (ROWS[0], ("Broken", {"privacy.expected_batch_size": 2000}), ROWS[1])
+    shutil.rmtree(copy / "self-aug-k-2/epsilon=3/seed=0")
+    done = run(copy, rows=rows, seeds=1)
+    assert done.returncode == 1
+    log = copy / "broken/epsilon=3/seed=0.log"
+    why = (
+        "Broken, epsilon = 3, seed 0: exit status 2:"
+        " privacy.expected_batch_size is 2000: it must be at most the number of"
+        f" training records, 1437 ({log})"
+    )
+    say = done.stderr.splitlines()
+    assert say[0].endswith("1 of them finished before")
+    assert say[1] == f"run 2/3  {why.replace(': exit', ': FAILED: exit')}; ETA -:--:--"
+    assert say[2].startswith("run 3/3  Self-Aug, K = 2, epsilon = 3, seed 0: test_")
+    assert say[3:] == [f"failed: {why}"]
+    assert "**2 of 3 runs have finished.**" in done.stdout
+    assert [line["row"] for line in lines(copy)] == ["DP-SGD", "Self-Aug, K = 2"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            ["--set=privacy.num_updats=3"],
+            "unknown key privacy.num_updats: did you mean privacy.num_updates?",
+        ),
+        (
+            ["--config=configs/table11.py:mnist"],
+            "--config cannot be loaded: data is 'mnist': it must be one of cifar10,"
+            " digits, fashion_mnist",
+        ),
+        (["--config.metric=speed"], "metric is 'speed': it must be one of step, "),
+    ],
+)
+def test_a_mistake_is_one_line(copy, flags, message):
+    files = sorted(copy.rglob("*"))
+    program = command(copy, *flags)
+    if flags[0].startswith("--config="):
+        program.remove(program[2])
+    done = subprocess.run(program, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: {message}")
+    assert done.stderr.count("\n") == 1
+    assert done.stdout == ""
+    assert sorted(copy.rglob("*")) == files
+
+
+def test_the_validation_accuracy_can_be_the_metric(tmp_path):
+    grid = config(metric="nonprivate/validation/accuracy_ema")
+    workdir = Workdir(tmp_path)
+    workdir.add_metrics({"step": 3, "nonprivate/validation/accuracy_ema": 0.25})
+    workdir.end({"test_accuracy": 0.5, "confusion_ema": [[1]]})
+    found = sweep.read_record(grid, grid.runs()[0], workdir)
+    assert found["nonprivate/validation/accuracy_ema"] == 0.25
+    assert found["test_accuracy"] == 0.5
+    assert "confusion_ema" not in found
+    assert json.dumps(found)
