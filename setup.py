@@ -33,6 +33,7 @@ setup(
         "pillow>=11.0",
         "safetensors>=0.5",
         "scikit-learn>=1.5",
+        "scipy>=1.14",
     ],
     extras_require={
         "cuda12": ["jax[cuda12]>=0.10"],
