@@ -191,7 +191,7 @@ def _window(conv, images, tap: Sequence[int], spread: Sequence[int]) -> jax.Arra
 def _dot(conv, images: jax.Array, gradients: jax.Array) -> jax.Array:
     """[*l, n], [*l, o] -> [n, o], in `batch_group_count` blocks; sums in float32."""
     groups = conv["batch_group_count"]
-    wide = jnp.promote_types(images.dtype, jnp.float32)
+    wide = max(images.dtype, jnp.dtype("float32"), key=lambda dtype: dtype.itemsize)
     if images.shape[-1] == gradients.shape[-1] == groups > 1:  # depthwise
         products = images.astype(wide) * gradients.astype(wide)
         return products.sum(tuple(range(products.ndim - 1)))[None]

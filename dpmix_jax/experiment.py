@@ -286,7 +286,7 @@ class _Run:
             "epsilon": facts["epsilon_pld"],
             "delta": facts["delta"],
             "noise_multiplier": facts["noise_multiplier"],
-            "device": f"{self.mesh.size} x {jax.devices()[0].device_kind}",
+            "device": f"{self.pipeline.mesh.size} x {jax.devices()[0].device_kind}",
             "jax": jax.__version__,
             "seconds": time.time() - self.started,
         }

@@ -1,6 +1,7 @@
 """Trains one model as a config says.
 
     python experiments/run.py --config=configs/digits.py --config.method.name=self_aug
+    python experiments/run.py --config=configs/wrn16_4_cifar10.py:8 --dry_run
 
 Every value of the config can be set by `--config.<key>=<value>`; what follows a colon
 in `--config=configs/digits.py:8` is the epsilon whose row of the config is taken.
@@ -12,13 +13,16 @@ import sys
 
 from absl import app, flags, logging
 
-from dpmix_jax import command_line, config, experiment
+from dpmix_jax import command_line, config, dry_run, experiment
 from dpmix_jax.errors import UserError
 from dpmix_jax.workdir import Workdir
 
 _CONFIG = command_line.define_config()
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Where to write; by default runs/<config file>[-<its argument>]."
+)
+_DRY_RUN = flags.DEFINE_bool(
+    "dry_run", False, "Tells noise, work, memory and hours, without touching data."
 )
 
 
@@ -37,6 +41,9 @@ def main(argv: list[str]) -> None:
     try:
         named = command_line.config_file()
         experiment_config = config.from_config_dict(_CONFIG.value)
+        if _DRY_RUN.value:
+            print(dry_run.dry_run(experiment_config))
+            return
         folder = pathlib.Path(_WORKDIR.value or command_line.default_workdir(*named))
         status = experiment.run(experiment_config, Workdir(folder))
     except UserError as error:

@@ -24,7 +24,8 @@ from absl import app, flags, logging
 
 from dpmix_jax import command_line, sweep
 from dpmix_jax.errors import UserError
-from dpmix_jax.experiment import caught_signals, say
+from dpmix_jax.experiment import caught_signals
+from dpmix_jax.progress import duration, say
 from dpmix_jax.workdir import Workdir
 
 RUN = pathlib.Path(__file__).with_name("run.py")
@@ -116,8 +117,7 @@ class Sweep:
         eta = "-:--:--"
         if self.seconds:
             pace = sum(self.seconds) / len(self.seconds)
-            minutes, seconds = divmod(round(pace * left), 60)
-            eta = f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
+            eta = duration(pace * left)
         number = f"{total - left:>{len(str(total))}}/{total}"
         say(f"run {number}  {self._name(i)}: {outcome}; ETA {eta}")
 

@@ -16,7 +16,7 @@ from dpmix_jax.data import sources, tfds
 from dpmix_jax.data.records import Records
 from dpmix_jax.errors import UserError
 
-__all__ = ["DataConfig", "Dataset", "Records", "load"]
+__all__ = ["DataConfig", "Dataset", "Records", "blank", "load"]
 
 _MAX_IMAGE_SIZE = 2048
 
@@ -79,6 +79,23 @@ class Dataset(NamedTuple):
     train: Records
     test: Records
     validation: Records | None
+
+
+def blank(config: DataConfig) -> Records:
+    """Returns black training records, as many as there are and of their shape.
+
+    Files of the user's own are read for that; of other datasets it is known.
+
+    Raises:
+      UserError: for what `load` refuses, or a size that is not known.
+    """
+    known = sources.blank(config.name, config.image_size)
+    if known is None:
+        return load(config).train
+    left = slice(config.validation_size, None)
+    return dataclasses.replace(
+        known, images=known.images[left], labels=known.labels[left]
+    )
 
 
 def load(config: DataConfig) -> Dataset:

@@ -16,7 +16,6 @@ import json
 import os
 import pathlib
 import shutil
-import sys
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -26,6 +25,7 @@ import numpy as np
 from dpmix_jax.data.images import BadImageError
 from dpmix_jax.errors import UserError
 from dpmix_jax.places import cache_folder
+from dpmix_jax.progress import duration, say
 
 _VERSION = 1  # of the format, and of how images are decoded
 _SPLITS = ("train", "test")
@@ -115,10 +115,6 @@ def rows(images: np.memmap, indices: np.ndarray) -> np.memmap:
                 _sync(file)
             os.replace(partial, path)
     return np.load(path, mmap_mode="r")
-
-
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 def _open(folder: pathlib.Path) -> Decoded:
@@ -265,7 +261,7 @@ def _progress(
             rate, said = count / (now - started), now
             say(
                 f"preparing {name}: {count:,} of {count + left:,} images,"
-                f" {rate:.0f}/s, {left / rate:.0f} s left"
+                f" {rate:.0f}/s, ETA {duration(left / rate)}"
             )
         yield key, result
 

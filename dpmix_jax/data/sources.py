@@ -19,6 +19,7 @@ from dpmix_jax.data.npz import load_npz
 from dpmix_jax.data.records import Records
 from dpmix_jax.errors import UserError
 from dpmix_jax.places import data_folder
+from dpmix_jax.progress import say
 
 Pair = tuple[Records, Records]
 
@@ -52,6 +53,8 @@ class Source:
         its files are the user's own.
       elsewhere: folders in which an operating system keeps it.
       url: of its official page.
+      known: training records, their height, width and channels (0 where images
+        differ in size), and classes; None for files of the user's own.
     """
 
     arrays: Callable[[pathlib.Path], Pair] | None = None
@@ -60,6 +63,7 @@ class Source:
     official: tuple[str, ...] = ()
     elsewhere: tuple[str, ...] = ()
     url: str = ""
+    known: tuple[int, tuple[int, int, int], int] | None = None
 
 
 def read(name: str, path: str | None, image_size: int) -> Pair:
@@ -86,6 +90,35 @@ def read(name: str, path: str | None, image_size: int) -> Pair:
         assert source.arrays is not None
         train, test = source.arrays(found)
     return _resized(name, train, test, image_size) if image_size else (train, test)
+
+
+def blank(name: str, image_size: int) -> Records | None:
+    """Returns training records of the number and shape of a dataset, all of them black.
+
+    Raises:
+      UserError: if images differ in size and `image_size` is 0.
+    """
+    match = tfds.NAME.fullmatch(name)
+    source = SOURCES.get(match["builder"] if match else name)
+    if source is None or source.known is None:
+        return None
+    count, shape, num_classes = source.known
+    shape = (image_size, image_size, 3) if image_size else shape
+    if 0 in shape:
+        raise UserError(
+            f"data.image_size is 0: it must be positive, for images of {name} differ in"
+            " size"
+        )
+    black = cache.Decoded(
+        class_names=tuple(map(str, range(num_classes))),
+        train=(
+            np.broadcast_to(np.uint8(0), (count, *shape)),
+            np.zeros(count, np.int32),
+        ),
+        test=(np.zeros((0, *shape), np.uint8), np.zeros(0, np.int32)),
+        skipped={},
+    )
+    return _records(name, black)[0]
 
 
 def find(name: str, path: str | None) -> pathlib.Path:
@@ -147,7 +180,7 @@ def _read_tfds(name: str, path: str | None, image_size: int) -> Pair:
 def _records(name: str, found: cache.Decoded) -> Pair:
     if found.skipped:
         reasons = ", ".join(f"{count} {why}" for why, count in found.skipped.items())
-        cache.say(f"{name}: files not used: {reasons}")
+        say(f"{name}: files not used: {reasons}")
     channels = found.train[0].shape[-1]
     mean, stddev = _CONSTANTS.get(name, _CLIP if channels == 3 else ((0.5,), (0.5,)))
     train, test = (
@@ -234,6 +267,7 @@ def _cifar(classes: int) -> Source:
         ),
         official=(*archives, *folders),
         url="https://www.cs.toronto.edu/~kriz/cifar.html",
+        known=(50_000, (32, 32, 3), classes),
     )
 
 
@@ -253,22 +287,26 @@ SOURCES = {
         layout=folder.eurosat,
         official=("EuroSAT_RGB", "2750", "EuroSAT_RGB.zip", "EuroSAT.zip"),
         url="https://github.com/phelber/EuroSAT",
+        known=(21_600, (64, 64, 3), 10),
     ),
     "caltech256": Source(
         layout=folder.caltech256,
         official=("256_ObjectCategories", "256_ObjectCategories.tar"),
         url="https://data.caltech.edu/records/nyy15-4j048",
+        known=(24_485, (0, 0, 3), 257),
     ),
     "sun397": Source(
         layout=folder.sun397,
         official=("SUN397", "SUN397.tar.gz"),
         url="https://vision.princeton.edu/projects/2010/SUN/",
+        known=(87_003, (0, 0, 3), 397),
     ),
     "oxford_iiit_pet": Source(
         layout=folder.oxford_iiit_pet,
         open=_pet_trees,
         official=("oxford-iiit-pet",),
         url="https://www.robots.ox.ac.uk/~vgg/data/pets/",
+        known=(3_680, (0, 0, 3), 37),
     ),
     "fashion_mnist": _idx(
         "fashion_mnist",
@@ -277,12 +315,14 @@ SOURCES = {
         elsewhere=("/usr/share/datasets/fashion-mnist",),  # Debian's package
         url="https://github.com/zalandoresearch/fashion-mnist (or Debian's package"
         " dataset-fashion-mnist)",
+        known=(60_000, (28, 28, 1), 10),
     ),
     "mnist": _idx(
         "mnist",
         "0123456789",
         official=("MNIST/raw",),
         url="http://yann.lecun.com/exdb/mnist/",
+        known=(60_000, (28, 28, 1), 10),
     ),
     "folder": Source(layout=folder.class_folders),
 }
