@@ -1,0 +1,89 @@
+"""What a config would cost, told without data."""
+
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from dpmix_jax import UserError, data, privacy
+from dpmix_jax.command_line import load_experiment
+from dpmix_jax.dry_run import dry_run
+from tests.conftest import ROOT
+
+
+def small(*flags):
+    return load_experiment(
+        [
+            f"--config={ROOT}/configs/wrn16_4_cifar10.py:8",
+            "--config.model.depth=10",
+            "--config.model.width=1",
+            "--config.method.name=self_aug",
+            "--config.method.k_base=2",
+            *flags,
+        ]
+    )
+
+
+def test_it_tells_noise_work_memory_and_hours_without_data(tmp_path, monkeypatch):
+    monkeypatch.setenv("DPMIX_JAX_DATA", str(tmp_path))  # there is nothing in it
+    monkeypatch.setenv("DPMIX_JAX_CACHE", str(tmp_path))
+    mechanism = privacy.Mechanism(
+        sampling_prob=4096 / 50_000, num_updates=2600, noise_multiplier=2.6224
+    )
+    monkeypatch.setattr(privacy, "calibrate", lambda **kwargs: mechanism)
+    text = dry_run(small("--config.performance.microbatch_size=4"))
+    lines = dict(re.split(r"\s+", line, maxsplit=1) for line in text.splitlines())
+    assert lines["guarantee"].startswith("(8, 1e-05)-DP")
+    assert lines["noise"] == "sigma = 2.6224, C = 1"
+    assert lines["updates"] == "2,600 of 4,096 expected records, q = 0.08192"
+    assert lines["images"] == "8,192 an update (K = 2, self_aug)"
+    assert lines["parameters"] == "78,938"
+    assert re.fullmatch(
+        r"0\.\d\d GiB a device for microbatches of 4 records", lines["memory"]
+    )
+    seconds, hours = map(float, re.findall(r"([\d.e-]+) (?:s|h) ", lines["time"])[:2])
+    assert hours == pytest.approx(2600 * seconds / 3600, rel=0.01)
+    assert 0.01 < seconds < 10_000
+
+
+def test_it_writes_nothing(tmp_path):
+    shown = subprocess.run(
+        [
+            sys.executable,
+            ROOT / "experiments/run.py",
+            f"--config={ROOT}/configs/digits.py",
+            "--config.privacy.num_updates=3",
+            "--dry_run",
+        ],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert shown.returncode == 0, shown.stderr
+    assert shown.stdout.startswith("guarantee   (3, 1e-05)-DP")
+    assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("cifar100", (49_000, 32, 32, 3)),
+        ("tfds:cifar10", (49_000, 32, 32, 3)),
+        ("fashion_mnist", (59_000, 28, 28, 1)),
+    ],
+)
+def test_blank_records_are_as_many_and_as_large(name, shape):
+    records = data.blank(data.DataConfig(name=name, validation_size=1000))
+    assert records.images.shape == shape
+    assert records.images.base is not None  # of no size in memory
+    assert len(records.labels) == shape[0]
+
+
+def test_photographs_need_a_size():
+    with pytest.raises(UserError, match="images of sun397 differ in size"):
+        data.blank(data.DataConfig(name="sun397"))
+    records = data.blank(data.DataConfig(name="sun397", image_size=224))
+    assert records.images.nbytes == 87_003 * 224 * 224 * 3
+    assert not np.any(records.images[:2])
