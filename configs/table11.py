@@ -8,8 +8,8 @@ as DP-Mix_self, so that more views are not credited to mixing. On digits and
 Fashion-MNIST the sets are smaller in proportion, 4 + 4 and 2 + 2 images for 16 + 18.
 
 Hardware: as for the config of one run. Hours: not measured. Reckoned for CIFAR-10 on
-one H200 with --set=performance.precision=bfloat16, 18 h; for digits on two
-CPU cores, a quarter of an hour. Accuracy: printed beside the paper's.
+one H200 with --set=performance.precision=bfloat16, 18 h; for digits 11 minutes on two
+CPU cores (docs/results/table11_digits.md). Accuracy: printed beside the paper's.
 """
 
 import ml_collections
