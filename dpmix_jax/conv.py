@@ -51,7 +51,8 @@ def fast_convolutions(
         shifted slice for each tap), `flat` (the same of contiguous slices; stride 1),
         `batch_group` (one convolution with `batch_group_count`), `plain` (JAX's own
         rule), or `auto`, which chooses by backend and shape. Where `rows` or `flat`
-        does not apply `shifted` does, where no other does `plain`.
+        does not apply `shifted` does, where no other does `plain`. By every one, values
+        of a record that are not finite stay within its own gradient.
 
     Returns:
       A function of the same signature.
@@ -64,8 +65,6 @@ def fast_convolutions(
             f"formulation is {formulation!r}: it must be one of"
             f" {', '.join(FORMULATIONS)}"
         )
-    if formulation == "plain":
-        return function
 
     @functools.wraps(function)
     def rewritten(*args, **kwargs):
@@ -211,6 +210,25 @@ def _dot(conv, images: jax.Array, gradients: jax.Array) -> jax.Array:
     return found
 
 
+def _apart(function: Callable[..., jax.Array], lhs, rhs) -> jax.Array:
+    """Computes all records in one convolution without one spoiling the others.
+
+    XLA may compute groups as one dense convolution with zeros between them, and zero
+    times NaN is NaN. So records with values that are not finite are computed as zeros,
+    and are NaN.
+    """
+    operands = (lhs, rhs)
+    finite = [jnp.isfinite(x).all(range(1, x.ndim)) for x in operands]
+    whole = functools.reduce(jnp.logical_and, finite)
+
+    def choose(x, other):
+        return jnp.where(
+            whole.reshape(-1, *(1,) * (x.ndim - 1)), x, x.dtype.type(other)
+        )
+
+    return choose(function(*(choose(x, 0) for x in operands)), jnp.nan)
+
+
 def _batch_group(conv, lhs, rhs) -> jax.Array:
     """All records in one convolution with `batch_group_count` for each record."""
     numbers = conv["dimension_numbers"]
@@ -238,6 +256,8 @@ def _choose(conv, shape, formulation: str) -> str:
     undilated = all(dilation == 1 for dilation in conv["lhs_dilation"])
     if conv["feature_group_count"] > 1 or not undilated or taps > _MAX_TAPS:
         return "plain"
+    if len(numbers.out_spec) == 2:  # a matrix product; it has no rows
+        return "shifted"
     if formulation == "auto" and conv["batch_group_count"] > 1:
         if jax.default_backend() != "cpu":
             return "batch_group"
@@ -290,9 +310,9 @@ def _batched(conv, formulation: str, lhs, rhs) -> jax.Array:
     result = jax.eval_shape(plain, *one)
     chosen = _choose(conv, result.shape, formulation)
     if chosen == "plain":
-        return jax.vmap(plain)(lhs, rhs)
+        return _apart(jax.vmap(plain), lhs, rhs)
     if chosen == "batch_group":
-        return _batch_group(conv, lhs, rhs)
+        return _apart(functools.partial(_batch_group, conv), lhs, rhs)
     record = functools.partial(_products, conv, result.shape, formulation=chosen)
     if jax.default_backend() == "cpu":  # its batched products are slow, loops not
         out = lax.map(lambda pair: record(*pair), (lhs, rhs))
@@ -309,6 +329,12 @@ def _evaluate(closed: core.ClosedJaxpr, args: Sequence[Any], formulation: str):
     try:
         return _interpret(closed.jaxpr, closed.consts, args, formulation)
     except (AttributeError, TypeError, NotImplementedError, KeyError) as error:
+        if _has_convolution(closed.jaxpr, grouped=True):  # see `_apart`
+            raise UserError(
+                f"jax {jax.__version__} does not let us replace convolutions, and its"
+                " own rule lets records that are NaN spoil others in grouped ones:"
+                f" {type(error).__name__}: {error}"
+            ) from None
         warnings.warn(
             f"jax {jax.__version__} does not let us replace its convolutions, so that"
             f" per-record gradients are slow: {type(error).__name__}: {error}",
@@ -363,12 +389,15 @@ def _rewrite(param: Any, formulation: str) -> Any:
     )(*shapes)
 
 
-def _has_convolution(jaxpr: core.Jaxpr) -> bool:
-    return any(
-        equation.primitive.name == "conv_general_dilated"
-        or any(_has_convolution(inner) for inner in _inner(equation.params))
-        for equation in jaxpr.eqns
-    )
+def _has_convolution(jaxpr: core.Jaxpr, *, grouped: bool = False) -> bool:
+    def found(equation) -> bool:
+        if equation.primitive.name == "conv_general_dilated":
+            counts = ("feature_group_count", "batch_group_count")
+            return not grouped or any(equation.params[name] > 1 for name in counts)
+        inner = _inner(equation.params)
+        return any(_has_convolution(jaxpr, grouped=grouped) for jaxpr in inner)
+
+    return any(map(found, jaxpr.eqns))
 
 
 def _inner(params: dict[str, Any]):

@@ -15,8 +15,8 @@ def dry_run(config: ExperimentConfig) -> str:
     """Calibrates, compiles, and times a microbatch of blank images on this device.
 
     Args:
-      config: of a run. Data of the user's own (`npz`, `folder`, `tfds:`) are read to
-        learn how many they are; of other datasets that is known.
+      config: of a run. Files of the user's own (`npz`, `folder`) are read as a run
+        reads them, to learn how many they are; of other datasets that is known.
 
     Returns:
       Lines of text: noise, budget, work, memory, and estimated hours.
@@ -63,7 +63,7 @@ def dry_run(config: ExperimentConfig) -> str:
 def _seconds_of_update(pipeline: Pipeline, size: int, expected: float) -> float:
     """Estimates an update from a microbatch and what follows the sum."""
     state = pipeline.state
-    batch = pipeline.accumulate.place(np.arange(size))
+    batch = pipeline.accumulate.place(np.zeros(size, np.int32))
 
     def once(count: int) -> float:
         totals = training.init_totals(state.params, pipeline.mesh)

@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from flax.errors import FlaxError
 
 from dpmix_jax import (
     gradients,
@@ -42,7 +43,8 @@ class Model:
         self.init = jax.jit(lambda key: module.init(key, blank))
         try:
             collections = jax.eval_shape(self.init, jax.random.key(0))
-        except (ValueError, TypeError, ZeroDivisionError) as error:
+            jax.eval_shape(module.apply, collections, blank)
+        except (ValueError, TypeError, ZeroDivisionError, FlaxError) as error:
             raise UserError(
                 f"model {config.model.name!r} with options {config.model.options} does"
                 f" not fit images of {blank.shape[1:]}: {error}"

@@ -84,7 +84,10 @@ def statement(report: dict[str, Any]) -> str:
             f" {report['images_per_record']} image(s) made from it in an update"
         ),
         "Neighbouring relation": (
-            f"{relation}: two datasets are neighbours if {_RELATIONS[relation]}"
+            f"{relation}: two training sets are neighbours if {_RELATIONS[relation]}."
+            " How records were divided into training, validation and test set is taken"
+            " as given: where one random split was made of all of them, another record"
+            " would have changed it"
         ),
         "What is released": (
             "the final weights, raw and EMA (`model.safetensors`), and what is computed"

@@ -314,6 +314,7 @@ def _notes(sweep: SweepConfig, records: Sequence[Mapping[str, Any]]) -> list[str
     if sweep.paper:
         lines.append(f"- paper: as printed, not run here. {sweep.paper['source']}")
     lines.append("- Known seeds: runs to be compared, not to be released.")
+    lines.append("- Choosing among these runs is not covered by their epsilon.")
     return lines
 
 

@@ -166,7 +166,7 @@ class Accumulate:
         everywhere = NamedSharding(mesh, PartitionSpec())
         self._mesh = mesh
         self._arrays = (records.images, records.labels)
-        self._on_device = on_device
+        self.on_device = on_device
         table = self._arrays if on_device else ()
         # The key is an argument, not a constant: compiled code is cached on disk.
         words = np.asarray(jax.random.key_data(key))
@@ -203,7 +203,7 @@ class Accumulate:
         spread = NamedSharding(self._mesh, PartitionSpec("records"))
         batch = [put(np.asarray(indices, np.int32), spread)]
         rows = np.maximum(indices, 0)
-        for array in () if self._on_device else self._arrays:
+        for array in () if self.on_device else self._arrays:
             shape = (len(rows), *array.shape[1:])
             # Every process reads the records of its own devices only.
             read = lambda part, array=array: array[rows[part[0]]]  # noqa: E731
@@ -348,6 +348,8 @@ def train(
         elif stop():
             return
         else:
+            if not accumulate.on_device:  # no more records there than memory allows
+                jax.block_until_ready(totals)
             totals = accumulate(state.params, state.step, part, totals)
 
 

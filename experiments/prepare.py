@@ -52,11 +52,13 @@ def main(argv: list[str]) -> None:
                 name=_NAME.value, path=_PATH.value, image_size=_IMAGE_SIZE.value
             )
         )
+        public = _NAME.value not in ("npz", "folder")
         for split, records in (("train", dataset.train), ("test", dataset.test)):
             print(
                 f"{_NAME.value} {split}: {len(records):,} images of"
-                f" {records.images.shape[1:]}, {records.num_classes} classes, SHA-256"
-                f" {records.digest()}"
+                f" {records.images.shape[1:]}, {records.num_classes} classes"
+                # Of private records, who knows all but one could tell that one by it.
+                + (f", SHA-256 {records.digest()}" if public else "")
             )
         print(f"{time.monotonic() - started:.1f} s")
         if _TFDS_DIR.value is not None:

@@ -91,11 +91,12 @@ def blank(config: DataConfig) -> Records:
     """
     known = sources.blank(config.name, config.image_size)
     if known is None:
-        return load(config).train
-    left = slice(config.validation_size, None)
-    return dataclasses.replace(
-        known, images=known.images[left], labels=known.labels[left]
-    )
+        known = load(config).train
+        count = len(known)
+    else:
+        count = len(known) - config.validation_size
+    black = np.broadcast_to(np.uint8(0), (count, *known.images.shape[1:]))
+    return dataclasses.replace(known, images=black, labels=np.zeros(count, np.int32))
 
 
 def load(config: DataConfig) -> Dataset:

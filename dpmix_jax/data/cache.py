@@ -18,7 +18,7 @@ import pathlib
 import shutil
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import numpy as np
 
@@ -95,6 +95,15 @@ def decoded(
             if not folder.exists():
                 _prepare(name, folder, encoded(), decode)
     return _open(folder)
+
+
+def owns(images: np.ndarray) -> TypeGuard[np.memmap]:
+    """Whether an array is a whole file of a cache, not a part of one or a user's."""
+    if not isinstance(images, np.memmap):
+        return False
+    path = pathlib.Path(str(images.filename))
+    inside = (cache_folder() / "data").resolve() in path.resolve().parents
+    return inside and path.stat().st_size == images.offset + images.nbytes
 
 
 def rows(images: np.memmap, indices: np.ndarray) -> np.memmap:

@@ -16,6 +16,7 @@ from dpmix_jax.data import splits
 from dpmix_jax.data.cache import Encoded, Example
 from dpmix_jax.data.trees import Tree
 from dpmix_jax.errors import UserError
+from dpmix_jax.progress import say
 
 _IMAGES = (
     *(".jpg", ".jpeg", ".png", ".gif", ".bmp"),
@@ -115,6 +116,10 @@ def class_folders(tree: Tree) -> Encoded:
     """
     files = _images(tree)
     if "train" not in files.folders:
+        say(
+            f"{tree.path} has no train/ and test/: 20 % of each class become the test"
+            " set, which is not protected, and of which the report shows an image"
+        )
         return _divided(tree, _classes(tree, files), splits.stratified)
     if "test" not in files.folders:
         raise UserError(f"data.path is {tree.path}: it has train/ but no test/")

@@ -61,8 +61,8 @@ class Records:
         """Returns some of the records; of memory-mapped images, another map."""
         images = self.images
         chosen = (
-            cache.rows(images, indices)
-            if isinstance(images, np.memmap)
+            cache.rows(images, np.arange(len(self))[indices])
+            if cache.owns(images)
             else images[indices]
         )
         return dataclasses.replace(self, images=chosen, labels=self.labels[indices])
@@ -80,6 +80,7 @@ class Records:
         step = max(1, _DIGEST_BYTES // max(1, int(np.prod(self.images.shape[1:]))))
         for start in range(0, len(self), step):  # they may not fit into memory
             content.update(np.ascontiguousarray(self.images[start : start + step]).data)
-        content.update(repr((self.images.shape, self.class_names)).encode())
+        public = (self.images.shape, self.class_names, self.mean, self.stddev)
+        content.update(repr(public).encode())
         content.update(np.ascontiguousarray(self.labels).data)
         return content.hexdigest()

@@ -45,6 +45,11 @@ def reading(path: pathlib.Path) -> Iterator[None]:
         raise UserError(f"data.path is {path}: cannot be read ({reason})") from None
 
 
+def _state(found: os.stat_result) -> str:
+    """What changes with a file, also where a copy keeps the time of its content."""
+    return f"{found.st_size} {found.st_mtime_ns} {found.st_ctime_ns}"
+
+
 class Tree(abc.ABC):
     """Files below one root.
 
@@ -118,9 +123,7 @@ class _Folder(Tree):
         with reading(self.path):
             for name in self.files:
                 found = (self.path / name).stat()
-                content.update(
-                    f"{name}\0{found.st_size}\0{found.st_mtime_ns}\n".encode()
-                )
+                content.update(f"{name}\0{_state(found)}\n".encode())
         return content.hexdigest()
 
     def _entries(self) -> Iterator[tuple[str, int | None]]:
@@ -156,7 +159,7 @@ class _Archive(Tree):
     def identity(self) -> str:
         with reading(self.path):
             found = self.path.stat()
-        return f"{self.path.resolve()}\0{found.st_size}\0{found.st_mtime_ns}"
+        return f"{self.path.resolve()}\0{_state(found)}"
 
     def _name(self, name: str) -> str:
         """Returns the name of a member without `./`, if it stays below the root."""
