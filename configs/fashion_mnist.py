@@ -55,7 +55,7 @@ def get_config(epsilon: str = "3") -> ml_collections.ConfigDict:
             "privacy": {
                 "epsilon": float(epsilon),
                 "delta": 1e-5,
-                "expected_batch_size": 2048,
+                "expected_batch_size": 1024,
                 "num_updates": num_updates,
                 "l2_clip_norm": 1.0,
                 "neighboring_relation": "add_or_remove_one",

@@ -149,3 +149,28 @@ def test_digest_sees_every_pixel_and_label():
         Records(**{**vars(records), "class_names": (*records.class_names, "x")}),
     ]
     assert len({records.digest(), *(other.digest() for other in changed)}) == 4
+
+
+def test_a_users_map_is_read_and_nothing_is_written_beside_it(tmp_path):
+    np.save(tmp_path / "mine.npy", arrays()["train_images"])
+    mapped = np.load(tmp_path / "mine.npy", mmap_mode="r")
+    for images in (mapped, mapped[5:]):
+        records = Records(
+            images=images,
+            labels=np.zeros(len(images), np.int32),
+            class_names=("cat", "dog"),
+            mean=(0.5,) * 3,
+            stddev=(0.5,) * 3,
+        )
+        np.testing.assert_array_equal(records.subset([2, 0]).images, images[[2, 0]])
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.npy"]
+
+
+def test_blank_records_of_a_users_file_hold_nothing_of_it(tmp_path):
+    load(tmp_path)
+    blank = data.blank(
+        DataConfig(name="npz", path=str(tmp_path / "data.npz"), validation_size=3)
+    )
+    assert blank.images.shape == (17, 4, 4, 3)
+    assert not blank.images.any()
+    assert not blank.labels.any()

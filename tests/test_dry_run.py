@@ -12,18 +12,17 @@ from dpmix_jax.command_line import load_experiment
 from dpmix_jax.dry_run import dry_run
 from tests.conftest import ROOT
 
-
-def small(*flags):
-    return load_experiment(
-        [
-            f"--config={ROOT}/configs/wrn16_4_cifar10.py:8",
-            "--config.model.depth=10",
-            "--config.model.width=1",
-            "--config.method.name=self_aug",
-            "--config.method.k_base=2",
-            *flags,
-        ]
-    )
+SMALL = (
+    "--config.data.name=cifar10",
+    "--config.model.features=4,8",
+    "--config.model.groups=2",
+    "--config.method.k_base=1",
+    "--config.method.k_self=1",
+    "--config.method.distinct_pairs=False",
+    "--config.privacy.expected_batch_size=4096",
+    "--config.privacy.num_updates=2600",
+    "--config.performance.microbatch_size=4",
+)
 
 
 def test_it_tells_noise_work_memory_and_hours_without_data(tmp_path, monkeypatch):
@@ -33,13 +32,13 @@ def test_it_tells_noise_work_memory_and_hours_without_data(tmp_path, monkeypatch
         sampling_prob=4096 / 50_000, num_updates=2600, noise_multiplier=2.6224
     )
     monkeypatch.setattr(privacy, "calibrate", lambda **kwargs: mechanism)
-    text = dry_run(small("--config.performance.microbatch_size=4"))
+    text = dry_run(load_experiment([f"--config={ROOT}/configs/digits.py:8", *SMALL]))
     lines = dict(re.split(r"\s+", line, maxsplit=1) for line in text.splitlines())
     assert lines["guarantee"].startswith("(8, 1e-05)-DP")
     assert lines["noise"] == "sigma = 2.6224, C = 1"
     assert lines["updates"] == "2,600 of 4,096 expected records, q = 0.08192"
-    assert lines["images"] == "8,192 an update (K = 2, self_aug)"
-    assert lines["parameters"] == "78,938"
+    assert lines["images"] == "8,192 an update (K = 2, dp_mix_self)"
+    assert lines["parameters"] == "20,910"
     assert re.fullmatch(
         r"0\.\d\d GiB a device for microbatches of 4 records", lines["memory"]
     )
