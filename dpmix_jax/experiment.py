@@ -111,6 +111,16 @@ def _mechanism(
     return mechanism
 
 
+def data_digest(train: data.Records, public: data.Records | None) -> str:
+    """Returns a checksum of all images that noise is added to the gradients of.
+
+    The same noise must not meet other public images either: they change the sum, and
+    its difference would be free of noise.
+    """
+    digests = [records.digest() for records in (train, public) if records is not None]
+    return "+".join(digests)
+
+
 def final_line(results: dict[str, Any]) -> str:
     """Returns the line that a finished run ends with."""
     return (
@@ -156,12 +166,9 @@ class _Run:
     ):
         self.config, self.workdir, self.dataset = config, workdir, dataset
         self.public, self.mechanism, self.started = public, mechanism, started
-        digest = dataset.train.digest()
-        if public is not None:  # nor does the same noise meet other public images
-            digest += f"+{public.digest()}"
         workdir.begin(
             config.seed,
-            data=digest,
+            data=data_digest(dataset.train, public),
             noise_multiplier=mechanism.noise_multiplier,
         )
         kept = workdir.kept()
