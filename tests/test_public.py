@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from ml_collections import config_dict
 
-from dpmix_jax import UserError, data, experiment
+from dpmix_jax import UserError, data, experiment, privacy
 from dpmix_jax.command_line import load_experiment
 from dpmix_jax.config import from_config_dict, to_dict
 from dpmix_jax.data.public import (
@@ -68,8 +68,8 @@ def test_a_bank_is_scaled_as_the_training_set(tmp_path):
     [
         (
             {"images": blobs(20, size=9)},
-            "public.image_size is None: images of npz are (9, 9, 1), they must be (8, 8,"
-            " 1) as training images are",
+            "public.image_size is None: images of npz are (9, 9, 1), they must be"
+            " (8, 8, 1) as training images are",
         ),
         (
             {"class_names": (*CLASSES[:8], "9", "8")},
@@ -85,8 +85,8 @@ def test_a_bank_is_scaled_as_the_training_set(tmp_path):
     ],
 )
 def test_a_bank_unlike_the_training_set_is_refused(tmp_path, content, message):
+    config = npz(tmp_path / "bank.npz", **content)
     with pytest.raises(UserError) as error:
-        config = npz(tmp_path / "bank.npz", **content)
         load_public(config, DIGITS, data.load(DIGITS))
     assert str(error.value) == message
 
@@ -167,8 +167,8 @@ def values(**public):
         ),
         (
             {**values(name="cifar10"), "method": {"name": "self_aug"}},
-            "public.name is 'cifar10': it must be None for method.name 'self_aug', which"
-            " takes no public images",
+            "public.name is 'cifar10': it must be None for method.name 'self_aug',"
+            " which takes no public images",
         ),
         (values(name="imagnet"), "public.name is 'imagnet': it must be one of digits"),
         (values(nme="npz"), "unknown key public.nme: did you mean public.name?"),
@@ -235,7 +235,11 @@ def finished(tmp_path_factory):
             f"--config.public.path={bank}",
         ]
     )
+    mechanism = privacy.Mechanism(
+        sampling_prob=60 / 1437, num_updates=3, noise_multiplier=1.0
+    )
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(privacy, "calibrate", lambda **kwargs: mechanism)
         patch.setattr("dpmix_jax.performance.keep_compiled_code", lambda _: None)
         assert experiment.run(config, Workdir(folder / "run")) == 0
     return config, folder / "run"

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from dpmix_jax.data import DataConfig, Dataset, blank, sources
+from dpmix_jax.data import DataConfig, Dataset, sources
 from dpmix_jax.data.records import Records
 from dpmix_jax.errors import UserError
 from dpmix_jax.progress import say
@@ -75,16 +75,8 @@ def load_public(
     """
     if config is None:
         return None
-    data_config = config.data_config(private.image_size)
-    with _named_public():
-        _refuse_private_place(data_config, private)
-        found, _ = sources.read(
-            data_config.name, data_config.path, data_config.image_size
-        )
-        if len(found) == 0:
-            raise UserError(
-                f"data.name is {data_config.name!r}: it has no training records"
-            )
+    _refuse_private_place(config, private)
+    found = _read(config, private)
     _check_alike(config, found, dataset.train)
     _refuse_private_images(config, found, dataset)
     return _scaled_as(dataset.train, found)
@@ -101,12 +93,16 @@ def blank_public(
       records: training set, or `blank` ones like it.
 
     Raises:
-      UserError: for what `blank` refuses, or images unlike the training set's.
+      UserError: if they cannot be read, are of no known size, or unlike the training
+        set's.
     """
     if config is None:
         return None
+    size = config.data_config(private.image_size).image_size
     with _named_public():
-        found = blank(config.data_config(private.image_size))
+        found = sources.blank(config.name, size)
+    if found is None:
+        found = _read(config, private)
     labels = np.arange(len(found), dtype=np.int32) % records.num_classes
     names = records.class_names  # of blank records they are not the real ones
     found = dataclasses.replace(found, labels=labels, class_names=names)
@@ -138,14 +134,25 @@ def describe(
     )
 
 
-def _refuse_private_place(public: DataConfig, private: DataConfig) -> None:
-    places = [sources.place(c.name, c.path) for c in (public, private)]
-    ours, theirs = places
+def _read(config: PublicConfig, private: DataConfig) -> Records:
+    """Returns the training split of the public dataset."""
+    size = config.data_config(private.image_size).image_size
+    with _named_public():
+        found, _ = sources.read(config.name, config.path, size)
+    if len(found) == 0:
+        raise UserError(f"public.name is {config.name!r}: it has no training records")
+    return found
+
+
+def _refuse_private_place(public: PublicConfig, private: DataConfig) -> None:
+    theirs = sources.place(private.name, private.path)
+    with _named_public():
+        ours = sources.place(public.name, public.path)
     same = public.name == private.name and ours == theirs  # also of embedded ones
     inside = ours is not None and theirs is not None and ours.is_relative_to(theirs)
     if same or inside:
         raise UserError(
-            f"data.path is {public.path}: {public.name} there is the private training"
+            f"public.path is {public.path}: {public.name} there is the private training"
             f" set, data.name {private.name!r}, or a part of it; public images must"
             " come from elsewhere"
         )
