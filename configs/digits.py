@@ -46,7 +46,7 @@ def get_config(epsilon: str = "3") -> ml_collections.ConfigDict:
             },
             "model": {"name": "cnn", "features": (16, 32), "groups": 8},
             "method": {
-                "name": "dp_mix_self",  # or self_aug, or dp_sgd
+                "name": "dp_mix_self",  # or self_aug, dp_sgd, dp_mix_diff
                 "k_base": 4,
                 "k_self": 4,
                 "alpha": 0.2,

@@ -61,7 +61,7 @@ def get_config(epsilon: str = "8") -> ml_collections.ConfigDict:
             },
             "model": {"name": "wrn", "depth": 16, "width": 4, "groups": 16, "order": 0},
             "method": {
-                "name": "dp_mix_self",  # or self_aug, or dp_sgd
+                "name": "dp_mix_self",  # or self_aug, dp_sgd, dp_mix_diff
                 "k_base": 16,
                 "k_self": 18,
                 "alpha": 0.2,
