@@ -64,9 +64,9 @@ class ExperimentConfig:
 
     seed: int | None = None
     data: DataConfig
-    public: PublicConfig | None = None
     model: ModelConfig
     method: MethodConfig
+    public: PublicConfig | None = None
     augmentation: AugmentationConfig
     privacy: PrivacyConfig
     optimizer: OptimizerConfig
