@@ -38,9 +38,15 @@ def get_config(epsilon: str = "3") -> ml_collections.ConfigDict:
                 "path": config_dict.placeholder(str),
                 "validation_size": 0,
             },
+            # What dp_mix_diff draws from, for instance npz and a path.
+            "public": {
+                "name": config_dict.placeholder(str),
+                "path": config_dict.placeholder(str),
+                "image_size": config_dict.placeholder(int),
+            },
             "model": {"name": "cnn", "features": (16, 32), "groups": 8},
             "method": {
-                "name": "dp_mix_self",  # or self_aug, or dp_sgd
+                "name": "dp_mix_self",  # or self_aug, dp_sgd, dp_mix_diff
                 "k_base": 4,
                 "k_self": 4,
                 "alpha": 0.2,

@@ -53,9 +53,15 @@ def get_config(epsilon: str = "8") -> ml_collections.ConfigDict:
                 "image_size": 0,
                 "validation_size": 0,
             },
+            # What dp_mix_diff draws from, for instance npz and a path.
+            "public": {
+                "name": config_dict.placeholder(str),
+                "path": config_dict.placeholder(str),
+                "image_size": config_dict.placeholder(int),
+            },
             "model": {"name": "wrn", "depth": 16, "width": 4, "groups": 16, "order": 0},
             "method": {
-                "name": "dp_mix_self",  # or self_aug, or dp_sgd
+                "name": "dp_mix_self",  # or self_aug, dp_sgd, dp_mix_diff
                 "k_base": 16,
                 "k_self": 18,
                 "alpha": 0.2,

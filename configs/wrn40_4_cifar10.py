@@ -49,6 +49,12 @@ def get_config(epsilon: str = "8") -> ml_collections.ConfigDict:
                 "image_size": 0,
                 "validation_size": 0,
             },
+            # What dp_mix_diff draws from, for instance npz and a path.
+            "public": {
+                "name": config_dict.placeholder(str),
+                "path": config_dict.placeholder(str),
+                "image_size": config_dict.placeholder(int),
+            },
             "model": {"name": "wrn", "depth": 40, "width": 4, "groups": 16, "order": 0},
             "method": {
                 "name": "self_aug",  # as De et al.; or dp_mix_self, or dp_sgd

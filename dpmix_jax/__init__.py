@@ -4,6 +4,7 @@ The core is functions over arrays and pytrees, for any `loss_fn(params, images,
 labels)`. Axes: B records, K members of an augmentation set, H W C image, O classes.
 
     augment    views of one image                          [H,W,C] -> [k,H,W,C]
+    bank       public images of which sets draw a few      [M,H,W,C]
     mixup      the augmentation set of one record          -> [K,H,W,C], [K,O]
     conv       convolutions whose per-record gradients are fast, in any model
     gradients  loss -> clipped sum of per-record gradients, with its sensitivity
@@ -15,6 +16,7 @@ promised.
 """
 
 from dpmix_jax.augment import AugmentationConfig, random_view, views
+from dpmix_jax.bank import Bank, make_bank
 from dpmix_jax.conv import fast_convolutions
 from dpmix_jax.errors import UserError
 from dpmix_jax.gradients import clipped_gradient
@@ -32,6 +34,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AugmentationConfig",
+    "Bank",
     "Mechanism",
     "MethodConfig",
     "NeighboringRelation",
@@ -41,6 +44,7 @@ __all__ = [
     "calibrate",
     "clipped_gradient",
     "fast_convolutions",
+    "make_bank",
     "microbatches",
     "mixups",
     "poisson_batch",

@@ -11,8 +11,9 @@ from typing import Any
 from dpmix_jax import models
 from dpmix_jax.augment import AugmentationConfig
 from dpmix_jax.data import DataConfig
+from dpmix_jax.data.public import PublicConfig
 from dpmix_jax.errors import UserError
-from dpmix_jax.mixup import MethodConfig
+from dpmix_jax.mixup import WITH_PUBLIC, MethodConfig
 from dpmix_jax.performance import PerformanceConfig
 from dpmix_jax.privacy import PrivacyConfig
 from dpmix_jax.training import OptimizerConfig
@@ -56,12 +57,16 @@ class ExperimentConfig:
     Attributes:
       seed: non-negative, for a run that can be repeated; None draws a secret one from
         the operating system, which is what a release needs.
+      public: images declared public, which `dp_mix_diff` and `pure_dp_mix_diff` need
+        and no other method takes. A group of nothing but None is None, so that a config
+        file can hold placeholders for flags.
     """
 
     seed: int | None = None
     data: DataConfig
     model: ModelConfig
     method: MethodConfig
+    public: PublicConfig | None = None
     augmentation: AugmentationConfig
     privacy: PrivacyConfig
     optimizer: OptimizerConfig
@@ -73,6 +78,17 @@ class ExperimentConfig:
     def __post_init__(self):
         if self.seed is not None and self.seed < 0:
             raise UserError(f"seed is {self.seed}: it must be at least 0, or None")
+        name = self.method.name
+        if name in WITH_PUBLIC and self.public is None:
+            raise UserError(
+                f"public.name is None: it must name a public dataset for method.name"
+                f" {name!r}"
+            )
+        if name not in WITH_PUBLIC and self.public is not None:
+            raise UserError(
+                f"public.name is {self.public.name!r}: it must be None for method.name"
+                f" {name!r}, which takes no public images"
+            )
 
 
 # What may differ between two runs into one workdir without changing what comes out.
@@ -137,11 +153,26 @@ def _build(cls, values: Any, prefix: str):
         if name not in values:
             if field.default is field.default_factory is dataclasses.MISSING:
                 raise UserError(f"{prefix}{name} is missing from the config")
-        elif dataclasses.is_dataclass(hint):
-            built[name] = _build(hint, values[name], f"{prefix}{name}.")
+        elif group := _group(hint):
+            if not (type(None) in typing.get_args(hint) and _is_none(values[name])):
+                built[name] = _build(group, values[name], f"{prefix}{name}.")
         else:
             built[name] = _typed(values[name], hint, prefix + name)
     return cls(**built)
+
+
+def _group(hint: Any) -> Any:
+    """Returns the dataclass of `Group` or `Group | None`, or None for other hints."""
+    groups = [
+        t for t in typing.get_args(hint) or (hint,) if dataclasses.is_dataclass(t)
+    ]
+    return groups[0] if groups else None
+
+
+def _is_none(values: Any) -> bool:
+    if not hasattr(values, "values"):
+        return values is None
+    return all(value is None for value in values.values())
 
 
 def _build_model(values: dict[str, Any], prefix: str) -> ModelConfig:

@@ -7,6 +7,7 @@ import numpy as np
 
 from dpmix_jax import data, performance, privacy, training
 from dpmix_jax.config import ExperimentConfig
+from dpmix_jax.data.public import blank_public
 from dpmix_jax.pipeline import Model, Pipeline
 from dpmix_jax.progress import duration, say
 
@@ -25,6 +26,7 @@ def dry_run(config: ExperimentConfig) -> str:
       UserError: for a config that cannot run here.
     """
     records = data.blank(config.data)
+    public = blank_public(config.public, config.data, records)
     config.performance.check_devices(jax.device_count())
     q = config.privacy.sampling_prob(len(records))
     model = Model(config, records)
@@ -36,7 +38,9 @@ def dry_run(config: ExperimentConfig) -> str:
         num_updates=config.privacy.num_updates,
         neighboring_relation=config.privacy.relation,
     )
-    pipeline = Pipeline(config, model, records, mechanism=mechanism, seed=0)
+    pipeline = Pipeline(
+        config, model, records, mechanism=mechanism, seed=0, public=public
+    )
     say("compiling and timing a microbatch")
     size = pipeline.microbatch_size()
     with performance.explained_out_of_memory(size):

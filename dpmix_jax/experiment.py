@@ -23,6 +23,7 @@ from dpmix_jax import (
 )
 from dpmix_jax.checkpoint import Checkpoints, export_weights
 from dpmix_jax.config import ExperimentConfig, to_dict
+from dpmix_jax.data.public import describe, load_public
 from dpmix_jax.errors import UserError
 from dpmix_jax.pipeline import Model, Pipeline
 from dpmix_jax.progress import Progress, say
@@ -47,6 +48,7 @@ def run(config: ExperimentConfig, workdir: Workdir) -> int:
     """
     started = time.time()
     dataset = data.load(config.data)
+    public = load_public(config.public, config.data, dataset)
     num_records = len(dataset.train)
     sampling_prob = config.privacy.sampling_prob(num_records)
     config.performance.check_devices(jax.device_count())
@@ -69,7 +71,7 @@ def run(config: ExperimentConfig, workdir: Workdir) -> int:
                 f" {config.privacy.num_updates} updates of {num_records} records at q ="
                 f" {sampling_prob:.4g}, sigma = {mechanism.noise_multiplier:.4g}"
             )
-            job = _Run(config, workdir, dataset, model, mechanism, started)
+            job = _Run(config, workdir, dataset, public, model, mechanism, started)
             if not job.train(stop=lambda: bool(signals)):
                 return 128 + signals[0]
             job.finish()
@@ -107,6 +109,16 @@ def _mechanism(
             " allows by this accountant: use another --workdir"
         )
     return mechanism
+
+
+def data_digest(train: data.Records, public: data.Records | None) -> str:
+    """Returns a checksum of all images that noise is added to the gradients of.
+
+    The same noise must not meet other public images either: they change the sum, and
+    its difference would be free of noise.
+    """
+    digests = [records.digest() for records in (train, public) if records is not None]
+    return "+".join(digests)
 
 
 def final_line(results: dict[str, Any]) -> str:
@@ -147,15 +159,16 @@ class _Run:
         config: ExperimentConfig,
         workdir: Workdir,
         dataset: data.Dataset,
+        public: data.Records | None,
         model: Model,
         mechanism: privacy.Mechanism,
         started: float,
     ):
         self.config, self.workdir, self.dataset = config, workdir, dataset
-        self.mechanism, self.started = mechanism, started
+        self.public, self.mechanism, self.started = public, mechanism, started
         workdir.begin(
             config.seed,
-            data=dataset.train.digest(),
+            data=data_digest(dataset.train, public),
             noise_multiplier=mechanism.noise_multiplier,
         )
         kept = workdir.kept()
@@ -164,7 +177,12 @@ class _Run:
         self.forgotten = kept["seed"] is None
         self.seed = 0 if self.forgotten else kept["seed"]
         self.pipeline = Pipeline(
-            config, model, dataset.train, mechanism=mechanism, seed=self.seed
+            config,
+            model,
+            dataset.train,
+            mechanism=mechanism,
+            seed=self.seed,
+            public=public,
         )
         self.state = self.pipeline.state
         self.confusions = {
@@ -276,6 +294,7 @@ class _Run:
             num_records=len(self.dataset.train),
             images_per_record=config.method.set_size,
             secret_seed=config.seed is None,
+            public_data=describe(config.public, self.public, config.method.num_public),
         )
         text = statement.statement(facts)
         results = {
@@ -296,6 +315,7 @@ class _Run:
             metrics=self.workdir.metrics(),
             sheet=self._sheet(),
             num_views=config.method.num_views,
+            num_public=config.method.num_public,
             class_names=test.class_names,
             statement=text,
             config=to_dict(config),
@@ -313,5 +333,6 @@ class _Run:
         image = test.normalize(jnp.asarray(test.images[:1]))[0]
         label = jax.nn.one_hot(test.labels[0], test.num_classes)
         key = sampling.stream_key(0, "augmentation")  # public: nothing private here
-        images, _ = self.pipeline.record_set(key, image, label)
+        bank = self.pipeline.accumulate.bank
+        images, _ = self.pipeline.record_set(key, image, label, bank)
         return np.asarray(images) * np.array(test.stddev) + np.array(test.mean)

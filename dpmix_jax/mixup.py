@@ -1,4 +1,4 @@
-"""The augmentation set of one record: views of it, and mixups of pairs of those views.
+"""The augmentation set of one record: views, public images, and mixups of pairs.
 
 One record [H, W, C] with soft label [O] becomes K images [K, H, W, C] with soft labels
 [K, O]. The gradient of the record is the average over the set, so the set must come
@@ -6,17 +6,21 @@ from that record, a key and public data alone.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 
 from dpmix_jax import augment
+from dpmix_jax.bank import DRAWS, Bank, draw_rows
 from dpmix_jax.errors import UserError
 
-METHODS = ("dp_sgd", "self_aug", "dp_mix_self")
+WITH_PUBLIC = ("dp_mix_diff", "pure_dp_mix_diff")
+WITH_MIXES = ("dp_mix_self", *WITH_PUBLIC)
+METHODS = ("dp_sgd", "self_aug", *WITH_MIXES)
 
-RecordSet = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
+Pool = tuple[jax.Array, jax.Array]  # images [P, H, W, C] and soft labels [P, O]
+RecordSet = Callable[..., Pool]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,18 +28,27 @@ class MethodConfig:
     """Which images a record's gradient is averaged over (DP-Mix, Section 3).
 
     Attributes:
-      name: `dp_sgd` (the image itself), `self_aug` (`k_base` views) or `dp_mix_self`
-        (`k_base` views and `k_self` mixups of pairs of them).
-      k_base: number of views; `dp_sgd` ignores it.
-      k_self: number of mixups; only `dp_mix_self` uses it.
+      name: `dp_sgd` (the image itself), `self_aug` (`k_base` views), `dp_mix_self`
+        (`k_base` views and `k_self` mixups of pairs of them), `dp_mix_diff` (`k_base`
+        views, `k_diff` public images and `k_self` mixups of pairs from both) or
+        `pure_dp_mix_diff` (that without views: with uniform draws it never looks at a
+        private record, and with draws by class at its label only).
+      k_base: number of views; `dp_sgd` and `pure_dp_mix_diff` ignore it.
+      k_self: number of mixups; `dp_sgd` and `self_aug` ignore it.
+      k_diff: public images drawn for each record and update, flipped and cropped like
+        the views; only `dp_mix_diff` and `pure_dp_mix_diff` use it.
+      draw: of public images: `uniform` over all, or `class` for those of the record's
+        class (see `bank.draw_rows` for why that is safe).
       alpha: a mixing weight is drawn from Beta(alpha, alpha).
       distinct_pairs: a pair is two different members of the pool. If False it may be
-        twice the same view, which makes the mixup that view again.
+        twice the same member, which makes the mixup that member again.
     """
 
     name: str = "dp_mix_self"
     k_base: int = 16
     k_self: int = 18
+    k_diff: int = 2
+    draw: str = "uniform"
     alpha: float = 0.2
     distinct_pairs: bool = True
 
@@ -44,32 +57,52 @@ class MethodConfig:
             raise UserError(
                 f"method.name is {self.name!r}: it must be one of {', '.join(METHODS)}"
             )
-        if self.name != "dp_sgd" and self.k_base < 1:
-            raise UserError(f"method.k_base is {self.k_base}: it must be at least 1")
-        if self.k_self < 0:
-            raise UserError(f"method.k_self is {self.k_self}: it must be at least 0")
+        uses_views = self.name not in ("dp_sgd", "pure_dp_mix_diff")
+        for key, used, least in (
+            ("k_base", uses_views, 1),
+            ("k_self", True, 0),
+            ("k_diff", self.name in WITH_PUBLIC, 1),
+        ):
+            if used and getattr(self, key) < least:
+                raise UserError(
+                    f"method.{key} is {getattr(self, key)}: it must be at least {least}"
+                )
+        if self.draw not in DRAWS:
+            raise UserError(
+                f"method.draw is {self.draw!r}: it must be one of {', '.join(DRAWS)}"
+            )
         if not 0 < self.alpha < float("inf"):
             raise UserError(
                 f"method.alpha is {self.alpha}: it must be positive and finite"
             )
-        if self.num_mixes and self.distinct_pairs and self.k_base < 2:
+        if self.num_mixes and self.distinct_pairs and self.pool_size < 2:
+            key, what = ("k_base", "views") if uses_views else ("k_diff", "images")
             raise UserError(
-                f"method.k_base is {self.k_base}: pairs of distinct views need at"
-                " least 2; raise it or set method.distinct_pairs to False"
+                f"method.{key} is {getattr(self, key)}: pairs of distinct {what} need"
+                " at least 2; raise it or set method.distinct_pairs to False"
             )
 
     @property
     def num_views(self) -> int:
-        return 1 if self.name == "dp_sgd" else self.k_base
+        return {"dp_sgd": 1, "pure_dp_mix_diff": 0}.get(self.name, self.k_base)
+
+    @property
+    def num_public(self) -> int:
+        return self.k_diff if self.name in WITH_PUBLIC else 0
 
     @property
     def num_mixes(self) -> int:
-        return self.k_self if self.name == "dp_mix_self" else 0
+        return self.k_self if self.name in WITH_MIXES else 0
+
+    @property
+    def pool_size(self) -> int:
+        """P, the images of which pairs are mixed."""
+        return self.num_views + self.num_public
 
     @property
     def set_size(self) -> int:
         """K, the images that one record's gradient is averaged over."""
-        return self.num_views + self.num_mixes
+        return self.pool_size + self.num_mixes
 
 
 def random_pairs(
@@ -134,35 +167,78 @@ def mixups(
 
 
 def augmentation_set(
-    method: MethodConfig, augmentation: augment.AugmentationConfig
+    method: MethodConfig,
+    augmentation: augment.AugmentationConfig,
+    *,
+    normalize: Callable[[jax.Array], jax.Array] = lambda images: images,
 ) -> RecordSet:
     """Returns the function that makes the augmentation set of one record.
 
     Formal guarantees (of the returned function):
-      - The set depends on this record and this key alone, for every method.
+      - The set depends on this record, this key and the public bank alone, for every
+        method.
       - With k_self = 0, `dp_mix_self` makes the very set of `self_aug`; `dp_sgd` makes
-        the record itself.
+        the record itself; the views of `dp_mix_diff` are those of `self_aug`.
+      - `dp_sgd`, `self_aug` and `dp_mix_self` do not look at the bank, and the other
+        methods only at the `k_diff` images that they draw.
 
     Args:
       method: sizes of the set.
-      augmentation: how views are drawn.
+      augmentation: how views are drawn, of the record and of public images alike.
+      normalize: brings images of the bank to the scale of the record's image, which has
+        been brought there before.
 
     Returns:
-      `f(key, image [H, W, C], label [O]) -> images [K, H, W, C], labels [K, O]`, for
-      one record; use `jax.vmap` for several.
+      `f(key, image [H, W, C], label [O], bank=None) -> images [K, H, W, C], labels
+      [K, O]`, for one record; use `jax.vmap` for several, over all but the bank. The
+      views are first, then public images, then mixes.
     """
 
-    def record_set(key, image, label):
-        view_key, mix_key = jax.random.split(key)
+    def public_views(key, image, label, bank) -> Pool:
+        draw_key, view_key = jax.random.split(key)
+        rows = draw_rows(draw_key, label, bank, method.k_diff, draw=method.draw)
+        images, labels = (
+            jnp.take(jnp.asarray(array), rows, axis=0, mode="clip")
+            for array in (bank.images, bank.labels)
+        )
+        images = normalize(images)
+        if (images.shape[1:], images.dtype) != (image.shape, image.dtype):
+            raise UserError(
+                f"public images are {images.dtype} {images.shape[1:]}: they must be"
+                f" {image.dtype} {image.shape} as the record's"
+            )
+        keys = jax.random.split(view_key, method.k_diff)
+        seen = jax.vmap(
+            lambda k, drawn: augment.random_view(k, drawn, augmentation=augmentation)
+        )(keys, images)
+        return seen, jax.nn.one_hot(labels, label.shape[0], dtype=label.dtype)
+
+    def record_set(key, image, label, bank: Bank | None = None) -> Pool:
+        # `fold_in` leaves the two keys, and so the sets of the first methods, as they
+        # were before there was a bank.
+        (view_key, mix_key), public_key = (
+            jax.random.split(key),
+            jax.random.fold_in(key, 2),
+        )
         if method.name == "dp_sgd":
             return image[None], label[None]
-        images = augment.views(
-            view_key, image, method.num_views, augmentation=augmentation
-        )
-        labels = jnp.broadcast_to(label, (method.num_views, *label.shape))
+        pool = []
+        if method.num_views:
+            views = augment.views(
+                view_key, image, method.num_views, augmentation=augmentation
+            )
+            pool.append((views, jnp.broadcast_to(label, (len(views), *label.shape))))
+        if method.num_public:
+            if bank is None:
+                raise UserError(
+                    f"method.name is {method.name!r}: its sets draw from a bank of"
+                    " public images, which must be given"
+                )
+            pool.append(public_views(public_key, image, label, bank))
+        images, labels = _joined(pool)
         if method.num_mixes == 0:
             return images, labels
-        mixed_images, mixed_labels = mixups(
+        mixed = mixups(
             mix_key,
             images,
             labels,
@@ -170,9 +246,11 @@ def augmentation_set(
             alpha=method.alpha,
             distinct_pairs=method.distinct_pairs,
         )
-        return (
-            jnp.concatenate([images, mixed_images]),
-            jnp.concatenate([labels, mixed_labels]),
-        )
+        return _joined([(images, labels), mixed])
 
     return record_set
+
+
+def _joined(parts: Sequence[Pool]) -> Pool:
+    images, labels = zip(*parts, strict=True)
+    return jnp.concatenate(images), jnp.concatenate(labels)

@@ -34,8 +34,9 @@ class PerformanceConfig:
       convolutions: how per-record gradients of convolutions are computed, see
         `conv.fast_convolutions`.
       dataset_on: where the training set lives: `device`, `host` (records are read
-        ahead, a few microbatches at a time), or `auto`, on the device if it takes no
-        more than a quarter of its memory.
+        ahead, a few microbatches at a time), or `auto`, on the device if, with the
+        public images, it takes no more than a quarter of its memory. Public images
+        always live on the device.
     """
 
     microbatch_size: int | str = "auto"

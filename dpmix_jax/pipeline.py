@@ -8,6 +8,7 @@ import optax
 from flax.errors import FlaxError
 
 from dpmix_jax import (
+    bank,
     gradients,
     mixup,
     models,
@@ -84,6 +85,7 @@ class Pipeline:
       records: the training set.
       mechanism: says how much noise.
       seed: of the run.
+      public: public images, for a method that draws some.
     """
 
     def __init__(
@@ -94,6 +96,7 @@ class Pipeline:
         *,
         mechanism: privacy.Mechanism,
         seed: int,
+        public: Records | None = None,
     ):
         self._config = config
         self.mesh = training.make_mesh()
@@ -107,7 +110,18 @@ class Pipeline:
             l2_clip_norm=config.privacy.l2_clip_norm,
             convolutions=config.performance.convolutions,
         )
-        self.record_set = mixup.augmentation_set(config.method, config.augmentation)
+        self.record_set = mixup.augmentation_set(
+            config.method, config.augmentation, normalize=records.normalize
+        )
+        drawn_from, num_bytes = None, records.images.nbytes
+        if public is not None:
+            num_bytes += public.images.nbytes
+            drawn_from = bank.make_bank(
+                public.images,
+                public.labels,
+                public.class_names,
+                draw=config.method.draw,
+            )
         self.accumulate = training.Accumulate(
             gradient_fn,
             self.record_set,
@@ -115,9 +129,8 @@ class Pipeline:
             self.mesh,
             key=sampling.stream_key(seed, "augmentation"),
             l2_clip_norm=config.privacy.l2_clip_norm,
-            on_device=config.performance.keeps_on_device(
-                records.images.nbytes, self.mesh.size
-            ),
+            bank=drawn_from,
+            on_device=config.performance.keeps_on_device(num_bytes, self.mesh.size),
         )
         optimizer = optax.chain(
             privacy.privatizer(

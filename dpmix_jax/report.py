@@ -57,13 +57,26 @@ def plot_progress(metrics: Sequence[Mapping[str, Any]]) -> matplotlib.figure.Fig
     return figure
 
 
-def plot_sheet(images: np.ndarray, num_views: int) -> matplotlib.figure.Figure:
-    """Draws an augmentation set: views first, framed in blue, then mixes in orange.
+def plot_sheet(
+    images: np.ndarray, num_views: int, num_public: int = 0
+) -> matplotlib.figure.Figure:
+    """Draws an augmentation set: views in blue, public images green, mixes orange.
 
     Args:
-      images: [K, H, W, C] with pixels in [0, 1], of which `num_views` are views.
-      num_views: where the mixes begin.
+      images: [K, H, W, C] with pixels in [0, 1]: views, public images, mixes.
+      num_views: how many are views.
+      num_public: how many are public images.
     """
+    num_mixes = len(images) - num_views - num_public
+    members = [
+        (f"{kind} {i + 1}", colour)
+        for kind, count, colour in (
+            ("view", num_views, "tab:blue"),
+            ("public", num_public, "tab:green"),
+            ("mix", num_mixes, "tab:orange"),
+        )
+        for i in range(count)
+    ]
     columns = min(len(images), 8)
     rows = -(-len(images) // columns)
     figure = matplotlib.figure.Figure(
@@ -78,12 +91,10 @@ def plot_sheet(images: np.ndarray, num_views: int) -> matplotlib.figure.Figure:
         image = np.clip(images[i], 0, 1)
         in_colour = image.shape[-1] in (3, 4)
         axes.imshow(image if in_colour else image[..., 0], cmap="gray", vmin=0, vmax=1)
-        is_view = i < num_views
-        axes.set_title(
-            f"view {i + 1}" if is_view else f"mix {i + 1 - num_views}", size=8
-        )
+        name, colour = members[i]
+        axes.set_title(name, size=8)
         for spine in axes.spines.values():
-            spine.set(color="tab:blue" if is_view else "tab:orange", linewidth=2)
+            spine.set(color=colour, linewidth=2)
     return figure
 
 
@@ -112,6 +123,7 @@ def render(
     metrics: Sequence[Mapping[str, Any]],
     sheet: np.ndarray,
     num_views: int,
+    num_public: int = 0,
     class_names: Sequence[str],
     statement: str,
     config: Mapping[str, Any],
@@ -124,6 +136,7 @@ def render(
       metrics: see `plot_progress`.
       sheet: augmentation set of one test image, see `plot_sheet`.
       num_views: of the sheet.
+      num_public: of the sheet.
       class_names: in the order of `results["per_class_accuracy_ema"]`.
       statement: the privacy statement, Markdown.
       config: resolved config, shown as JSON but for the seed, which is the key to the
@@ -143,7 +156,8 @@ def render(
             class_names, results["per_class_accuracy_ema"], strict=True
         )
     ]
-    mixes = len(sheet) - num_views
+    public = f", {num_public} public image(s)" if num_public else ""
+    mixes = len(sheet) - num_views - num_public
     sections = [
         f"<h1>{html.escape(title)}</h1>",
         _table(("result", ""), summary),
@@ -153,10 +167,10 @@ def render(
         ),
         "<h2>One augmentation set</h2>",
         _inline(
-            plot_sheet(sheet, num_views),
-            f"The {num_views} view(s) and {mixes} mix(es) that one image becomes in one"
-            " update, drawn from a test image; a private record's gradient is averaged"
-            " over such a set before it is clipped.",
+            plot_sheet(sheet, num_views, num_public),
+            f"The {num_views} view(s){public} and {mixes} mix(es) that"
+            " one image becomes in one update, drawn from a test image; a private"
+            " record's gradient is averaged over such a set before it is clipped.",
         ),
         "<h2>Accuracy by class (%)</h2>",
         _table(("class", "EMA"), classes),

@@ -20,6 +20,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jax_privacy import clipping
 
 from dpmix_jax import sampling
+from dpmix_jax.bank import Bank
 from dpmix_jax.data import Records
 from dpmix_jax.errors import UserError
 from dpmix_jax.mixup import RecordSet
@@ -133,7 +134,8 @@ class Accumulate:
 
     `f(params, step, batch, totals) -> totals` adds the records of a microbatch from
     `place` to `totals`, which it donates. The dataset lives on every device as uint8
-    and only indices travel, or else on the host and the records of a microbatch do.
+    and only indices travel, or else on the host and the records of a microbatch do. The
+    public bank always lives on every device.
 
     Formal guarantees:
       - Adds to `totals.gradients` at most `gradient_fn.sensitivity(relation)` more or
@@ -149,6 +151,7 @@ class Accumulate:
       mesh: from `make_mesh`.
       key: scalar key of the augmentation stream.
       l2_clip_norm: C, to count clipped records (not private).
+      bank: the public images that `record_set` draws from, if it does.
       on_device: whether the dataset lives on the devices, or on the host.
     """
 
@@ -161,6 +164,7 @@ class Accumulate:
         *,
         key: jax.Array,
         l2_clip_norm: float,
+        bank: Bank | None = None,
         on_device: bool = True,
     ):
         everywhere = NamedSharding(mesh, PartitionSpec())
@@ -168,12 +172,15 @@ class Accumulate:
         self._arrays = (records.images, records.labels)
         self.on_device = on_device
         table = self._arrays if on_device else ()
-        # The key is an argument, not a constant: compiled code is cached on disk.
+        # The key is an argument, not a constant: compiled code is cached on disk. So is
+        # the bank, which would be copied into that code.
         words = np.asarray(jax.random.key_data(key))
-        self._fixed = jax.tree.map(lambda array: put(array, everywhere), (table, words))
+        self._fixed = jax.tree.map(
+            lambda array: put(array, everywhere), (table, words, bank)
+        )
 
         def batch_sums(shared, batch) -> Totals:
-            params, step, (table, words) = shared
+            params, step, (table, words, bank) = shared
             indices, *drawn = batch
             images, labels = drawn or (
                 jnp.take(array, indices, axis=0, mode="clip") for array in table
@@ -182,7 +189,9 @@ class Accumulate:
             targets = jax.nn.one_hot(labels, records.num_classes)
             key = jax.random.wrap_key_data(words)
             keys = sampling.record_keys(key, step, indices)
-            sets = jax.vmap(record_set)(keys, records.normalize(images), targets)
+            sets = jax.vmap(record_set, in_axes=(0, 0, 0, None))(
+                keys, records.normalize(images), targets, bank
+            )
             gradients, aux = gradient_fn(params, *sets, is_padding_example=is_padding)
             nonprivate = {
                 "loss": jnp.sum(aux.values, where=~is_padding),
@@ -197,6 +206,11 @@ class Accumulate:
             return jax.tree.map(lambda t, p: t + p.astype(t.dtype), totals, part)
 
         self._accumulate = accumulate
+
+    @property
+    def bank(self) -> Bank | None:
+        """The public images, on the devices."""
+        return self._fixed[2]
 
     def place(self, indices: np.ndarray) -> list[jax.Array]:
         """Puts a microbatch on the devices: [m] indices, -1 for padding."""

@@ -9,7 +9,7 @@ import secrets
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from dpmix_jax.config import ExperimentConfig, differences, to_dict
+from dpmix_jax.config import ExperimentConfig, differences, from_config_dict, to_dict
 from dpmix_jax.errors import UserError
 
 
@@ -71,8 +71,10 @@ class Workdir:
                 )
             return
         try:
-            changed = differences(json.loads(path.read_text()), to_dict(config))
-        except (ValueError, AttributeError, OSError):
+            # A file written before a setting existed means that setting's default.
+            began = from_config_dict(json.loads(path.read_text()))
+            changed = differences(to_dict(began), to_dict(config))
+        except (ValueError, AttributeError, OSError, UserError):
             raise UserError(f"{path} is not a config: use another --workdir") from None
         if changed:
             raise UserError(

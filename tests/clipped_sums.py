@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from dpmix_jax import AugmentationConfig, MethodConfig, augmentation_set
+from dpmix_jax import AugmentationConfig, MethodConfig, augmentation_set, make_bank
 from dpmix_jax.gradients import clipped_gradient
-from dpmix_jax.mixup import METHODS
+from dpmix_jax.mixup import METHODS, WITH_PUBLIC
 from dpmix_jax.training import (
     Accumulate,
     init_totals,
@@ -27,13 +27,16 @@ from tests import toy
 CLIP_NORM = 0.05  # below every norm: nothing hides behind an idle clip
 NUM, CHANGED = 8, 5
 BAD = {"nan": np.nan, "inf": np.inf, "huge": 1e30}
+# Drawn by class, public images depend on a private label, and must stay in its term.
+DRAWS = {"pure_dp_mix_diff": "class"}
 
 
 def sums() -> dict[str, np.ndarray]:
     """Returns flat clipped sums by `method/variant`, the same on every process.
 
     Variants: all 8 records (`base`), one of them absent (`removed`), or with other
-    pixels and another label (`replaced`, and `nan`, `inf`, `huge` as float pixels).
+    pixels and another label (`replaced`, and `nan`, `inf`, `huge` as float pixels);
+    the first three also with other public images (`other_bank_...`).
     """
     found = {}
     params = toy.init_params()
@@ -47,30 +50,48 @@ def sums() -> dict[str, np.ndarray]:
     other.images[CHANGED] = 255 - other.images[CHANGED]
     other.labels[CHANGED] = (other.labels[CHANGED] + 1) % toy.NUM_CLASSES
     everyone = np.arange(NUM, dtype=np.int32)
+    without = np.where(everyone == CHANGED, -1, everyone)
+    key = jax.random.key(7)
     for name in METHODS:
-        record_set = augmentation_set(
-            MethodConfig(name=name, k_base=3, k_self=2), AugmentationConfig(max_shift=1)
-        )
-        key = jax.random.key(7)
+        record_set = make_record_set(name, data.normalize)
+        takes_bank = name in WITH_PUBLIC
+        bank = toy.bank() if takes_bank else None
 
-        def run(records, indices, record_set=record_set, key=key):
-            accumulate = Accumulate(
-                gradient_fn, record_set, records, mesh, key=key, l2_clip_norm=CLIP_NORM
+        def make(records, bank, record_set=record_set):
+            return Accumulate(
+                gradient_fn,
+                record_set,
+                records,
+                mesh,
+                key=key,
+                l2_clip_norm=CLIP_NORM,
+                bank=bank,
             )
-            totals = init_totals(params, mesh)
+
+        first = make(data, bank)
+
+        def run(accumulate, indices, first=first):
             step = jax.device_put(jnp.int32(3), replicated)
-            batch = accumulate.place(indices)
-            return toy.flat(accumulate(params, step, batch, totals).gradients)
+            batch, totals = accumulate.place(indices), init_totals(params, mesh)
+            # Records and bank are arguments of what `first` compiles, once for all.
+            shared = (params, step, accumulate._fixed)
+            return toy.flat(first._accumulate(shared, batch, totals).gradients)
 
-        found[f"{name}/base"] = run(data, everyone)
-        without = np.where(everyone == CHANGED, -1, everyone)
-        found[f"{name}/removed"] = run(data, without)
-        found[f"{name}/replaced"] = run(other, everyone)
+        banks = {"": bank}
+        if takes_bank:
+            banks["other_bank_"] = toy.bank(seed=2)
+        for prefix, drawn_from in banks.items():
+            accumulate = make(data, drawn_from)
+            found[f"{name}/{prefix}base"] = run(accumulate, everyone)
+            found[f"{name}/{prefix}removed"] = run(accumulate, without)
+            found[f"{name}/{prefix}replaced"] = run(make(other, drawn_from), everyone)
 
-        def float_sum(params, records, record_set=record_set):
+        def float_sum(shared, records, record_set=record_set):
+            params, bank = shared
             images, labels, words = records
             keys = jax.random.wrap_key_data(words)
-            return gradient_fn(params, *jax.vmap(record_set)(keys, images, labels))[0]
+            sets = jax.vmap(record_set, in_axes=(0, 0, 0, None))
+            return gradient_fn(params, *sets(keys, images, labels, bank))[0]
 
         float_sum = jax.jit(sum_over_devices(float_sum, mesh))
         words = jax.random.key_data(jax.random.split(key, NUM))
@@ -81,8 +102,41 @@ def sums() -> dict[str, np.ndarray]:
             if value is not None:
                 spoiled[CHANGED, 1:3] = value
             arrays = [put(np.asarray(a), spread) for a in (spoiled, labels, words)]
-            found[f"{name}/{variant}"] = toy.flat(float_sum(params, arrays))
+            found[f"{name}/{variant}"] = toy.flat(float_sum((params, bank), arrays))
     return found
+
+
+def make_record_set(name, normalize):
+    method = MethodConfig(
+        name=name, k_base=3, k_self=2, draw=DRAWS.get(name, "uniform")
+    )
+    return augmentation_set(
+        method, AugmentationConfig(max_shift=1), normalize=normalize
+    )
+
+
+def sums_with_a_leaking_bank() -> dict[str, np.ndarray]:
+    """Sums of `dp_mix_diff` whose bank is made of the private records of the batch."""
+    gradient_fn = clipped_gradient(toy.loss_fn, l2_clip_norm=CLIP_NORM)
+    data = toy.records(NUM)
+    record_set = make_record_set("dp_mix_diff", data.normalize)
+    keys = jax.random.split(jax.random.key(7), NUM)
+
+    @jax.jit
+    def total(params, images, labels, bank):
+        sets = jax.vmap(record_set, in_axes=(0, 0, 0, None))
+        targets = jax.nn.one_hot(labels, toy.NUM_CLASSES)
+        return gradient_fn(params, *sets(keys, data.normalize(images), targets, bank))[
+            0
+        ]
+
+    def of(labels):
+        bank = make_bank(data.images, labels, data.class_names)
+        return toy.flat(total(toy.init_params(), data.images, labels, bank))
+
+    replaced = data.labels.copy()
+    replaced[CHANGED] = (replaced[CHANGED] + 1) % toy.NUM_CLASSES
+    return {"leak/base": of(data.labels), "leak/replaced": of(replaced)}
 
 
 def unsafe_shard_map_sums() -> dict[str, np.ndarray]:

@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 
-from dpmix_jax.mixup import METHODS
+from dpmix_jax.mixup import METHODS, WITH_PUBLIC
 from tests import clipped_sums
 from tests.conftest import ROOT
 
@@ -73,6 +73,12 @@ def test_a_changed_record_moves_the_sum_by_the_sensitivity(
     assert moved("removed") <= bound  # add or remove one
     assert moved("replaced", "removed") <= bound
     assert 0 < moved("replaced") <= 2 * bound  # replace one
+    if method in WITH_PUBLIC:  # other public images: another sum, the same bound
+        other = "other_bank_base"
+        assert moved(other) > 0
+        assert moved("other_bank_removed", other) <= bound
+        assert moved("other_bank_replaced", "other_bank_removed") <= bound
+        assert 0 < moved("other_bank_replaced", other) <= 2 * bound
     for bad in clipped_sums.BAD:
         assert np.isfinite(sums[f"{method}/{bad}"]).all()
         assert moved(bad, "float") <= 2 * bound
@@ -90,4 +96,11 @@ def test_the_check_catches_a_sum_before_the_clip(by_topology):
     """`jax.shard_map` with its default `check_vma` breaks the bound on four devices."""
     sums = by_topology["four devices"]
     moved = np.linalg.norm(sums["shard_map/base"] - sums["shard_map/replaced"])
+    assert moved > 3 * clipped_sums.CLIP_NORM  # of 2 that are allowed
+
+
+def test_the_check_catches_a_bank_made_of_the_batch():
+    """Public images that are the batch's own records put one into many sets."""
+    sums = clipped_sums.sums_with_a_leaking_bank()
+    moved = np.linalg.norm(sums["leak/base"] - sums["leak/replaced"])
     assert moved > 3 * clipped_sums.CLIP_NORM  # of 2 that are allowed

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from dpmix_jax import Bank, make_bank
 from dpmix_jax.data import Records
 
 NUM_CLASSES = 3
@@ -43,6 +44,13 @@ def records(num: int, seed: int = 0, size: int = 6) -> Records:
         mean=(0.5,),
         stddev=(0.25,),
     )
+
+
+def bank(num: int = 7, seed: int = 1, draw: str = "uniform") -> Bank:
+    """Public images like `records`, uint8, every class among them."""
+    found = records(num, seed)
+    labels = np.arange(num) % NUM_CLASSES
+    return make_bank(found.images, labels, found.class_names, draw=draw)
 
 
 def flat(tree) -> np.ndarray:

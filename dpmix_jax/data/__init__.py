@@ -1,6 +1,7 @@
 """Datasets: one record type, and sources of it by name.
 
 sources     every dataset by name: where it is, its page, its constants
+public      images declared public, for DP-Mix_diff
 digits npz idx cifar    files that are arrays, read into memory
 folder      files that are images, labelled by where they are; official layouts
 tfds        prepared TensorFlow Datasets, read and written without TensorFlow

@@ -151,6 +151,18 @@ def find(name: str, path: str | None) -> pathlib.Path:
     )
 
 
+def place(name: str, path: str | None) -> pathlib.Path | None:
+    """Returns the resolved folder or file that `read` would read; None for `digits`.
+
+    Raises:
+      UserError: if there is none.
+    """
+    if name == "digits":
+        return None
+    by_tfds = tfds.NAME.fullmatch(name)
+    return (tfds.find_version if by_tfds else find)(name, path).resolve()
+
+
 def _read_files(name: str, source: Source, path: pathlib.Path, image_size: int) -> Pair:
     opened, layout = source.open(path), source.layout
     assert layout is not None

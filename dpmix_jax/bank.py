@@ -1,0 +1,112 @@
+"""Public images of which every augmentation set may draw a few.
+
+Everything in a bank is public: it may come from a generative model or another dataset,
+never from the private records or from what was computed from them.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dpmix_jax.errors import UserError
+
+Array = jax.Array | np.ndarray
+DRAWS = ("uniform", "class")
+
+
+class Bank(NamedTuple):
+    """Public labelled images, to be an argument of compiled functions, no constant.
+
+    Attributes:
+      images: [M, H, W, C], uint8 or floating-point.
+      labels: int32 [M] in [0, O).
+      by_class: int32 [M], the rows of `images`, those of class 0 first.
+      ends: int32 [O + 1]: the rows of class c are `by_class[ends[c] : ends[c + 1]]`.
+    """
+
+    images: Array
+    labels: Array
+    by_class: Array
+    ends: Array
+
+
+def make_bank(
+    images: np.ndarray,
+    labels: np.ndarray,
+    class_names: Sequence[str],
+    *,
+    draw: str = "uniform",
+) -> Bank:
+    """Makes a bank of public images, with the tables that draws by class look up.
+
+    Args:
+      images: [M, H, W, C].
+      labels: integers [M] in [0, O).
+      class_names: O names, in the order of the private labels.
+      draw: how it will be drawn from, one of `DRAWS`.
+
+    Raises:
+      UserError: if the bank is empty, if shapes or labels do not fit, or if `draw` is
+        "class" and a class has no image.
+    """
+    labels, num_classes = np.asarray(labels), len(class_names)
+    if images.ndim != 4 or labels.shape != images.shape[:1] or not labels.size:
+        raise UserError(
+            f"public images have shape {images.shape}, their labels {labels.shape}:"
+            " they must be [M, H, W, C] and [M], M at least 1"
+        )
+    if not 0 <= labels.min() <= labels.max() < num_classes:
+        raise UserError(
+            f"public labels are in [{labels.min()}, {labels.max()}]: they must be in"
+            f" [0, {num_classes})"
+        )
+    counts = np.bincount(labels, minlength=num_classes)
+    if draw == "class" and not counts.all():
+        raise UserError(
+            "method.draw is 'class': every class must have a public image, but"
+            f" {class_names[int(np.argmin(counts))]!r} has none"
+        )
+    return Bank(
+        images=images,
+        labels=labels.astype(np.int32),
+        by_class=np.argsort(labels, kind="stable").astype(np.int32),
+        ends=np.concatenate([[0], np.cumsum(counts)]).astype(np.int32),
+    )
+
+
+def draw_rows(
+    key: jax.Array, label: jax.Array, bank: Bank, num: int, *, draw: str
+) -> jax.Array:
+    """Draws rows of a bank for one record.
+
+    Drawing by class looks at a private label, and costs no privacy: what is drawn goes
+    into this record's own set and nowhere else, and the gradient of the record is the
+    average over that set, clipped. Whatever the label, that one term has norm at most
+    C. It would not be safe to let the label choose anything outside that term: images
+    that records share, their number, or what is logged.
+
+    Formal guarantees:
+      - The rows are a function of this key, this label and the bank, and for "uniform"
+        not of the label.
+      - Each row is uniform over the bank, or for "class" over its images of the
+        record's class; rows are independent, so one may come twice.
+
+    Args:
+      key: scalar key.
+      label: [O] soft label of the record; its class is the largest entry.
+      bank: from `make_bank`.
+      num: k, rows to draw.
+      draw: one of `DRAWS`.
+
+    Returns:
+      int32 [k] with values in [0, M).
+    """
+    if draw == "uniform":
+        return jax.random.randint(key, (num,), 0, bank.labels.shape[0])
+    own = jnp.argmax(label)  # of NaN too it is a class
+    first, end = jnp.take(jnp.asarray(bank.ends), jnp.stack([own, own + 1]))
+    places = jax.random.randint(key, (num,), first, end)
+    return jnp.take(jnp.asarray(bank.by_class), places)

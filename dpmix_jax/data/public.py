@@ -1,0 +1,206 @@
+"""Public images for DP-Mix_diff: declared in the config, and kept from being private.
+
+The code cannot know what is public; whoever writes the config says so. What it refuses
+is the obvious mistake: the private data themselves, under this name or another.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import re
+from collections.abc import Iterator
+
+import numpy as np
+
+from dpmix_jax.data import DataConfig, Dataset, sources
+from dpmix_jax.data.records import Records
+from dpmix_jax.errors import UserError
+from dpmix_jax.progress import say
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PublicConfig:
+    """A dataset that is declared public. Nothing in it is protected.
+
+    Its training split is the bank; its test split stays out, so that public test images
+    do not enter training. Its classes are those of the training set, in the same order.
+
+    Attributes:
+      name: as for `DataConfig`.
+      path: as for `DataConfig`.
+      image_size: as for `DataConfig`; None takes that of the private data.
+    """
+
+    name: str
+    path: str | None = None
+    image_size: int | None = None
+
+    def __post_init__(self):
+        self.data_config()
+
+    def data_config(self, default_size: int = 0) -> DataConfig:
+        """Returns it as any other dataset."""
+        size = default_size if self.image_size is None else self.image_size
+        with _named_public():
+            return DataConfig(name=self.name, path=self.path, image_size=size)
+
+
+@contextlib.contextmanager
+def _named_public() -> Iterator[None]:
+    """Says `public.` where reading a dataset says `data.` in its mistakes."""
+    try:
+        yield
+    except UserError as error:
+        text = re.sub(r"\bdata\.(?=(name|path|image_size)\b)", "public.", str(error))
+        raise UserError(text) from None
+
+
+def load_public(
+    config: PublicConfig | None, private: DataConfig, dataset: Dataset
+) -> Records | None:
+    """Reads the public images that a private dataset will be trained with, if any.
+
+    Args:
+      config: of the public images, or None.
+      private: of the private data.
+      dataset: what `private` has brought.
+
+    Returns:
+      The training split of the public dataset, with the constants of the private one,
+      by which its images are normalised.
+
+    Raises:
+      UserError: if it cannot be read, if images or classes are unlike those of the
+        training set, or if it is, lies in, or shares an image with the private data.
+    """
+    if config is None:
+        return None
+    _refuse_private_place(config, private)
+    found = _read(config, private)
+    _check_alike(config, found, dataset.train)
+    _refuse_private_images(config, found, dataset)
+    return _scaled_as(dataset.train, found)
+
+
+def blank_public(
+    config: PublicConfig | None, private: DataConfig, records: Records
+) -> Records | None:
+    """Returns black public images, as many as there are and of their shape, if any.
+
+    Args:
+      config: of the public images, or None.
+      private: of the private data.
+      records: training set, or `blank` ones like it.
+
+    Raises:
+      UserError: if they cannot be read, are of no known size, or unlike the training
+        set's.
+    """
+    if config is None:
+        return None
+    size = config.data_config(private.image_size).image_size
+    with _named_public():
+        found = sources.blank(config.name, size)
+    if found is None:
+        found = _read(config, private)
+    labels = np.arange(len(found), dtype=np.int32) % records.num_classes
+    names = records.class_names  # of blank records they are not the real ones
+    found = dataclasses.replace(found, labels=labels, class_names=names)
+    _check_alike(config, found, records)
+    return _scaled_as(records, found)
+
+
+def describe(
+    config: PublicConfig | None, bank: Records | None, images_per_record: int
+) -> str:
+    """Says in a privacy statement what public data were used, and what they may hide.
+
+    Args:
+      config: of the public images, or None.
+      bank: those images, or None.
+      images_per_record: k_diff.
+    """
+    if config is None or bank is None:
+        return "none"
+    where = "" if config.path is None else f" ({config.path})"
+    return (
+        f"{config.name}{where}, {len(bank):,} images declared public in the"
+        f" configuration (sha256 {bank.digest()[:16]}), of which {images_per_record}"
+        " enter each record's set in every update. They are not protected, and this"
+        " guarantee holds only for what they do not reveal already: if a generative"
+        " model made them, its own training set may hold the private images or images"
+        " like them. That none is an exact copy of a training record was checked before"
+        " training; the outcome of that check is not covered"
+    )
+
+
+def _read(config: PublicConfig, private: DataConfig) -> Records:
+    """Returns the training split of the public dataset."""
+    size = config.data_config(private.image_size).image_size
+    with _named_public():
+        found, _ = sources.read(config.name, config.path, size)
+    if len(found) == 0:
+        raise UserError(f"public.name is {config.name!r}: it has no training records")
+    return found
+
+
+def _refuse_private_place(public: PublicConfig, private: DataConfig) -> None:
+    theirs = sources.place(private.name, private.path)
+    with _named_public():
+        ours = sources.place(public.name, public.path)
+    same = public.name == private.name and ours == theirs  # also of embedded ones
+    inside = ours is not None and theirs is not None and ours.is_relative_to(theirs)
+    if same or inside:
+        raise UserError(
+            f"public.path is {public.path}: {public.name} there is the private training"
+            f" set, data.name {private.name!r}, or a part of it; public images must"
+            " come from elsewhere"
+        )
+
+
+def _refuse_private_images(
+    config: PublicConfig, found: Records, dataset: Dataset
+) -> None:
+    """Compares checksums, so it finds exact copies only, wherever they were read from.
+
+    The answer depends on private records. It goes to whoever starts the run and holds
+    them anyway; a run that is refused trains nothing and releases nothing.
+    """
+    public = set(_checksums(found.images))
+    kept_back = () if dataset.validation is None else (dataset.validation,)
+    for records in (dataset.train, *kept_back):
+        if not public.isdisjoint(_checksums(records.images)):
+            raise UserError(
+                f"public.path is {config.path}: {config.name} has an image of the"
+                " private training set; public images must come from elsewhere"
+            )
+    shared = sum(image in public for image in _checksums(dataset.test.images))
+    if shared:
+        say(f"warning: {shared} test images are public images: accuracy flatters")
+
+
+def _checksums(images: np.ndarray) -> Iterator[bytes]:
+    for image in images:
+        yield hashlib.sha256(np.ascontiguousarray(image).data).digest()
+
+
+def _check_alike(config: PublicConfig, found: Records, train: Records) -> None:
+    shape, wanted = found.images.shape[1:], train.images.shape[1:]
+    if shape != wanted:
+        raise UserError(
+            f"public.image_size is {config.image_size}: images of {config.name} are"
+            f" {shape}, they must be {wanted} as training images are"
+        )
+    ours, theirs = found.class_names, train.class_names
+    if ours != theirs:
+        pairs = zip(ours, theirs, strict=False)
+        unlike = (f"{a!r} instead of {b!r}" for a, b in pairs if a != b)
+        counts = f"{len(ours)} instead of {len(theirs)} of them"
+        raise UserError(
+            f"public.name is {config.name!r}: its classes must be those of the training"
+            f" set in the same order, but it has {next(unlike, counts)}"
+        )
+
+
+def _scaled_as(train: Records, found: Records) -> Records:
+    return dataclasses.replace(found, mean=train.mean, stddev=train.stddev)

@@ -1,0 +1,287 @@
+"""Public images: what is refused, what is said, and one run by the command line."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from ml_collections import config_dict
+
+from dpmix_jax import UserError, data, experiment, privacy
+from dpmix_jax.command_line import load_experiment
+from dpmix_jax.config import from_config_dict, to_dict
+from dpmix_jax.data.public import (
+    PublicConfig,
+    blank_public,
+    describe,
+    load_public,
+)
+from dpmix_jax.statement import statement
+from dpmix_jax.workdir import Workdir
+from tests.conftest import ROOT
+from tests.test_config import load as load_config
+
+CLASSES = tuple(map(str, range(10)))
+DIGITS = data.DataConfig(name="digits")
+
+
+def blobs(num, seed=0, size=8):
+    """Random spots of light, made of nothing private: uint8 [num, size, size, 1]."""
+    rng = np.random.default_rng(seed)
+    rows, columns = np.mgrid[:size, :size]
+    centres = rng.uniform(1, size - 1, (num, 2, 1, 1))
+    squares = (rows - centres[:, 0]) ** 2 + (columns - centres[:, 1]) ** 2
+    return (255 * np.exp(-squares / 6))[..., None].astype(np.uint8)
+
+
+def write(path, images=None, labels=None, class_names=CLASSES, test_images=None):
+    images = blobs(30) if images is None else images
+    labels = np.arange(len(images)) % len(class_names) if labels is None else labels
+    test_images = images[:0] if test_images is None else test_images
+    np.savez(
+        path,
+        train_images=images,
+        train_labels=labels,
+        test_images=test_images,
+        test_labels=np.zeros(len(test_images), int),
+        class_names=class_names,
+    )
+    return str(path)
+
+
+def npz(path, **content):
+    return PublicConfig(name="npz", path=write(path, **content))
+
+
+def test_a_bank_is_scaled_as_the_training_set(tmp_path):
+    dataset = data.load(DIGITS)
+    bank = load_public(npz(tmp_path / "bank.npz"), DIGITS, dataset)
+    np.testing.assert_array_equal(bank.images, blobs(30))
+    assert (bank.mean, bank.stddev) == (dataset.train.mean, dataset.train.stddev)
+    assert load_public(None, DIGITS, dataset) is None
+    blank = blank_public(npz(tmp_path / "bank.npz"), DIGITS, dataset.train)
+    assert blank.images.shape == bank.images.shape
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
+            {"images": blobs(20, size=9)},
+            "public.image_size is None: images of npz are (9, 9, 1), they must be"
+            " (8, 8, 1) as training images are",
+        ),
+        (
+            {"class_names": (*CLASSES[:8], "9", "8")},
+            "public.name is 'npz': its classes must be those of the training set in the"
+            " same order, but it has '9' instead of '8'",
+        ),
+        (
+            {"class_names": CLASSES[:9]},
+            "public.name is 'npz': its classes must be those of the training set in the"
+            " same order, but it has 9 instead of 10 of them",
+        ),
+        ({"images": blobs(0)}, "public.name is 'npz': it has no training records"),
+    ],
+)
+def test_a_bank_unlike_the_training_set_is_refused(tmp_path, content, message):
+    config = npz(tmp_path / "bank.npz", **content)
+    with pytest.raises(UserError) as error:
+        load_public(config, DIGITS, data.load(DIGITS))
+    assert str(error.value) == message
+
+
+def test_what_cannot_be_read_is_named_public(tmp_path):
+    config = PublicConfig(name="npz", path=str(tmp_path / "none.npz"))
+    with pytest.raises(UserError, match=r"^public.path is .*: cannot be read"):
+        load_public(config, DIGITS, data.load(DIGITS))
+    with pytest.raises(UserError, match=r"^public.path is None: it must be the path"):
+        PublicConfig(name="npz")
+    with pytest.raises(UserError, match=r"^public.image_size is -1: it must be in"):
+        PublicConfig(name="cifar10", image_size=-1)
+
+
+def test_the_private_data_are_refused_as_public(tmp_path):
+    """By name, by path, through a link, and as a file inside them."""
+    with pytest.raises(UserError, match="digits there is the private training set"):
+        load_public(PublicConfig(name="digits"), DIGITS, data.load(DIGITS))
+    path = write(tmp_path / "mine.npz", images=blobs(40, 1), test_images=blobs(9, 2))
+    private = data.DataConfig(name="npz", path=path)
+    dataset = data.load(private)
+    link = tmp_path / "link.npz"
+    link.symlink_to(path)
+    for same in (path, f"{tmp_path}/../{tmp_path.name}/mine.npz", link):
+        config = PublicConfig(name="npz", path=str(same))
+        with pytest.raises(UserError) as error:
+            load_public(config, private, dataset)
+        assert str(error.value) == (
+            f"public.path is {same}: npz there is the private training set, data.name"
+            " 'npz', or a part of it; public images must come from elsewhere"
+        )
+
+
+def test_a_file_inside_the_private_folder_is_refused(tmp_path):
+    folder = tmp_path / "private"
+    (folder / "extra").mkdir(parents=True)
+    inside = npz(folder / "extra" / "bank.npz")
+    private = data.DataConfig(name="folder", path=str(folder))
+    with pytest.raises(UserError, match="or a part of it; public images must come"):
+        load_public(inside, private, data.load(DIGITS))
+    beside = npz(tmp_path / "private.npz")  # a name that begins alike is no part of it
+    assert len(load_public(beside, private, data.load(DIGITS))) == 30
+
+
+@pytest.mark.parametrize("validation_size", [0, 1400])
+def test_copies_of_private_images_are_refused(tmp_path, validation_size, capsys):
+    """One is enough, wherever it lies; of validation records too."""
+    private = dataclasses.replace(DIGITS, validation_size=validation_size)
+    dataset = data.load(private)
+    everything = data.load(DIGITS)
+    images = blobs(30)
+    images[17] = everything.train.images[123]
+    config = npz(tmp_path / "bank.npz", images=images)
+    with pytest.raises(UserError, match="npz has an image of the private training set"):
+        load_public(config, private, dataset)
+    images[17, 0, 0] ^= 1  # which is what it can see: exact copies
+    assert load_public(npz(tmp_path / "other.npz", images=images), private, dataset)
+    assert capsys.readouterr().err == ""
+    images[17] = everything.test.images[5]
+    assert load_public(npz(tmp_path / "test.npz", images=images), private, dataset)
+    assert "warning: 1 test images are public" in capsys.readouterr().err
+
+
+def values(**public):
+    config = to_dict(from_config_dict(load_config()))
+    config["method"]["name"] = "dp_mix_diff"
+    config["public"] = public
+    return config
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (
+            values(),
+            "public.name is None: it must name a public dataset for method.name"
+            " 'dp_mix_diff'",
+        ),
+        (
+            {**values(name="cifar10"), "method": {"name": "self_aug"}},
+            "public.name is 'cifar10': it must be None for method.name 'self_aug',"
+            " which takes no public images",
+        ),
+        (values(name="imagnet"), "public.name is 'imagnet': it must be one of digits"),
+        (values(nme="npz"), "unknown key public.nme: did you mean public.name?"),
+        (values(name=None, path="x"), "public.name is None: it must be of type str"),
+        (values(path="x"), "public.name is missing from the config"),
+        ({**values(), "public": 3}, "public is 3: it must be a group of settings"),
+    ],
+)
+def test_configs_that_are_refused(config, message):
+    with pytest.raises(UserError) as error:
+        from_config_dict(config)
+    assert str(error.value).startswith(message)
+
+
+def test_a_group_of_placeholders_is_none():
+    config = load_config()
+    config.public = {"name": config_dict.placeholder(str)}
+    assert from_config_dict(config).public is None
+    old = json.loads(json.dumps(to_dict(from_config_dict(config))))
+    assert old["public"] is None
+    assert from_config_dict(old).public is None
+    del old["public"], old["method"]["k_diff"], old["method"]["draw"]  # as before them
+    assert from_config_dict(old) == from_config_dict(config)
+
+
+def test_flags_set_the_public_data():
+    config = load_experiment(
+        [
+            f"--config={ROOT}/configs/wrn16_4_cifar10.py",
+            "--config.method.name=pure_dp_mix_diff",
+            "--config.method.k_diff=3",
+            "--config.method.draw=class",
+            "--config.public.name=folder",
+            "--config.public.path=made/by/a/model",
+            "--config.public.image_size=32",
+        ]
+    )
+    assert config.public == PublicConfig(
+        name="folder", path="made/by/a/model", image_size=32
+    )
+    assert config.method.set_size == 3 + 18
+    assert from_config_dict(json.loads(json.dumps(to_dict(config)))) == config
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run of three updates, in this process."""
+    folder = tmp_path_factory.mktemp("diff")
+    bank = write(folder / "blobs.npz")
+    config = load_experiment(
+        [
+            f"--config={ROOT}/configs/digits.py",
+            "--config.seed=3",
+            "--config.model.features=4,8",
+            "--config.model.groups=2",
+            "--config.method.name=dp_mix_diff",
+            "--config.method.draw=class",
+            "--config.method.k_base=2",
+            "--config.method.k_self=1",
+            "--config.privacy.num_updates=3",
+            "--config.privacy.expected_batch_size=60",
+            "--config.performance.microbatch_size=64",
+            "--config.public.name=npz",
+            f"--config.public.path={bank}",
+        ]
+    )
+    mechanism = privacy.Mechanism(
+        sampling_prob=60 / 1437, num_updates=3, noise_multiplier=1.0
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(privacy, "calibrate", lambda **kwargs: mechanism)
+        patch.setattr("dpmix_jax.performance.keep_compiled_code", lambda _: None)
+        assert experiment.run(config, Workdir(folder / "run")) == 0
+    return config, folder / "run"
+
+
+def test_a_run_says_what_was_public(finished):
+    config, workdir = finished
+    facts = json.loads((workdir / "privacy.json").read_text())
+    assert facts["images_per_record"] == 2 + 2 + 1
+    text = " ".join((workdir / "PRIVACY.md").read_text().split())
+    for words in (
+        f"Public data used:** npz ({config.public.path}), 30 images declared public",
+        "of which 2 enter each record's set in every update",
+        "if a generative model made them, its own training set may hold the private"
+        " images",
+        "was checked before training; the outcome of that check is not covered",
+    ):
+        assert words in facts["public_data"] or words in text, words
+    assert max(map(len, statement({**facts, "public_data": "x"}).splitlines())) <= 88
+    page = (workdir / "report.html").read_text()
+    assert "The 2 view(s), 2 public image(s) and 1 mix(es)" in page
+
+
+def test_a_run_does_not_go_on_with_other_public_images(tmp_path):
+    """Its noise would meet two sums, and their difference be free of it."""
+    dataset = data.load(DIGITS)
+    first, second = (
+        load_public(npz(tmp_path / f"{i}.npz", images=blobs(30, i)), DIGITS, dataset)
+        for i in range(2)
+    )
+    workdir = Workdir(tmp_path)
+    for public in (first, None):
+        digest = experiment.data_digest(dataset.train, public)
+        assert digest != experiment.data_digest(dataset.train, second)
+    assert experiment.data_digest(dataset.train, None) == dataset.train.digest()
+    began = experiment.data_digest(dataset.train, first)
+    workdir.begin(3, data=began, noise_multiplier=1.0)
+    with pytest.raises(UserError, match="holds a run that began with other data"):
+        workdir.begin(
+            3, data=experiment.data_digest(dataset.train, second), noise_multiplier=1.0
+        )
+
+
+def test_without_public_images_none_are_stated():
+    assert describe(None, None, 0) == "none"
