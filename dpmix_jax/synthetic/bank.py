@@ -27,6 +27,7 @@ from dpmix_jax.workdir import locked, write_atomically
 
 _FORMAT = 1
 _KEYWORD = "dpmix_jax"  # of the text in each PNG
+_PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
 _ATTEMPTS = 10  # for an image that the generator refuses to show
 _SECONDS_BETWEEN_LINES = 10.0
 
@@ -201,13 +202,18 @@ class _Bank:
 
     def _valid(self, content: bytes, wanted: Wanted) -> int | None:
         """Returns the try that made the image, None if it is not as it was written."""
+        if not content.endswith(_PNG_END):
+            return None
         try:
             channels = self.plan.image_shape[-1]
             pixels = images.decode(content, channels=channels)
             with Image.open(io.BytesIO(content), formats=["PNG"]) as image:
                 note = json.loads(image.info[_KEYWORD])
+                image.verify()  # the checksums, which decoding forgives
             attempt = int(note["attempt"])
-        except (images.BadImageError, OSError, ValueError, LookupError, TypeError):
+        except (images.BadImageError, OSError, SyntaxError):  # it is damaged
+            return None
+        except (ValueError, LookupError, TypeError):  # its note is not ours
             return None
         if not 0 <= attempt < _ATTEMPTS:
             return None
@@ -232,14 +238,16 @@ class _Bank:
         while queue:
             batch = [queue.popleft() for _ in range(min(batch_size, len(queue)))]
             shown: list[_Made] = []
+            refused: list[Wanted] = []
             for wanted, pixels in zip(batch, generator(batch), strict=True):
                 if pixels is None:
-                    queue.appendleft(self._again(wanted))
+                    refused.append(self._again(wanted))
                     continue
                 if pixels.shape != self.plan.image_shape or pixels.dtype != np.uint8:
                     raise ValueError(f"{pixels.dtype} {pixels.shape} for {self.plan}")
                 self.refused += wanted.attempt
                 shown.append((wanted, pixels))
+            queue.extendleft(reversed(refused))
             yield shown
 
     def _again(self, wanted: Wanted) -> Wanted:

@@ -149,6 +149,7 @@ def _libraries() -> tuple[Any, Any]:
         ) from None
     diffusers.utils.logging.set_verbosity_error()
     diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     return torch, diffusers
 
@@ -188,7 +189,7 @@ def _pipeline(
     try:
         pipeline = diffusers.StableDiffusionPipeline.from_pretrained(
             str(folder),
-            torch_dtype=dtype,
+            dtype=dtype,
             use_safetensors=True,
             local_files_only=True,
             **options,

@@ -16,10 +16,9 @@ from scipy import ndimage
 from dpmix_jax.errors import UserError
 from dpmix_jax.synthetic.bank import Wanted
 
-_FONTS = (  # those of matplotlib that have upright or slanted digits
-    *("DejaVuSans", "DejaVuSans-Oblique", "DejaVuSansMono", "DejaVuSansMono-Oblique"),
-    *("DejaVuSerif", "DejaVuSerif-Italic", "STIXGeneral", "STIXGeneralItalic"),
-    *("cmr10", "cmss10", "cmtt10"),
+_FONTS = (  # of matplotlib; its monospaced DejaVu has a dot in the zero
+    *("DejaVuSans", "DejaVuSans-Oblique", "DejaVuSerif", "DejaVuSerif-Italic"),
+    *("STIXGeneral", "STIXGeneralItalic", "cmr10", "cmss10", "cmtt10"),
 )
 _CANVAS = 96  # pixels on which is drawn
 _FONT_SIZE = 60
