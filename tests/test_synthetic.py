@@ -300,12 +300,12 @@ MISTAKES = {
     "--out=b --path=x": "--path is x: it needs --data",
     "--out=b --data=sun397": "data.image_size is 0: it must be positive, for images",
     "--out=b --data=sun397 --image_size=8": "--classes is missing: the class names of",
-    "--out=b --data=digits --classes=two": "--classes is two: it names 2 classes,",
+    "--out=b --data=digits --classes=names": "--classes is names: it names 2 classes,",
     "--out=b --data=digits --classes=no": "--classes is no: cannot be read",
-    "--out=b --classes=two": "--count is missing",
-    "--out=b --classes=two --count=4": "--image_size is missing",
-    "--out=b --classes=two --count=1 --image_size=8": "--count is 1: it must be at",
-    "--out=b --classes=two --count=4 --image_size=-1": "--image_size is -1: it must be",
+    "--out=b --classes=names": "--count is missing",
+    "--out=b --classes=names --count=4": "--image_size is missing",
+    "--out=b --classes=names --count=1 --image_size=8": "--count is 1: it must be at",
+    "--out=b --classes=names --count=4 --image_size=-1": "--image_size is -1",
     "--out=b --classes=same --count=4 --image_size=8": "class '3' is named twice",
     "--out=b --data=digits": "--generator is None: it must be diffusion or render",
     "--out=b --data=digits --generator=render --seed=-1": "--seed is -1: it must be",
@@ -314,7 +314,7 @@ MISTAKES = {
     "--out=b --data=cifar10 --generator=render": "class 'airplane' is none of them",
     "--out=b --data=digits --generator=diffusion": "--model is missing",
     "--out=b --data=digits --count=x": "flag --count=x",
-    "--out=two --data=digits --generator=render": "bank two is not writable",
+    "--out=names --data=digits --generator=render": "bank names is not writable",
     "--out=b --data=digits render": "unknown argument render",
 }
 DRIVER = f"""
@@ -334,50 +334,48 @@ for line in sys.stdin.read().splitlines():
 """
 
 
-def drive(lines, folder):
-    """Returns the standard error stream of the program run with each line of flags."""
+RIGHT = [
+    f"--out=bank-{classes} --classes={classes} --count=5 --generator=render"
+    " --image_size=28"
+    for classes in ("names", "folders")
+]
+
+
+@pytest.fixture(scope="module")
+def driven(tmp_path_factory):
+    """Runs the program with each line of flags; returns where, and its lines."""
+    folder = tmp_path_factory.mktemp("driven")
+    (folder / "names").write_text("7\n\n3\n")
+    (folder / "same").write_text("3\n3\n")
+    for name in ("folders/3", "folders/7", "folders/.x"):
+        (folder / name).mkdir(parents=True)
     shown = subprocess.run(
         [sys.executable, "-c", DRIVER],
-        input="\n".join(lines),
+        input="\n".join([*MISTAKES, *RIGHT]),
         capture_output=True,
         text=True,
         cwd=folder,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
     assert shown.returncode == 0, shown.stderr
-    return shown.stderr
-
-
-@pytest.fixture(scope="module")
-def refusals(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("mistakes")
-    (folder / "two").write_text("3\n\n7\n")
-    (folder / "same").write_text("3\n3\n")
-    lines = drive(MISTAKES, folder).splitlines()
-    assert sorted(file.name for file in folder.iterdir()) == ["same", "two"]
-    return dict(zip(MISTAKES, zip(lines[::2], lines[1::2], strict=True), strict=True))
+    lines = shown.stderr.splitlines()
+    pairs = zip(lines[: 2 * len(MISTAKES) : 2], lines[1::2], strict=False)
+    return folder, dict(zip(MISTAKES, pairs, strict=True))
 
 
 @pytest.mark.parametrize("command", MISTAKES)
-def test_mistakes_are_one_line_and_nothing_is_written(command, refusals):
+def test_mistakes_are_one_line_and_nothing_is_written(command, driven):
+    folder, refusals = driven
     line, status = refusals[command]
     assert line.startswith("error: ")
     assert MISTAKES[command] in line
     assert status == "exit 2"
+    assert not (folder / "b").exists()
 
 
-def test_classes_from_a_file_or_from_folders(tmp_path):
-    (tmp_path / "names").write_text("7\n3\n")
-    (tmp_path / "folders/3").mkdir(parents=True)
-    (tmp_path / "folders/7").mkdir()
-    lines = [
-        f"--out={tmp_path}/bank-{classes} --classes={tmp_path}/{classes} --count=5"
-        " --generator=render --image_size=28"
-        for classes in ("names", "folders")
-    ]
-    shown = drive(lines, tmp_path)
+def test_classes_from_a_file_or_from_folders(driven):
+    folder, _ = driven
     for classes, names in (("names", ("7", "3")), ("folders", ("3", "7"))):
-        bank = data.load_bank(tmp_path / f"bank-{classes}", names)
+        bank = data.load_bank(folder / f"bank-{classes}", names)
         assert bank.images.shape == (5, 28, 28, 3)
         assert bank.labels.tolist() == [0, 0, 0, 1, 1]
-    assert shown.count("no error") == 2
