@@ -37,6 +37,7 @@ setup(
     ],
     extras_require={
         "cuda12": ["jax[cuda12]>=0.10"],
+        "diffusion": ["diffusers>=0.42", "torch==2.13.0", "transformers>=5.0"],
         "peers": ["opacus==1.6.0", "torch==2.13.0"],
         "test": ["hypothesis>=6.100", "pytest>=8.3", "pytest-xdist>=3.6", *TFDS],
         "tfds": TFDS,

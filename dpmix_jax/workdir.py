@@ -27,6 +27,27 @@ def write_atomically(
     os.replace(partial, path)
 
 
+@contextlib.contextmanager
+def locked(path: pathlib.Path, name: str) -> Iterator[None]:
+    """Holds a folder for this process, makes it first; being killed releases it.
+
+    Raises:
+      UserError: that begins with `name`, if the folder cannot be written, or another
+        run holds it.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        lock = open(path / ".lock", "w")  # noqa: SIM115
+    except OSError as error:
+        raise UserError(f"{name} is not writable: {error.strerror}") from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"{name} is in use by another run") from None
+        yield
+
+
 class Workdir:
     """What is on disk of one run.
 
@@ -36,28 +57,9 @@ class Workdir:
     def __init__(self, path: pathlib.Path):
         self.path = path
 
-    @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
-        """Holds the folder for this process; being killed releases it.
-
-        Raises:
-          UserError: if the folder cannot be written, or another run holds it.
-        """
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            lock = open(self.path / ".lock", "w")  # noqa: SIM115
-        except OSError as error:
-            raise UserError(
-                f"workdir {self.path} is not writable: {error.strerror}"
-            ) from None
-        with lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise UserError(
-                    f"workdir {self.path} is in use by another run"
-                ) from None
-            yield
+    def locked(self) -> contextlib.AbstractContextManager[None]:
+        """Holds the folder for this process; see `locked`."""
+        return locked(self.path, f"workdir {self.path}")
 
     def check(self, config: ExperimentConfig) -> None:
         """Raises `UserError` if the folder is of another experiment."""

@@ -80,6 +80,31 @@ def test_blank_records_are_as_many_and_as_large(name, shape):
     assert len(records.labels) == shape[0]
 
 
+@pytest.mark.parametrize(
+    ("name", "first", "last"),
+    [
+        ("digits", "0", "9"),
+        ("cifar10", "airplane", "truck"),
+        ("tfds:cifar100", "apple", "worm"),
+        ("fashion_mnist", "T-shirt/top", "Ankle boot"),
+        ("eurosat", "AnnualCrop", "SeaLake"),
+        ("sun397", "0", "396"),  # not known without its files
+    ],
+)
+def test_blank_records_have_the_classes_that_are_constants(name, first, last):
+    class_names = data.blank(data.DataConfig(name=name, image_size=8)).class_names
+    assert (class_names[0], class_names[-1]) == (first, last)
+
+
+def test_blank_digits_are_like_the_digits():
+    config = data.DataConfig(name="digits", validation_size=37)
+    blank, train = data.blank(config), data.load(config).train
+    assert blank.images.shape == train.images.shape
+    assert (blank.class_names, blank.mean, blank.stddev) == (
+        *(train.class_names, train.mean, train.stddev),
+    )
+
+
 def test_photographs_need_a_size():
     with pytest.raises(UserError, match="images of sun397 differ in size"):
         data.blank(data.DataConfig(name="sun397"))

@@ -4,6 +4,7 @@ sources     every dataset by name: where it is, its page, its constants
 public      images declared public, for DP-Mix_diff
 digits npz idx cifar    files that are arrays, read into memory
 folder      files that are images, labelled by where they are; official layouts
+bank        banks: public images in class folders, all of them one set
 tfds        prepared TensorFlow Datasets, read and written without TensorFlow
 trees images splits cache    what those are made of
 """
@@ -14,10 +15,11 @@ from typing import NamedTuple
 import numpy as np
 
 from dpmix_jax.data import sources, tfds
+from dpmix_jax.data.bank import load_bank
 from dpmix_jax.data.records import Records
 from dpmix_jax.errors import UserError
 
-__all__ = ["DataConfig", "Dataset", "Records", "blank", "load"]
+__all__ = ["DataConfig", "Dataset", "Records", "blank", "load", "load_bank"]
 
 _MAX_IMAGE_SIZE = 2048
 
@@ -95,6 +97,7 @@ def blank(config: DataConfig) -> Records:
         known = load(config).train
         count = len(known)
     else:
+        _check_validation(config, len(known))
         count = len(known) - config.validation_size
     black = np.broadcast_to(np.uint8(0), (count, *known.images.shape[1:]))
     return dataclasses.replace(known, images=black, labels=np.zeros(count, np.int32))
@@ -112,14 +115,18 @@ def load(config: DataConfig) -> Dataset:
             raise UserError(f"data.name is {config.name!r}: it has no {split} records")
     if config.validation_size == 0:
         return Dataset(train, test, None)
-    if config.validation_size >= len(train):
-        raise UserError(
-            f"data.validation_size is {config.validation_size}: it must be less than"
-            f" the number of training records, {len(train)}"
-        )
+    _check_validation(config, len(train))
     order = np.random.default_rng(0).permutation(len(train))  # public: a fixed split
     return Dataset(
         train.subset(order[config.validation_size :]),
         test,
         train.subset(order[: config.validation_size]),
     )
+
+
+def _check_validation(config: DataConfig, num_records: int) -> None:
+    if config.validation_size >= num_records:
+        raise UserError(
+            f"data.validation_size is {config.validation_size}: it must be less than"
+            f" the number of training records, {num_records}"
+        )

@@ -49,6 +49,7 @@ class Encoded:
       contents: maps keys to pairs of a key and what `decode` takes, each key once, in
         any order.
       skipped: how many files belong to no split, by reason.
+      splits: those that must have images.
     """
 
     class_names: tuple[str, ...]
@@ -56,6 +57,7 @@ class Encoded:
     test: list[Example]
     contents: Callable[[Collection[Any]], Iterable[tuple[Any, Any]]]
     skipped: Mapping[str, int]
+    splits: tuple[str, ...] = _SPLITS
 
 
 class Decoded(NamedTuple):
@@ -173,7 +175,7 @@ def _prepare(
     encoded: Encoded,
     decode: Callable[[Any], np.ndarray],
 ) -> None:
-    for split in _SPLITS:
+    for split in encoded.splits:
         if not getattr(encoded, split):
             raise UserError(f"{name} has no images for its {split} split")
     partial = folder.with_name(f"{folder.name}.partial")

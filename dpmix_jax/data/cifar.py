@@ -41,6 +41,11 @@ turtle wardrobe whale willow_tree wolf woman worm""",
 }
 
 
+def class_names(num_classes: int) -> tuple[str, ...]:
+    """Returns the 10 or 100 names in the order of the labels."""
+    return tuple(_CLASSES[num_classes].split())
+
+
 def load_cifar(
     path: pathlib.Path,
     *,
@@ -85,7 +90,7 @@ def load_cifar(
             Records(
                 images=np.concatenate([images for images, _ in parts]),
                 labels=np.concatenate([labels for _, labels in parts]),
-                class_names=tuple(_CLASSES[num_classes].split()),
+                class_names=class_names(num_classes),
                 mean=mean,
                 stddev=stddev,
             )

@@ -18,7 +18,7 @@ from dpmix_jax.data.trees import Tree
 from dpmix_jax.errors import UserError
 from dpmix_jax.progress import say
 
-_IMAGES = (
+SUFFIXES = (
     *(".jpg", ".jpeg", ".png", ".gif", ".bmp"),
     *(".ppm", ".pgm", ".tif", ".tiff", ".webp"),
 )
@@ -172,7 +172,7 @@ class _Labelled(NamedTuple):
     skipped: collections.Counter
 
 
-def _images(tree: Tree, suffixes: Iterable[str] = _IMAGES) -> _Files:
+def _images(tree: Tree, suffixes: Iterable[str] = SUFFIXES) -> _Files:
     """Finds the images by their suffix, and what lies above all of the classes."""
     names = [
         f for f in tree.files if pathlib.PurePosixPath(f).suffix.lower() in suffixes

@@ -1,9 +1,10 @@
 """From the bytes of an image file to uint8 pixels."""
 
 import io
+from collections.abc import Mapping
 
 import numpy as np
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 _FORMATS = ("JPEG", "PNG", "GIF", "BMP", "PPM", "TIFF", "WEBP")  # none runs a program
 MAX_PIXELS = 2**26  # 67 million, before and after resizing; a photograph has 50
@@ -64,11 +65,13 @@ def fit(image: Image.Image, image_size: int) -> np.ndarray:
     )
 
 
-def encode(pixels: np.ndarray) -> bytes:
-    """Encodes uint8 [H, W, 1 or 3] as PNG."""
-    file = io.BytesIO()
+def encode(pixels: np.ndarray, text: Mapping[str, str] | None = None) -> bytes:
+    """Encodes uint8 [H, W, 1 or 3] as PNG, with pieces of text by keyword."""
+    file, info = io.BytesIO(), PngImagePlugin.PngInfo()
+    for keyword, value in (text or {}).items():
+        info.add_text(keyword, value)
     Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels).save(
-        file, "PNG"
+        file, "PNG", pnginfo=info
     )
     return file.getvalue()
 

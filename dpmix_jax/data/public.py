@@ -7,12 +7,13 @@ is the obvious mistake: the private data themselves, under this name or another.
 import contextlib
 import dataclasses
 import hashlib
+import pathlib
 import re
 from collections.abc import Iterator
 
 import numpy as np
 
-from dpmix_jax.data import DataConfig, Dataset, sources
+from dpmix_jax.data import DataConfig, Dataset, load_bank, sources
 from dpmix_jax.data.records import Records
 from dpmix_jax.errors import UserError
 from dpmix_jax.progress import say
@@ -26,7 +27,8 @@ class PublicConfig:
     do not enter training. Its classes are those of the training set, in the same order.
 
     Attributes:
-      name: as for `DataConfig`.
+      name: as for `DataConfig`, or `bank` for a folder of class folders of which all
+        images are taken, such as `experiments/generate_synthetic.py` writes.
       path: as for `DataConfig`.
       image_size: as for `DataConfig`; None takes that of the private data.
     """
@@ -36,7 +38,17 @@ class PublicConfig:
     image_size: int | None = None
 
     def __post_init__(self):
-        self.data_config()
+        if self.is_bank and self.path is None:
+            raise UserError(
+                "public.path is None: it must be the path of a folder for public.name"
+                " 'bank'"
+            )
+        if not self.is_bank:
+            self.data_config()
+
+    @property
+    def is_bank(self) -> bool:
+        return self.name == "bank"
 
     def data_config(self, default_size: int = 0) -> DataConfig:
         """Returns it as any other dataset."""
@@ -76,7 +88,7 @@ def load_public(
     if config is None:
         return None
     _refuse_private_place(config, private)
-    found = _read(config, private)
+    found = _read(config, private, dataset.train)
     _check_alike(config, found, dataset.train)
     _refuse_private_images(config, found, dataset)
     return _scaled_as(dataset.train, found)
@@ -98,11 +110,13 @@ def blank_public(
     """
     if config is None:
         return None
-    size = config.data_config(private.image_size).image_size
-    with _named_public():
-        found = sources.blank(config.name, size)
+    found = None
+    if not config.is_bank:
+        size = config.data_config(private.image_size).image_size
+        with _named_public():
+            found = sources.blank(config.name, size)
     if found is None:
-        found = _read(config, private)
+        found = _read(config, private, records)
     labels = np.arange(len(found), dtype=np.int32) % records.num_classes
     names = records.class_names  # of blank records they are not the real ones
     found = dataclasses.replace(found, labels=labels, class_names=names)
@@ -134,8 +148,15 @@ def describe(
     )
 
 
-def _read(config: PublicConfig, private: DataConfig) -> Records:
-    """Returns the training split of the public dataset."""
+def _read(config: PublicConfig, private: DataConfig, train: Records) -> Records:
+    """Returns all images of a bank, or the training split of another dataset."""
+    if config.is_bank:
+        return load_bank(
+            str(config.path),
+            train.class_names,
+            config.image_size or private.image_size,
+            channels=train.images.shape[-1],
+        )
     size = config.data_config(private.image_size).image_size
     with _named_public():
         found, _ = sources.read(config.name, config.path, size)
@@ -146,8 +167,11 @@ def _read(config: PublicConfig, private: DataConfig) -> Records:
 
 def _refuse_private_place(public: PublicConfig, private: DataConfig) -> None:
     theirs = sources.place(private.name, private.path)
-    with _named_public():
-        ours = sources.place(public.name, public.path)
+    if public.is_bank:
+        ours: pathlib.Path | None = pathlib.Path(str(public.path)).resolve()
+    else:
+        with _named_public():
+            ours = sources.place(public.name, public.path)
     same = public.name == private.name and ours == theirs  # also of embedded ones
     inside = ours is not None and theirs is not None and ours.is_relative_to(theirs)
     if same or inside:

@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import pathlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -36,9 +36,14 @@ _CONSTANTS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
     "fashion_mnist": ((0.2860,), (0.3530,)),  # as commonly used
 }
 
+_DIGITS = tuple("0123456789")
 _FASHION_CLASSES = (
     *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"),
     *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
+)
+_EUROSAT_CLASSES = (
+    *("AnnualCrop", "Forest", "HerbaceousVegetation", "Highway", "Industrial"),
+    *("Pasture", "PermanentCrop", "Residential", "River", "SeaLake"),
 )
 
 
@@ -55,6 +60,7 @@ class Source:
       url: of its official page.
       known: training records, their height, width and channels (0 where images
         differ in size), and classes; None for files of the user's own.
+      class_names: where they are constants, in order; else none.
     """
 
     arrays: Callable[[pathlib.Path], Pair] | None = None
@@ -64,6 +70,7 @@ class Source:
     elsewhere: tuple[str, ...] = ()
     url: str = ""
     known: tuple[int, tuple[int, int, int], int] | None = None
+    class_names: tuple[str, ...] = ()
 
 
 def read(name: str, path: str | None, image_size: int) -> Pair:
@@ -92,14 +99,21 @@ def read(name: str, path: str | None, image_size: int) -> Pair:
     return _resized(name, train, test, image_size) if image_size else (train, test)
 
 
+def class_names(name: str) -> tuple[str, ...]:
+    """Returns the classes of a dataset where they are constants, else none."""
+    source = _source(name)
+    return source.class_names if source else ()
+
+
 def blank(name: str, image_size: int) -> Records | None:
     """Returns training records of the number and shape of a dataset, all of them black.
+
+    Classes have their names where those are constants, else numbers.
 
     Raises:
       UserError: if images differ in size and `image_size` is 0.
     """
-    match = tfds.NAME.fullmatch(name)
-    source = SOURCES.get(match["builder"] if match else name)
+    source = _source(name)
     if source is None or source.known is None:
         return None
     count, shape, num_classes = source.known
@@ -110,7 +124,7 @@ def blank(name: str, image_size: int) -> Records | None:
             " size"
         )
     black = cache.Decoded(
-        class_names=tuple(map(str, range(num_classes))),
+        class_names=source.class_names or tuple(map(str, range(num_classes))),
         train=(
             np.broadcast_to(np.uint8(0), (count, *shape)),
             np.zeros(count, np.int32),
@@ -119,6 +133,12 @@ def blank(name: str, image_size: int) -> Records | None:
         skipped={},
     )
     return _records(name, black)[0]
+
+
+def _source(name: str) -> Source | None:
+    """Returns what is known of a dataset, prepared by TensorFlow Datasets or not."""
+    match = tfds.NAME.fullmatch(name)
+    return SOURCES.get(match["builder"] if match else name)
 
 
 def find(name: str, path: str | None) -> pathlib.Path:
@@ -280,18 +300,20 @@ def _cifar(classes: int) -> Source:
         official=(*archives, *folders),
         url="https://www.cs.toronto.edu/~kriz/cifar.html",
         known=(50_000, (32, 32, 3), classes),
+        class_names=cifar.class_names(classes),
     )
 
 
-def _idx(name: str, class_names: Sequence[str], **places: Any) -> Source:
+def _idx(name: str, class_names: tuple[str, ...], **places: Any) -> Source:
     mean, stddev = _CONSTANTS[name]
     read = functools.partial(
-        idx.load_idx, class_names=tuple(class_names), mean=mean, stddev=stddev
+        idx.load_idx, class_names=class_names, mean=mean, stddev=stddev
     )
-    return Source(arrays=read, **places)
+    return Source(arrays=read, class_names=class_names, **places)
 
 
 SOURCES = {
+    "digits": Source(known=(1_437, (8, 8, 1), 10), class_names=_DIGITS),  # embedded
     "npz": Source(arrays=load_npz),
     "cifar10": _cifar(10),
     "cifar100": _cifar(100),
@@ -300,6 +322,7 @@ SOURCES = {
         official=("EuroSAT_RGB", "2750", "EuroSAT_RGB.zip", "EuroSAT.zip"),
         url="https://github.com/phelber/EuroSAT",
         known=(21_600, (64, 64, 3), 10),
+        class_names=_EUROSAT_CLASSES,
     ),
     "caltech256": Source(
         layout=folder.caltech256,
@@ -331,11 +354,11 @@ SOURCES = {
     ),
     "mnist": _idx(
         "mnist",
-        "0123456789",
+        _DIGITS,
         official=("MNIST/raw",),
         url="http://yann.lecun.com/exdb/mnist/",
         known=(60_000, (28, 28, 1), 10),
     ),
     "folder": Source(layout=folder.class_folders),
 }
-NAMES = ("digits", *SOURCES)
+NAMES = tuple(SOURCES)

@@ -1,0 +1,111 @@
+"""Digits drawn from the fonts that come with matplotlib, as if written by hand.
+
+A digit of a random font is drawn large, its stroke thickened, bent by a smooth random
+displacement, turned, sheared and stretched, then brought to the size of the dataset.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib
+import numpy as np
+import PIL
+from PIL import Image, ImageDraw, ImageFilter, ImageFont
+from scipy import ndimage
+
+from dpmix_jax.errors import UserError
+from dpmix_jax.synthetic.bank import Wanted
+
+_FONTS = (  # of matplotlib; its monospaced DejaVu has a dot in the zero
+    *("DejaVuSans", "DejaVuSans-Oblique", "DejaVuSerif", "DejaVuSerif-Italic"),
+    *("STIXGeneral", "STIXGeneralItalic", "cmr10", "cmss10", "cmtt10"),
+)
+_CANVAS = 96  # pixels on which is drawn
+_FONT_SIZE = 60
+# What part of the height a digit fills, and how much narrower it becomes: those of
+# scikit-learn touch the borders and are narrow, those of MNIST have 20 of 28 pixels.
+_SMALL = 16
+_HEIGHT_SMALL, _HEIGHT = (0.9, 1.05), (0.62, 0.8)
+_NARROW_SMALL, _NARROW = (0.9, 1.25), (0.8, 1.15)
+_BRIGHTEST = 240  # as in the digits
+
+
+class Render:
+    """Draws digits: bright strokes on black. A `synthetic.Generator`."""
+
+    def __init__(self, *, class_names: Sequence[str], image_shape: Sequence[int]):
+        for name in class_names:
+            if name not in tuple("0123456789"):
+                raise UserError(
+                    f"--generator is render: it draws the digits 0 to 9, class {name!r}"
+                    " is none of them"
+                )
+        self._size, _, self._channels = image_shape
+        self._fonts = [
+            ImageFont.truetype(
+                f"{matplotlib.get_data_path()}/fonts/ttf/{name}.ttf", _FONT_SIZE
+            )
+            for name in _FONTS
+        ]
+        self.settings: dict[str, Any] = {
+            "generator": "render",
+            "matplotlib": matplotlib.__version__,  # its fonts
+            "pillow": PIL.__version__,
+        }
+
+    def __call__(self, wanted: Sequence[Wanted]) -> list[np.ndarray | None]:
+        return [self._draw(w.class_name, np.random.default_rng(w.seed)) for w in wanted]
+
+    def _draw(self, digit: str, rng: np.random.Generator) -> np.ndarray:
+        canvas = Image.new("L", (_CANVAS, _CANVAS))
+        ImageDraw.Draw(canvas).text(
+            (_CANVAS // 2, _CANVAS // 2),
+            digit,
+            fill=255,
+            font=self._fonts[rng.integers(len(self._fonts))],
+            anchor="mm",
+            stroke_width=int(rng.integers(0, 4)),
+        )
+        bent = _bent(np.asarray(canvas, np.float32), rng)
+        pixels = _placed(bent, self._size, rng)
+        pixels = np.clip(pixels * rng.uniform(1.0, 1.4), 0, 1) * _BRIGHTEST
+        grey = pixels.round().astype(np.uint8)[..., None]
+        return np.repeat(grey, self._channels, axis=-1)
+
+
+def _bent(canvas: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Turns, shears, stretches and bends what is on the canvas."""
+    angle, shear = rng.normal(0, 0.12), rng.normal(0, 0.2)
+    turn = np.array(
+        [[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]
+    ) @ np.array([[1, 0], [shear, 1]])
+    middle = (_CANVAS - 1) / 2
+    grid = np.indices((_CANVAS, _CANVAS)) - middle
+    places = np.einsum("ij,jhw->ihw", turn, grid) + middle
+    coarse = rng.normal(0, 3.0, (2, 4, 4))
+    places += np.stack([ndimage.zoom(part, _CANVAS / 4, order=3) for part in coarse])
+    return ndimage.map_coordinates(canvas, places, order=1)
+
+
+def _placed(canvas: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
+    """Brings the drawn part to the middle of an image in [0, 1]."""
+    small = size <= _SMALL
+    height = rng.uniform(*(_HEIGHT_SMALL if small else _HEIGHT)) * size
+    rows, columns = (np.flatnonzero((canvas > 64).any(axis)) for axis in (1, 0))
+    top, bottom, left, right = rows[0], rows[-1] + 1, columns[0], columns[-1] + 1
+    scale = (bottom - top) / height  # canvas pixels for each of the image
+    across = scale * rng.uniform(*(_NARROW_SMALL if small else _NARROW))
+    shift = rng.normal(0, 0.04 * size, 2)
+    x = (left + right) / 2 - across * (size / 2 + shift[0])
+    y = (top + bottom) / 2 - scale * (size / 2 + shift[1])
+    blurred = Image.fromarray(canvas.round().astype(np.uint8)).filter(
+        ImageFilter.GaussianBlur(float(rng.uniform(0, 2)))
+    )
+    # Drawn at four times the size, then averaged, as the digits were counted in blocks.
+    large = blurred.transform(
+        (4 * size, 4 * size),
+        Image.Transform.AFFINE,
+        (across / 4, 0, x, 0, scale / 4, y),
+        Image.Resampling.BILINEAR,
+    )
+    return np.asarray(large.resize((size, size), Image.Resampling.BOX)) / 255.0
