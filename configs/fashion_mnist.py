@@ -22,12 +22,12 @@ from dpmix_jax.config import choose
 
 # By epsilon: updates, learning rate.
 ROWS = {
-    "1": (150, 2.0),
-    "2": (250, 2.0),
-    "3": (300, 2.0),
-    "4": (350, 2.0),
-    "6": (400, 2.0),
-    "8": (500, 2.0),
+    "1": (75, 2.0),
+    "2": (125, 2.0),
+    "3": (150, 2.0),
+    "4": (175, 2.0),
+    "6": (200, 2.0),
+    "8": (250, 2.0),
 }
 
 
@@ -69,7 +69,7 @@ def get_config(epsilon: str = "3") -> ml_collections.ConfigDict:
             "optimizer": {
                 "learning_rate": learning_rate,
                 "momentum": 0.0,
-                "ema_decay": 0.99,
+                "ema_decay": 0.98,
             },
             # Records at a time: a number, or auto for as many as fit into memory.
             "performance": {"microbatch_size": "256", "precision": "float32"},

@@ -432,7 +432,9 @@ def test_long_work_shows_its_progress(tmp_path, monkeypatch, capsys):
     clock = iter(range(0, 10**6, 6))
     monkeypatch.setattr(time, "monotonic", lambda: float(next(clock)))
     load(tree(tmp_path / "a"))
-    assert "preparing folder: 2 of 10 images, 0/s, 48 s left" in capsys.readouterr().err
+    assert (
+        "preparing folder: 2 of 10 images, 0/s, ETA 0:00:48" in capsys.readouterr().err
+    )
 
 
 def test_digest_of_a_map_does_not_read_it_whole(tmp_path, monkeypatch):

@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 from ml_collections import config_dict
+from PIL import Image
 
 from dpmix_jax import UserError, data, experiment, privacy
 from dpmix_jax.command_line import load_experiment
@@ -99,6 +100,27 @@ def test_what_cannot_be_read_is_named_public(tmp_path):
         PublicConfig(name="npz")
     with pytest.raises(UserError, match=r"^public.image_size is -1: it must be in"):
         PublicConfig(name="cifar10", image_size=-1)
+
+
+def test_a_folder_of_class_folders_is_a_bank(tmp_path):
+    """All its images, by the classes of the training set; none of the private ones."""
+    images = blobs(20)
+    for i, image in enumerate(images):
+        folder = tmp_path / "bank" / str(i % 10)
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image[..., 0]).save(folder / f"{i}.png")
+    config = PublicConfig(name="bank", path=str(tmp_path / "bank"))
+    dataset = data.load(DIGITS)
+    bank = load_public(config, DIGITS, dataset)
+    np.testing.assert_array_equal(bank.labels, np.repeat(np.arange(10), 2))
+    np.testing.assert_array_equal(bank.images[:2], images[[0, 10]])
+    assert (bank.mean, bank.stddev) == (dataset.train.mean, dataset.train.stddev)
+    assert len(blank_public(config, DIGITS, data.blank(DIGITS))) == 20
+    Image.fromarray(dataset.train.images[0, ..., 0]).save(folder / "copy.png")
+    with pytest.raises(UserError, match="has an image of the private training set"):
+        load_public(config, DIGITS, dataset)
+    with pytest.raises(UserError, match=r"public.path is None: it must be the path"):
+        PublicConfig(name="bank")
 
 
 def test_the_private_data_are_refused_as_public(tmp_path):
