@@ -1,5 +1,6 @@
 """Neighbouring batches on one device, on four, and on two processes."""
 
+import itertools
 import os
 import socket
 import subprocess
@@ -27,7 +28,7 @@ def start(out, *coordinates, flags=""):
 
 def load(process, out):
     try:
-        _, errors = process.communicate(timeout=300)
+        _, errors = process.communicate(timeout=900)
     finally:
         process.kill()
     assert process.returncode == 0, errors[-2000:]
@@ -57,8 +58,13 @@ TOPOLOGIES = ["one device", "four devices", "two processes"]
 
 
 @pytest.mark.proves("training.Accumulate", 1)
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("topology", TOPOLOGIES)
+@pytest.mark.parametrize(
+    ("topology", "method"),
+    [
+        *itertools.product(TOPOLOGIES[:2], METHODS),
+        *itertools.product(TOPOLOGIES[2:], clipped_sums.ON_PROCESSES),
+    ],
+)
 def test_a_changed_record_moves_the_sum_by_the_sensitivity(
     by_topology, topology, method
 ):
@@ -88,8 +94,11 @@ def test_a_changed_record_moves_the_sum_by_the_sensitivity(
 @pytest.mark.proves("training.sum_over_devices", 1)
 @pytest.mark.parametrize("topology", TOPOLOGIES[1:])
 def test_topologies_agree(by_topology, topology):
-    for name, value in by_topology["one device"].items():
-        np.testing.assert_allclose(by_topology[topology][name], value, atol=1e-6)
+    one = by_topology["one device"]
+    compared = [name for name in by_topology[topology] if "shard_map" not in name]
+    assert {name.split("/")[0] for name in compared} >= {*clipped_sums.ON_PROCESSES}
+    for name in compared:
+        np.testing.assert_allclose(by_topology[topology][name], one[name], atol=1e-6)
 
 
 def test_the_check_catches_a_sum_before_the_clip(by_topology):
