@@ -202,6 +202,11 @@ def augmentation_set(
             for array in (bank.images, bank.labels)
         )
         images = normalize(images)
+        if bank.ends.shape[0] != label.shape[0] + 1:
+            raise UserError(
+                f"public images are of {bank.ends.shape[0] - 1} classes: they must be"
+                f" of {label.shape[0]}, as the record's label"
+            )
         if (images.shape[1:], images.dtype) != (image.shape, image.dtype):
             raise UserError(
                 f"public images are {images.dtype} {images.shape[1:]}: they must be"
@@ -215,7 +220,7 @@ def augmentation_set(
 
     def record_set(key, image, label, bank: Bank | None = None) -> Pool:
         # `fold_in` leaves the two keys, and so the sets of the first methods, as they
-        # were before there was a bank.
+        # were before there was a bank; by 2, since `split` may fold in 0 and 1.
         (view_key, mix_key), public_key = (
             jax.random.split(key),
             jax.random.fold_in(key, 2),

@@ -81,7 +81,7 @@ def statement(report: dict[str, Any]) -> str:
     items = {
         "Unit of privacy": (
             "one training record: an image with its label, and all of the"
-            f" {report['images_per_record']} image(s) made from it in an update"
+            f" {report['images_per_record']} image(s) that stand for it in an update"
         ),
         "Neighbouring relation": (
             f"{relation}: two training sets are neighbours if {_RELATIONS[relation]}."

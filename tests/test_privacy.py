@@ -270,7 +270,7 @@ def test_the_statement_says_everything(relation, secret):
     text = " ".join(statement(facts).split())
     for words in (
         f"({round_up(facts['epsilon_pld'])}, 1e-05)-differentially private",
-        "all of the 8 image(s) made from it",
+        "all of the 8 image(s) that stand for it",
         relation,
         "the final weights, raw and EMA",
         "hyperparameters chosen by looking at them",

@@ -16,7 +16,6 @@ import numpy as np
 from dpmix_jax.data import DataConfig, Dataset, load_bank, sources
 from dpmix_jax.data.records import Records
 from dpmix_jax.errors import UserError
-from dpmix_jax.progress import say
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -136,7 +135,8 @@ def describe(
     """
     if config is None or bank is None:
         return "none"
-    where = "" if config.path is None else f" ({config.path})"
+    # Not the whole path: the statement is released.
+    where = "" if config.path is None else f" ({pathlib.Path(config.path).name})"
     return (
         f"{config.name}{where}, {len(bank):,} images declared public in the"
         f" configuration (sha256 {bank.digest()[:16]}), of which {images_per_record}"
@@ -144,19 +144,24 @@ def describe(
         " guarantee holds only for what they do not reveal already: if a generative"
         " model made them, its own training set may hold the private images or images"
         " like them. That none is an exact copy of a training record was checked before"
-        " training; the outcome of that check is not covered"
+        " training, other copies not; the outcome of that check is not covered"
     )
 
 
 def _read(config: PublicConfig, private: DataConfig, train: Records) -> Records:
     """Returns all images of a bank, or the training split of another dataset."""
     if config.is_bank:
-        return load_bank(
-            str(config.path),
-            train.class_names,
-            config.image_size or private.image_size,
-            channels=train.images.shape[-1],
-        )
+        channels = train.images.shape[-1]
+        if channels not in (1, 3):
+            raise UserError(
+                f"public.name is 'bank': images of {channels} channels have none, they"
+                " must have 1 or 3"
+            )
+        size = private.image_size if config.image_size is None else config.image_size
+        with _named_public():
+            return load_bank(
+                str(config.path), train.class_names, size, channels=channels
+            )
     size = config.data_config(private.image_size).image_size
     with _named_public():
         found, _ = sources.read(config.name, config.path, size)
@@ -168,7 +173,8 @@ def _read(config: PublicConfig, private: DataConfig, train: Records) -> Records:
 def _refuse_private_place(public: PublicConfig, private: DataConfig) -> None:
     theirs = sources.place(private.name, private.path)
     if public.is_bank:
-        ours: pathlib.Path | None = pathlib.Path(str(public.path)).resolve()
+        path = pathlib.Path(str(public.path)).expanduser()
+        ours: pathlib.Path | None = path.resolve()
     else:
         with _named_public():
             ours = sources.place(public.name, public.path)
@@ -187,6 +193,8 @@ def _refuse_private_images(
 ) -> None:
     """Compares checksums, so it finds exact copies only, wherever they were read from.
 
+    Copies that were resized, rescaled or encoded again are not found.
+
     The answer depends on private records. It goes to whoever starts the run and holds
     them anyway; a run that is refused trains nothing and releases nothing.
     """
@@ -199,8 +207,11 @@ def _refuse_private_images(
                 " private training set; public images must come from elsewhere"
             )
     shared = sum(image in public for image in _checksums(dataset.test.images))
-    if shared:
-        say(f"warning: {shared} test images are public images: accuracy flatters")
+    if shared:  # accuracy on them would flatter
+        raise UserError(
+            f"public.path is {config.path}: {config.name} has {shared} of the test"
+            " images; public images must come from elsewhere"
+        )
 
 
 def _checksums(images: np.ndarray) -> Iterator[bytes]:
