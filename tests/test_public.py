@@ -153,7 +153,6 @@ def test_a_file_inside_the_private_folder_is_refused(tmp_path):
     assert len(load_public(beside, private, data.load(DIGITS))) == 30
 
 
-@pytest.mark.parametrize("validation_size", [0, 1400])
 def test_home_is_no_way_around(tmp_path, monkeypatch):
     """A bank inside the private folder, named by `~`."""
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -165,6 +164,7 @@ def test_home_is_no_way_around(tmp_path, monkeypatch):
         load_public(bank, private, data.load(DIGITS))
 
 
+@pytest.mark.parametrize("validation_size", [0, 1400])
 def test_copies_of_private_images_are_refused(tmp_path, validation_size):
     """One is enough, wherever it lies; of validation records too."""
     private = dataclasses.replace(DIGITS, validation_size=validation_size)
@@ -283,7 +283,7 @@ def test_a_run_says_what_was_public(finished):
     assert facts["images_per_record"] == 2 + 2 + 1
     text = " ".join((workdir / "PRIVACY.md").read_text().split())
     for words in (
-        f"Public data used:** npz ({config.public.path}), 30 images declared public",
+        "Public data used:** npz (blobs.npz), 30 images declared public",
         "of which 2 enter each record's set in every update",
         "if a generative model made them, its own training set may hold the private"
         " images",
