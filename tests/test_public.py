@@ -278,7 +278,7 @@ def finished(tmp_path_factory):
 
 
 def test_a_run_says_what_was_public(finished):
-    config, workdir = finished
+    _, workdir = finished
     facts = json.loads((workdir / "privacy.json").read_text())
     assert facts["images_per_record"] == 2 + 2 + 1
     text = " ".join((workdir / "PRIVACY.md").read_text().split())
