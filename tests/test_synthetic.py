@@ -15,7 +15,7 @@ from PIL import Image
 from sklearn.svm import SVC
 
 from dpmix_jax import UserError, data
-from dpmix_jax.data import images, public
+from dpmix_jax.data import bank, images
 from dpmix_jax.synthetic import Plan, fill
 from dpmix_jax.synthetic.diffusion import Diffusion, DiffusionConfig, spoken
 from dpmix_jax.synthetic.render import Render
@@ -191,8 +191,8 @@ def test_another_bank_is_not_continued(tmp_path):
 
 @pytest.mark.parametrize("name", ["T-shirt/top", "..", ".x", "__MACOSX", "é b%2F", "0"])
 def test_folders_of_classes_are_safe_and_reversible(name):
-    folder = public.class_folder(name)
-    assert public.class_of(folder) == name
+    folder = bank.class_folder(name)
+    assert bank.class_of(folder) == name
     assert "/" not in folder
     assert not folder.startswith((".", "__MACOSX"))
 
