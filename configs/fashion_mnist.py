@@ -13,7 +13,8 @@ public data, epsilon 1 / 2 / 3 / 4: plain DP-SGD 80.25 / 82.63 / 84.72 / 85.40, 
 sigmoids 83.63 / 85.33 / 86.29 / 86.86, DPSUR 88.38 / 89.34 / 89.71 / 90.18 (arXiv
 2311.14056, Table 2).
 
-All values are ours; but for the learning rate they are what two cores do in minutes. Most clothes are symmetric enough to be mirrored.
+All values are ours; but for the learning rate they are what two cores do in minutes.
+Most clothes are symmetric enough to be mirrored.
 """
 
 import ml_collections
