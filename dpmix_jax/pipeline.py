@@ -44,16 +44,17 @@ class Model:
         self.init = jax.jit(lambda key: module.init(key, blank))
         try:
             collections = jax.eval_shape(self.init, jax.random.key(0))
-            jax.eval_shape(module.apply, collections, blank)
+            extra = sorted(set(collections) - {"params"})
+            if not extra:
+                jax.eval_shape(module.apply, collections, blank)
         except (ValueError, TypeError, ZeroDivisionError, FlaxError) as error:
             raise UserError(
                 f"model {config.model.name!r} with options {config.model.options} does"
                 f" not fit images of {blank.shape[1:]}: {error}"
             ) from None
-        if set(collections) != {"params"}:
+        if extra:
             raise UserError(
-                f"model {config.model.name!r} keeps"
-                f" {', '.join(sorted(set(collections) - {'params'}))}: statistics of a"
+                f"model {config.model.name!r} keeps {', '.join(extra)}: statistics of a"
                 " batch mix records, so that none has a gradient of its own; use"
                 " GroupNorm or LayerNorm"
             )
