@@ -28,7 +28,10 @@ class GroupNorm(nn.Module):
         """[B, H, W, C] -> [B, H, W, C]."""
         batch, height, width, channels = x.shape
         if channels % self.num_groups:
-            raise ValueError(f"{channels} channels are not {self.num_groups} groups")
+            raise ValueError(
+                f"Number of groups ({self.num_groups}) does not divide the number of"
+                f" channels ({channels})."
+            )
         scale = self.param("scale", nn.initializers.ones, (channels,))
         bias = self.param("bias", nn.initializers.zeros, (channels,))
         each = channels // self.num_groups
