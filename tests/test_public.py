@@ -287,7 +287,8 @@ def test_a_run_says_what_was_public(finished):
         "of which 2 enter each record's set in every update",
         "if a generative model made them, its own training set may hold the private"
         " images",
-        "was checked before training, other copies not; the outcome of that check is not covered",
+        "was checked before training, other copies not; the outcome of that check is"
+        " not covered",
     ):
         assert words in facts["public_data"] or words in text, words
     assert max(map(len, statement({**facts, "public_data": "x"}).splitlines())) <= 88
