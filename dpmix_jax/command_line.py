@@ -2,7 +2,7 @@
 
 import pathlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from absl import flags
@@ -85,6 +85,22 @@ def explain(error: Exception) -> str:
     elif not isinstance(error, UserError | flags.Error):
         text = f"--config cannot be loaded: {type(error).__name__}: {text}"
     return " ".join(text.split())
+
+
+def parse(
+    argv: list[str], *, check: Callable[[list[str]], None] = lambda argv: None
+) -> list[str]:
+    """Parses the flags of a program; a mistake is one line and exit status 2.
+
+    Args:
+      argv: the command line.
+      check: looks at it first, and raises `UserError` for a mistake.
+    """
+    try:
+        check(argv)
+        return flags.FLAGS(argv)
+    except Exception as error:  # also whatever the user's config file raises
+        fail(explain(error))
 
 
 def fail(error: Exception | str) -> NoReturn:

@@ -52,7 +52,8 @@ def fast_convolutions(
         `batch_group` (one convolution with `batch_group_count`), `plain` (JAX's own
         rule), or `auto`, which chooses by backend and shape. Where `rows` or `flat`
         does not apply `shifted` does, where no other does `plain`. By every one, values
-        of a record that are not finite stay within its own gradient.
+        of a record that are not finite stay within its own gradient (but not where the
+        result is differentiated again and convolutions are grouped: that is JAX's).
 
     Returns:
       A function of the same signature.

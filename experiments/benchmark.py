@@ -25,7 +25,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +35,7 @@ from absl import app, flags, logging
 from jax.sharding import NamedSharding, PartitionSpec
 from jax_privacy import clipping
 
-from dpmix_jax import models, training
+from dpmix_jax import command_line, models, training
 from dpmix_jax.errors import UserError
 from dpmix_jax.gradients import clipped_gradient
 from dpmix_jax.performance import PRECISIONS, PerformanceConfig
@@ -514,20 +514,6 @@ def benchmark() -> None:
         write_atomically(path, json.dumps(result, indent=2) + "\n")
 
 
-def fail(error: Exception) -> NoReturn:
-    """Ends the program by one line for the user."""
-    print("error:", " ".join(str(error).split()), file=sys.stderr)
-    sys.exit(2)
-
-
-def parse(argv: list[str]) -> list[str]:
-    """Parses the flags; a mistake is one line and exit status 2."""
-    try:
-        return flags.FLAGS(argv)
-    except flags.Error as error:
-        fail(error)
-
-
 def main(argv: list[str]) -> None:
     logging.set_verbosity(logging.WARNING)
     try:
@@ -535,8 +521,8 @@ def main(argv: list[str]) -> None:
             raise UserError(f"{argv[1]} is not a flag: they begin with --")
         benchmark()
     except UserError as error:
-        fail(error)
+        command_line.fail(error)
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=parse)
+    app.run(main, flags_parser=command_line.parse)

@@ -60,14 +60,6 @@ _DIFFUSION = {
 }
 
 
-def parse(argv: list[str]) -> list[str]:
-    """Parses the flags; a mistake is one line and exit status 2."""
-    try:
-        return flags.FLAGS(argv)
-    except flags.Error as error:
-        command_line.fail(error)
-
-
 def main(argv: list[str]) -> None:
     try:
         if len(argv) > 1:
@@ -178,4 +170,4 @@ def _generator(plan: Plan) -> Generator:
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=parse)
+    app.run(main, flags_parser=command_line.parse)

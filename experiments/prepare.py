@@ -8,13 +8,11 @@ it also writes an array_record folder (PNG, without TensorFlow), which
 `--config.data.name=tfds:caltech256 --config.data.path=out` reads.
 """
 
-import sys
 import time
-from typing import NoReturn
 
 from absl import app, flags
 
-from dpmix_jax import data
+from dpmix_jax import command_line, data
 from dpmix_jax.data import tfds
 from dpmix_jax.errors import UserError
 
@@ -24,20 +22,6 @@ _IMAGE_SIZE = flags.DEFINE_integer("image_size", 0, "As data.image_size of a con
 _TFDS_DIR = flags.DEFINE_string(
     "tfds_dir", None, "Where to write the prepared dataset."
 )
-
-
-def parse(argv: list[str]) -> list[str]:
-    """Parses the flags; a mistake is one line and exit status 2."""
-    try:
-        return flags.FLAGS(argv)
-    except flags.Error as error:
-        fail(error)
-
-
-def fail(error: Exception | str) -> NoReturn:
-    """Ends the program by one line for the user."""
-    print("error:", " ".join(str(error).split()), file=sys.stderr)
-    sys.exit(2)
 
 
 def main(argv: list[str]) -> None:
@@ -66,8 +50,8 @@ def main(argv: list[str]) -> None:
             folder = tfds.write(name, dataset.train, dataset.test, _TFDS_DIR.value)
             print(f"{folder}: read it by data.name tfds:{name}")
     except UserError as error:
-        fail(error)
+        command_line.fail(error)
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=parse)
+    app.run(main, flags_parser=command_line.parse)

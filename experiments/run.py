@@ -8,6 +8,7 @@ in `--config=configs/digits.py:8` is the epsilon whose row of the config is take
 Started again with the same command, a run that was stopped goes on where it was.
 """
 
+import functools
 import pathlib
 import sys
 
@@ -24,15 +25,6 @@ _WORKDIR = flags.DEFINE_string(
 _DRY_RUN = flags.DEFINE_bool(
     "dry_run", False, "Tells noise, work, memory and hours, without touching data."
 )
-
-
-def parse(argv: list[str]) -> list[str]:
-    """Parses the flags; a mistake is one line and exit status 2."""
-    try:
-        config.check_flags(argv)
-        return flags.FLAGS(argv)
-    except Exception as error:  # also whatever the user's config file raises
-        command_line.fail(command_line.explain(error))
 
 
 def main(argv: list[str]) -> None:
@@ -52,4 +44,5 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=parse)
+    check = functools.partial(command_line.parse, check=config.check_flags)
+    app.run(main, flags_parser=check)

@@ -188,14 +188,6 @@ def last_line(log: pathlib.Path) -> str:
     return lines[-1] if lines else "it printed nothing"
 
 
-def parse(argv: list[str]) -> list[str]:
-    """Parses the flags; a mistake is one line and exit status 2."""
-    try:
-        return flags.FLAGS(argv)
-    except Exception as error:  # also whatever the user's config file raises
-        command_line.fail(command_line.explain(error))
-
-
 def main(argv: list[str]) -> None:
     del argv
     logging.set_verbosity(logging.WARNING)
@@ -212,4 +204,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=parse)
+    app.run(main, flags_parser=command_line.parse)
