@@ -43,7 +43,10 @@ def get_config(epsilon: str = "3") -> ml_collections.ConfigDict:
                 "name": config_dict.placeholder(str),
                 "path": config_dict.placeholder(str),
                 "image_size": config_dict.placeholder(int),
+                "half": config_dict.placeholder(int),
             },
+            # On the public images, without noise, before the private training.
+            "pretrain": {"num_updates": 0, "batch_size": 256, "learning_rate": 0.1},
             "model": {"name": "cnn", "features": (16, 32), "groups": 8},
             "method": {
                 "name": "dp_mix_self",  # or self_aug, dp_sgd, dp_mix_diff

@@ -54,7 +54,10 @@ def get_config(epsilon: str = "8") -> ml_collections.ConfigDict:
                 "name": config_dict.placeholder(str),
                 "path": config_dict.placeholder(str),
                 "image_size": config_dict.placeholder(int),
+                "half": config_dict.placeholder(int),
             },
+            # On the public images, without noise, before the private training.
+            "pretrain": {"num_updates": 0, "batch_size": 256, "learning_rate": 0.1},
             "model": {"name": "wrn", "depth": 40, "width": 4, "groups": 16, "order": 0},
             "method": {
                 "name": "self_aug",  # as De et al.; or dp_mix_self, or dp_sgd

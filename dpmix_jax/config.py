@@ -15,6 +15,7 @@ from dpmix_jax.data.public import PublicConfig
 from dpmix_jax.errors import UserError
 from dpmix_jax.mixup import WITH_PUBLIC, MethodConfig
 from dpmix_jax.performance import PerformanceConfig
+from dpmix_jax.pretraining import PretrainConfig
 from dpmix_jax.privacy import PrivacyConfig
 from dpmix_jax.training import OptimizerConfig
 
@@ -57,9 +58,9 @@ class ExperimentConfig:
     Attributes:
       seed: non-negative, for a run that can be repeated; None draws a secret one from
         the operating system, which is what a release needs.
-      public: images declared public, which `dp_mix_diff` and `pure_dp_mix_diff` need
-        and no other method takes. A group of nothing but None is None, so that a config
-        file can hold placeholders for flags.
+      public: images declared public, which `dp_mix_diff`, `pure_dp_mix_diff` and
+        pre-training need and nothing else takes. A group of nothing but None is None,
+        so that a config file can hold placeholders for flags.
     """
 
     seed: int | None = None
@@ -67,6 +68,7 @@ class ExperimentConfig:
     model: ModelConfig
     method: MethodConfig
     public: PublicConfig | None = None
+    pretrain: PretrainConfig = dataclasses.field(default_factory=PretrainConfig)
     augmentation: AugmentationConfig
     privacy: PrivacyConfig
     optimizer: OptimizerConfig
@@ -78,13 +80,17 @@ class ExperimentConfig:
     def __post_init__(self):
         if self.seed is not None and self.seed < 0:
             raise UserError(f"seed is {self.seed}: it must be at least 0, or None")
-        name = self.method.name
-        if name in WITH_PUBLIC and self.public is None:
-            raise UserError(
-                f"public.name is None: it must name a public dataset for method.name"
-                f" {name!r}"
+        name, updates = self.method.name, self.pretrain.num_updates
+        if self.public is None and (name in WITH_PUBLIC or updates):
+            needs = (
+                f"pretrain.num_updates {updates}"
+                if updates
+                else f"method.name {name!r}"
             )
-        if name not in WITH_PUBLIC and self.public is not None:
+            raise UserError(
+                f"public.name is None: it must name a public dataset for {needs}"
+            )
+        if self.public is not None and name not in WITH_PUBLIC and not updates:
             raise UserError(
                 f"public.name is {self.public.name!r}: it must be None for method.name"
                 f" {name!r}, which takes no public images"

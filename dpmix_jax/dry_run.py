@@ -67,7 +67,7 @@ def dry_run(config: ExperimentConfig) -> str:
 def _seconds_of_update(pipeline: Pipeline, size: int, expected: float) -> float:
     """Estimates an update from a microbatch and what follows the sum."""
     state = pipeline.state
-    batch = pipeline.accumulate.place(np.zeros(size, np.int32))
+    batch = pipeline.accumulate.place(np.maximum(pipeline.blank_microbatch(size), 0))
 
     def once(count: int) -> float:
         totals = training.init_totals(state.params, pipeline.mesh)

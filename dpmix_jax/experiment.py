@@ -1,6 +1,7 @@
 """One experiment from a config to a workdir: train, survive, evaluate, report."""
 
 import contextlib
+import shutil
 import signal
 import sys
 import time
@@ -198,6 +199,9 @@ class _Run:
     def train(self, stop) -> bool:
         """Does the updates that are left; returns False if stopped before the last."""
         num_updates = self.config.privacy.num_updates
+        begun = self.checkpoints.latest_step() is not None
+        if self.config.pretrain.num_updates and not begun and not self._pretrain(stop):
+            return False
         self.state = self.checkpoints.restore(self.state)
         first = int(self.state.step)
         self.workdir.keep_metrics(first)
@@ -223,6 +227,34 @@ class _Run:
             )
         return done == num_updates
 
+    def _pretrain(self, stop) -> bool:
+        """Trains the initial weights on public images; False if stopped before done."""
+        config, every = self.config.pretrain, self.config.logging
+        kept = Checkpoints(self.workdir.path / "pretraining")
+        first = kept.restore(training.init_state(self.state.params, config.build()))
+        progress = Progress(int(first.step), config.num_updates, self.started)
+        state = first
+        for state, loss in self.pipeline.pretrain(first):
+            step = int(state.step)
+            progress.add(config.batch_size)
+            stopped = stop() and step < config.num_updates
+            if step % every.log_every == 0 or step == config.num_updates:
+                say(
+                    f"pre-training {step}/{config.num_updates}  loss {loss:.4f}"
+                    f"  ETA {progress.eta()}"
+                )
+            if step % every.checkpoint_every == 0 or stopped:
+                kept.save(state)
+            if stopped:
+                say("stopped: the same command goes on from there")
+                return False
+        kept.close()
+        params = jax.tree.map(jnp.copy, state.params)
+        self.state = self.state._replace(params=params, ema_params=state.params)
+        self.checkpoints.save(self.state)
+        shutil.rmtree(self.workdir.path / "pretraining")
+        return True
+
     def _updates(self, microbatch_size: int, progress: Progress, stop) -> None:
         """Does, logs and saves one update after the other."""
         num_updates = self.config.privacy.num_updates
@@ -232,11 +264,8 @@ class _Run:
             self.pipeline.accumulate,
             self.pipeline.update,
             mesh=self.pipeline.mesh,
-            seed=self.seed,
-            num_records=len(self.dataset.train),
-            sampling_prob=self.mechanism.sampling_prob,
+            draw=self.pipeline.batches(microbatch_size),
             num_updates=num_updates,
-            microbatch_size=microbatch_size,
             stop=stop,
         ):
             self.state = state
@@ -294,7 +323,12 @@ class _Run:
             num_records=len(self.dataset.train),
             images_per_record=config.method.set_size,
             secret_seed=config.seed is None,
-            public_data=describe(config.public, self.public, config.method.num_public),
+            public_data=describe(
+                config.public,
+                self.public,
+                config.method.num_public,
+                config.pretrain.num_updates,
+            ),
         )
         text = statement.statement(facts)
         results = {
@@ -314,8 +348,7 @@ class _Run:
             results=results,
             metrics=self.workdir.metrics(),
             sheet=self._sheet(),
-            num_views=config.method.num_views,
-            num_public=config.method.num_public,
+            method=config.method,
             class_names=test.class_names,
             statement=text,
             config=to_dict(config),
@@ -328,11 +361,15 @@ class _Run:
         self.workdir.end(results)
 
     def _sheet(self) -> np.ndarray:
-        """Makes the augmentation set of the first test image, pixels in [0, 1]."""
-        test = self.dataset.test
-        image = test.normalize(jnp.asarray(test.images[:1]))[0]
-        label = jax.nn.one_hot(test.labels[0], test.num_classes)
+        """Makes the set of the first test image, or images, with pixels in [0, 1]."""
+        test, method = self.dataset.test, self.config.method
+        count = method.group_size if method.mixes_records else 1
+        images = test.normalize(jnp.asarray(test.images[:count]))
+        labels = jax.nn.one_hot(test.labels[:count], test.num_classes)
         key = sampling.stream_key(0, "augmentation")  # public: nothing private here
-        bank = self.pipeline.accumulate.bank
-        images, _ = self.pipeline.record_set(key, image, label, bank)
+        keys = sampling.record_keys(key, jnp.int32(0), jnp.arange(count))
+        made_of = [keys, images, labels]
+        if not method.mixes_records:
+            made_of = [part[0] for part in made_of]
+        images, _ = self.pipeline.record_set(*made_of, self.pipeline.accumulate.bank)
         return np.asarray(images) * np.array(test.stddev) + np.array(test.mean)

@@ -18,6 +18,7 @@ def clipped_gradient(
     *,
     l2_clip_norm: float,
     convolutions: str = "auto",
+    records_share_terms: bool = False,
 ) -> clipping.BoundedSensitivityCallable:
     """Transforms a loss into the clipped sum of its per-record gradients.
 
@@ -35,6 +36,10 @@ def clipped_gradient(
         that are not finite count as 0.
       - Padding contributes exactly 0.
       - The sum is formed in float32.
+      - With `records_share_terms`, where each "record" above is a group of records and
+        no record is in two, every sensitivity is twice as much: a record that joins or
+        leaves its group takes that group's term from one vector of norm at most C to
+        another.
     The second output, per-record losses and gradient norms before the clip, is not
     private.
 
@@ -44,6 +49,9 @@ def clipped_gradient(
       l2_clip_norm: C, in [1e-10, 1e10].
       convolutions: how per-record gradients of convolutions are computed, see
         `conv.fast_convolutions`; changes speed and float rounding only.
+      records_share_terms: the leading axis of what comes in is of groups of records,
+        as of `mixup.group_set`. Which group a record is in must not depend on the other
+        records.
 
     Returns:
       `f(params, *records, is_padding_example=None) -> (sum, aux)`: each leaf of
@@ -89,6 +97,7 @@ def clipped_gradient(
         )
         return total, clipping.AuxiliaryOutput(values, norms, None)
 
+    per_record = 2 if records_share_terms else 1
     return clipping.BoundedSensitivityCallable(
-        sum_of_clipped_gradients, inner.l2_norm_bound, has_aux=True
+        sum_of_clipped_gradients, per_record * inner.l2_norm_bound, has_aux=True
     )

@@ -2,7 +2,8 @@
 
 One record [H, W, C] with soft label [O] becomes K images [K, H, W, C] with soft labels
 [K, O]. The gradient of the record is the average over the set, so the set must come
-from that record, a key and public data alone.
+from that record, a key and public data alone. (The sets of `microbatch_mixup` come from
+a group of records, and its sensitivity is that of groups: it is there to be compared.)
 """
 
 import dataclasses
@@ -17,7 +18,8 @@ from dpmix_jax.errors import UserError
 
 WITH_PUBLIC = ("dp_mix_diff", "pure_dp_mix_diff")
 WITH_MIXES = ("dp_mix_self", *WITH_PUBLIC)
-METHODS = ("dp_sgd", "self_aug", *WITH_MIXES)
+OF_GROUPS = ("microbatch_mixup",)
+METHODS = ("dp_sgd", "self_aug", *WITH_MIXES, *OF_GROUPS)
 
 Pool = tuple[jax.Array, jax.Array]  # images [P, H, W, C] and soft labels [P, O]
 RecordSet = Callable[..., Pool]
@@ -30,15 +32,18 @@ class MethodConfig:
     Attributes:
       name: `dp_sgd` (the image itself), `self_aug` (`k_base` views), `dp_mix_self`
         (`k_base` views and `k_self` mixups of pairs of them), `dp_mix_diff` (`k_base`
-        views, `k_diff` public images and `k_self` mixups of pairs from both) or
+        views, `k_diff` public images and `k_self` mixups of pairs from both),
         `pure_dp_mix_diff` (that without views: with uniform draws it never looks at a
-        private record, and with draws by class at its label only).
+        private record, and with draws by class at its label only) or
+        `microbatch_mixup` (views mixed with those of other records of a group, which
+        is clipped as one; see `group_set`).
       k_base: number of views; `dp_sgd` and `pure_dp_mix_diff` ignore it.
-      k_self: number of mixups; `dp_sgd` and `self_aug` ignore it.
+      k_self: number of mixups; `dp_sgd`, `self_aug` and `microbatch_mixup` ignore it.
       k_diff: public images drawn for each record and update, flipped and cropped like
         the views; only `dp_mix_diff` and `pure_dp_mix_diff` use it.
       draw: of public images: `uniform` over all, or `class` for those of the record's
         class (see `bank.draw_rows` for why that is safe).
+      group_size: m, records of a group on average; only `microbatch_mixup` uses it.
       alpha: a mixing weight is drawn from Beta(alpha, alpha).
       distinct_pairs: a pair is two different members of the pool. If False it may be
         twice the same member, which makes the mixup that member again.
@@ -49,6 +54,7 @@ class MethodConfig:
     k_self: int = 18
     k_diff: int = 2
     draw: str = "uniform"
+    group_size: int = 2
     alpha: float = 0.2
     distinct_pairs: bool = True
 
@@ -62,6 +68,7 @@ class MethodConfig:
             ("k_base", uses_views, 1),
             ("k_self", True, 0),
             ("k_diff", self.name in WITH_PUBLIC, 1),
+            ("group_size", self.name in OF_GROUPS, 2),
         ):
             if used and getattr(self, key) < least:
                 raise UserError(
@@ -75,7 +82,8 @@ class MethodConfig:
             raise UserError(
                 f"method.alpha is {self.alpha}: it must be positive and finite"
             )
-        if self.num_mixes and self.distinct_pairs and self.pool_size < 2:
+        from_pool = self.num_mixes and not self.mixes_records
+        if from_pool and self.distinct_pairs and self.pool_size < 2:
             key, what = ("k_base", "views") if uses_views else ("k_diff", "images")
             raise UserError(
                 f"method.{key} is {getattr(self, key)}: pairs of distinct {what} need"
@@ -83,8 +91,20 @@ class MethodConfig:
             )
 
     @property
+    def mixes_records(self) -> bool:
+        """Whether a clipped term is of a group of records, not of one."""
+        return self.name in OF_GROUPS
+
+    def num_groups(self, expected_batch_size: float) -> int | None:
+        """G, the groups that a batch is divided into, or None without groups."""
+        if not self.mixes_records:
+            return None
+        return max(1, round(expected_batch_size / self.group_size))
+
+    @property
     def num_views(self) -> int:
-        return {"dp_sgd": 1, "pure_dp_mix_diff": 0}.get(self.name, self.k_base)
+        fixed = {"dp_sgd": 1, "pure_dp_mix_diff": 0, "microbatch_mixup": 0}
+        return fixed.get(self.name, self.k_base)
 
     @property
     def num_public(self) -> int:
@@ -92,6 +112,8 @@ class MethodConfig:
 
     @property
     def num_mixes(self) -> int:
+        if self.mixes_records:  # every view becomes a mix
+            return self.k_base
         return self.k_self if self.name in WITH_MIXES else 0
 
     @property
@@ -101,7 +123,7 @@ class MethodConfig:
 
     @property
     def set_size(self) -> int:
-        """K, the images that one record's gradient is averaged over."""
+        """K, the images that one record brings into the gradient that it enters."""
         return self.pool_size + self.num_mixes
 
 
@@ -254,6 +276,77 @@ def augmentation_set(
         return _joined([(images, labels), mixed])
 
     return record_set
+
+
+def group_set(
+    method: MethodConfig, augmentation: augment.AugmentationConfig
+) -> RecordSet:
+    """Returns the function that makes the mixed set of one group of records.
+
+    The naive mixup of Zhang et al. (2018) under DP-SGD with microbatches (DP-Mix,
+    Section 3): every view of a record is mixed with a view of another record of the
+    group. The gradient of the whole group is then one term and clipped once, so each
+    record touches one term, but owns none: see `gradients.clipped_gradient`.
+
+    Formal guarantees (of the returned function):
+      - The set depends on the records of this group and their keys alone; what is in
+        the place of an absent record does not matter.
+
+    Args:
+      method: `k_base`, the views of a record, and `alpha`; a `distinct_pairs` of False
+        is not offered, as partners are those of one random rotation for each view.
+      augmentation: how views are drawn.
+
+    Returns:
+      `f(keys [c], images [c, H, W, C], labels [c, O], bank=None) -> images
+      [c k_base, H, W, C], labels [c k_base, O]`. Members come first; a label of zeros
+      says that there is none. Labels are scaled by c over the number of members, so
+      that the mean over all c k_base images of a loss that is linear in the label, such
+      as cross-entropy, is the mean over those of members.
+    """
+
+    def mixed_group(keys, images, labels, bank=None) -> Pool:
+        del bank
+        present = labels.sum(axis=-1) > 0
+        count, capacity = present.sum(), present.shape[0]
+        images = jnp.where(present[:, None, None, None], images, 0)
+        view_keys, weight_keys, partner_keys = jax.vmap(
+            lambda key: jax.random.split(key, 3), out_axes=1
+        )(keys)
+        views = jax.vmap(
+            lambda key, image: augment.views(
+                key, image, method.k_base, augmentation=augmentation
+            )
+        )(view_keys, images)
+        weights = jax.vmap(
+            lambda key: jax.random.beta(
+                key, method.alpha, method.alpha, (method.k_base,), images.dtype
+            )
+        )(weight_keys)
+        # One rotation of the members for each view; none of them meets itself, unless
+        # it is alone.
+        turns = jax.random.randint(
+            partner_keys[0], (method.k_base,), 1, jnp.maximum(count, 2)
+        )
+        members = jnp.arange(capacity)[:, None]
+        partners = (members + turns[None]) % jnp.maximum(count, 1)
+        others = views[partners, jnp.arange(method.k_base)]
+        w = weights[..., None, None, None]
+        soft = weights[..., None].astype(labels.dtype)
+        scale = (capacity / jnp.maximum(count, 1)).astype(labels.dtype)
+        mixed = soft * labels[:, None] + (1 - soft) * labels[partners]
+        mixed = jnp.where(present[:, None, None], mixed * scale, 0)
+        seen = jnp.where(
+            present[:, None, None, None, None], w * views + (1 - w) * others, 0
+        )
+        return _flat(seen), _flat(mixed)
+
+    return mixed_group
+
+
+def _flat(array: jax.Array) -> jax.Array:
+    """[c, k, ...] -> [c k, ...]."""
+    return array.reshape(-1, *array.shape[2:])
 
 
 def _joined(parts: Sequence[Pool]) -> Pool:

@@ -1,9 +1,11 @@
 """What an experiment computes, put together from its config: model, sum, update."""
 
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax.errors import FlaxError
 
@@ -13,6 +15,7 @@ from dpmix_jax import (
     mixup,
     models,
     performance,
+    pretraining,
     privacy,
     sampling,
     training,
@@ -99,21 +102,29 @@ class Pipeline:
         seed: int,
         public: Records | None = None,
     ):
-        self._config = config
+        self._config, self._num_records, self._seed = config, len(records), seed
+        self._sampling_prob = mechanism.sampling_prob
         self.mesh = training.make_mesh()
+        batch_size = config.privacy.expected_batch_size
+        self.num_groups = config.method.num_groups(batch_size)
 
         def loss_fn(params, images, labels):
             logits = model.logits(params, images)
             return optax.softmax_cross_entropy(logits, labels).mean()
 
+        self._loss_fn, self._normalize = loss_fn, records.normalize
         gradient_fn = gradients.clipped_gradient(
             loss_fn,
             l2_clip_norm=config.privacy.l2_clip_norm,
             convolutions=config.performance.convolutions,
+            records_share_terms=config.method.mixes_records,
         )
-        self.record_set = mixup.augmentation_set(
-            config.method, config.augmentation, normalize=records.normalize
-        )
+        if config.method.mixes_records:
+            self.record_set = mixup.group_set(config.method, config.augmentation)
+        else:
+            self.record_set = mixup.augmentation_set(
+                config.method, config.augmentation, normalize=records.normalize
+            )
         drawn_from, num_bytes = None, records.images.nbytes
         if public is not None:
             num_bytes += public.images.nbytes
@@ -121,7 +132,7 @@ class Pipeline:
                 public.images,
                 public.labels,
                 public.class_names,
-                draw=config.method.draw,
+                draw=config.method.draw if config.method.num_public else "uniform",
             )
         self.accumulate = training.Accumulate(
             gradient_fn,
@@ -137,7 +148,7 @@ class Pipeline:
             privacy.privatizer(
                 gradient_fn,
                 mechanism,
-                expected_batch_size=config.privacy.expected_batch_size,
+                expected_batch_size=self.num_groups or batch_size,
                 key=sampling.stream_key(seed, "noise"),
             ),
             config.optimizer.build(),
@@ -148,9 +159,46 @@ class Pipeline:
         params = model.init(sampling.stream_key(seed, "init"))
         self.state = training.init_state(params, optimizer)
 
+    def pretrain(
+        self, state: training.TrainState
+    ) -> Iterator[tuple[training.TrainState, jax.Array]]:
+        """Goes on with `pretraining.pretrain` on the public images."""
+        bank = self.accumulate.bank
+        assert bank is not None  # the config has seen to it
+        return pretraining.pretrain(
+            state,
+            self._loss_fn,
+            self._config.pretrain,
+            self._config.augmentation,
+            bank,
+            normalize=self._normalize,
+            key=sampling.stream_key(self._seed, "pretraining"),
+        )
+
     def bytes_needed(self, microbatch_size: int) -> int:
         """Returns the memory of one device that a microbatch takes."""
-        return self.accumulate.bytes_needed(self.state.params, microbatch_size)
+        return self.accumulate.bytes_needed(
+            self.state.params, self.blank_microbatch(microbatch_size)
+        )
+
+    def blank_microbatch(self, microbatch_size: int) -> np.ndarray:
+        """Returns indices of nothing, of the shape that a microbatch usually has."""
+        if self.num_groups is None:
+            return np.full(microbatch_size, -1)
+        capacity = sampling.group_capacity(2 * self._config.method.group_size)
+        groups = sampling.groups_at_once(microbatch_size, capacity, self.mesh.size)
+        return np.full((groups, capacity), -1)
+
+    def batches(self, microbatch_size: int) -> Callable[[int], list[np.ndarray]]:
+        """Returns the function from an update to its microbatches."""
+        return sampling.batches(
+            self._seed,
+            num_records=self._num_records,
+            sampling_prob=self._sampling_prob,
+            microbatch_size=microbatch_size,
+            num_groups=self.num_groups,
+            num_devices=self.mesh.size,
+        )
 
     def microbatch_size(self) -> int:
         """Returns the size that the config gives, or the largest that fits."""

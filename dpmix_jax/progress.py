@@ -26,7 +26,7 @@ class Progress:
         self._first, self._done, self._records = first, first, 0.0
         self._start: float | None = None
 
-    def add(self, records: jax.Array) -> None:
+    def add(self, records: jax.Array | int) -> None:
         """Counts an update and the records it drew."""
         count = float(records)  # waits for the update
         if self._start is None:

@@ -14,6 +14,7 @@ from typing import Any
 import matplotlib.figure
 import numpy as np
 
+from dpmix_jax.mixup import MethodConfig
 from dpmix_jax.statement import round_up
 
 _STYLE = """
@@ -122,8 +123,7 @@ def render(
     results: Mapping[str, Any],
     metrics: Sequence[Mapping[str, Any]],
     sheet: np.ndarray,
-    num_views: int,
-    num_public: int = 0,
+    method: MethodConfig,
     class_names: Sequence[str],
     statement: str,
     config: Mapping[str, Any],
@@ -135,8 +135,7 @@ def render(
       results: of `results.json`.
       metrics: see `plot_progress`.
       sheet: augmentation set of one test image, see `plot_sheet`.
-      num_views: of the sheet.
-      num_public: of the sheet.
+      method: that made the sheet.
       class_names: in the order of `results["per_class_accuracy_ema"]`.
       statement: the privacy statement, Markdown.
       config: resolved config, shown as JSON but for the seed, which is the key to the
@@ -156,8 +155,12 @@ def render(
             class_names, results["per_class_accuracy_ema"], strict=True
         )
     ]
-    public = f", {num_public} public image(s)" if num_public else ""
+    num_views, num_public = method.num_views, method.num_public
+    views = f"{num_views} view(s), " if num_views else ""
+    public = f"{num_public} public image(s), " if num_public else ""
     mixes = len(sheet) - num_views - num_public
+    what = "a group of test images" if method.mixes_records else "a test image"
+    private = "group's" if method.mixes_records else "record's"
     sections = [
         f"<h1>{html.escape(title)}</h1>",
         _table(("result", ""), summary),
@@ -168,9 +171,9 @@ def render(
         "<h2>One augmentation set</h2>",
         _inline(
             plot_sheet(sheet, num_views, num_public),
-            f"The {num_views} view(s){public} and {mixes} mix(es) that"
-            " one image becomes in one update, drawn from a test image; a private"
-            " record's gradient is averaged over such a set before it is clipped.",
+            f"What {what} becomes in one update: {views}{public}{mixes} mix(es)."
+            f" A private {private} gradient is averaged over such a set before it is"
+            " clipped.",
         ),
         "<h2>Accuracy by class (%)</h2>",
         _table(("class", "EMA"), classes),

@@ -6,6 +6,8 @@ microbatch size or another number of devices, draws the same batches and the sam
 (The key of the noise is carried along, in the state of `privacy.privatizer`.)
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +15,7 @@ from jax_privacy import batch_selection
 
 from dpmix_jax.errors import UserError
 
-STREAMS = ("init", "sampling", "augmentation", "noise")
+STREAMS = ("init", "sampling", "augmentation", "noise", "groups", "pretraining")
 
 
 def _sequence(seed: int, stream: str, *path: int) -> np.random.SeedSequence:
@@ -45,13 +47,15 @@ def record_keys(key: jax.Array, step: jax.Array, indices: jax.Array) -> jax.Arra
     Args:
       key: the scalar key of the augmentation stream.
       step: scalar integer, the update.
-      indices: [B] integer indices of records; padding (-1) gets a key of its own.
+      indices: integer indices of records, of any shape; padding (-1) gets a key of its
+        own.
 
     Returns:
-      [B] typed keys.
+      Typed keys of that shape.
     """
     step_key = jax.random.fold_in(key, step)
-    return jax.vmap(lambda i: jax.random.fold_in(step_key, i))(indices)
+    keys = jax.vmap(lambda i: jax.random.fold_in(step_key, i))(indices.reshape(-1))
+    return keys.reshape(indices.shape)
 
 
 def poisson_batch(
@@ -95,12 +99,93 @@ def microbatches(indices: np.ndarray, microbatch_size: int) -> list[np.ndarray]:
     """Splits a batch into microbatches of one fixed shape, so that nothing recompiles.
 
     Args:
-      indices: [n] integer indices of records; n may be 0.
-      microbatch_size: m, the records of a microbatch.
+      indices: [n] integer indices of records, or [n, c] of groups; n may be 0.
+      microbatch_size: m, the records or groups of a microbatch.
 
     Returns:
-      ceil(n / m) arrays of shape [m], the last one padded with -1; none for n = 0.
+      ceil(n / m) arrays of shape [m] or [m, c], the last one padded with -1; none for
+      n = 0.
     """
     if indices.size == 0:
         return []
     return batch_selection.split_and_pad_global_batch(indices, microbatch_size)
+
+
+def random_groups(
+    seed: int, step: int, indices: np.ndarray, *, num_records: int, num_groups: int
+) -> np.ndarray:
+    """Puts each record of a batch into a group, whoever else was drawn.
+
+    Were groups filled one after the other, a record that joins would shift all after
+    it, and every later group would change. Here it changes its own group only; the
+    price is that groups differ in size.
+
+    Formal guarantees:
+      - The group of a record is uniform, independent of the batch and of the groups of
+        the others, and a pure function of (seed, step, its index).
+
+    Args:
+      seed: the seed of the run (see `stream_key`).
+      step: the update, from 0.
+      indices: [n] records of its batch, as from `poisson_batch`.
+      num_records: N.
+      num_groups: G, a constant: n must not matter.
+
+    Returns:
+      int32 [g, c], a row for each of the g groups that are not empty: its records, then
+      -1. c is a power of two, so that few shapes are compiled.
+    """
+    generator = np.random.Generator(np.random.Philox(_sequence(seed, "groups", step)))
+    group_of = generator.integers(0, num_groups, num_records)[indices]
+    members = [indices[group_of == group] for group in np.unique(group_of)]
+    largest = max(map(len, members), default=1)
+    groups = np.full((len(members), group_capacity(largest)), -1, np.int32)
+    for row, group in zip(groups, members, strict=True):
+        row[: len(group)] = group
+    return groups
+
+
+def group_capacity(size: int) -> int:
+    """Returns the least power of two that is no less."""
+    return 1 << (size - 1).bit_length()
+
+
+def batches(
+    seed: int,
+    *,
+    num_records: int,
+    sampling_prob: float,
+    microbatch_size: int,
+    num_groups: int | None = None,
+    num_devices: int = 1,
+) -> Callable[[int], list[np.ndarray]]:
+    """Returns the function from an update to the microbatches of its Poisson batch.
+
+    Args:
+      seed: of the run.
+      num_records: N.
+      sampling_prob: q.
+      microbatch_size: m records, a multiple of `num_devices`.
+      num_groups: G, to put the records into `random_groups`, or None.
+      num_devices: over which groups are to divide.
+    """
+
+    def draw(step: int) -> list[np.ndarray]:
+        batch = poisson_batch(
+            seed, step, num_records=num_records, sampling_prob=sampling_prob
+        )
+        if num_groups is None:
+            return microbatches(batch, microbatch_size)
+        groups = random_groups(
+            seed, step, batch, num_records=num_records, num_groups=num_groups
+        )
+        return microbatches(
+            groups, groups_at_once(microbatch_size, groups.shape[1], num_devices)
+        )
+
+    return draw
+
+
+def groups_at_once(microbatch_size: int, capacity: int, num_devices: int = 1) -> int:
+    """Returns how many groups have about as many places as a microbatch has records."""
+    return max(1, microbatch_size // (capacity * num_devices)) * num_devices

@@ -142,11 +142,11 @@ class Accumulate:
         less for neighbouring batches, on any number of devices and processes.
       - The sum over a batch depends on microbatch size, devices and where the dataset
         lives in float rounding only.
-      - Compiles once, whatever batch sizes are drawn.
+      - Compiles once, whatever batch sizes are drawn (of groups, once for each c).
 
     Args:
       gradient_fn: from `clipped_gradient`, of a loss over (images, labels) of one set.
-      record_set: from `augmentation_set`.
+      record_set: from `augmentation_set`, or `group_set` for groups of records.
       records: the training set.
       mesh: from `make_mesh`.
       key: scalar key of the augmentation stream.
@@ -185,18 +185,21 @@ class Accumulate:
             images, labels = drawn or (
                 jnp.take(array, indices, axis=0, mode="clip") for array in table
             )
-            is_padding = indices < 0
-            targets = jax.nn.one_hot(labels, records.num_classes)
+            # One for a record; [m, c] for groups, whose absent members have no label.
+            present = (indices >= 0).astype(jnp.float32)
+            targets = jax.nn.one_hot(labels, records.num_classes) * present[..., None]
+            members = present.reshape(present.shape[0], -1).sum(axis=1)
             key = jax.random.wrap_key_data(words)
             keys = sampling.record_keys(key, step, indices)
             sets = jax.vmap(record_set, in_axes=(0, 0, 0, None))(
                 keys, records.normalize(images), targets, bank
             )
-            gradients, aux = gradient_fn(params, *sets, is_padding_example=is_padding)
+            gradients, aux = gradient_fn(params, *sets, is_padding_example=members == 0)
+            clipped = aux.grad_norms > l2_clip_norm
             nonprivate = {
-                "loss": jnp.sum(aux.values, where=~is_padding),
-                "clipped": jnp.sum(aux.grad_norms > l2_clip_norm, where=~is_padding),
-                "records": jnp.sum(~is_padding),
+                "loss": jnp.sum(members * aux.values, where=members > 0),
+                "clipped": jnp.sum(members * clipped),
+                "records": jnp.sum(members),
             }
             return Totals(gradients, nonprivate)
 
@@ -213,12 +216,12 @@ class Accumulate:
         return self._fixed[2]
 
     def place(self, indices: np.ndarray) -> list[jax.Array]:
-        """Puts a microbatch on the devices: [m] indices, -1 for padding."""
+        """Puts a microbatch on the devices: [m] or [m, c] indices, -1 for padding."""
         spread = NamedSharding(self._mesh, PartitionSpec("records"))
         batch = [put(np.asarray(indices, np.int32), spread)]
         rows = np.maximum(indices, 0)
         for array in () if self.on_device else self._arrays:
-            shape = (len(rows), *array.shape[1:])
+            shape = (*rows.shape, *array.shape[1:])
             # Every process reads the records of its own devices only.
             read = lambda part, array=array: array[rows[part[0]]]  # noqa: E731
             batch.append(jax.make_array_from_callback(shape, spread, read))
@@ -233,9 +236,9 @@ class Accumulate:
     ) -> Totals:
         return self._accumulate((params, step, self._fixed), batch, totals)
 
-    def bytes_needed(self, params: PyTree, microbatch_size: int) -> int:
+    def bytes_needed(self, params: PyTree, indices: np.ndarray) -> int:
         """Returns the memory of one device that a microbatch takes, by compiling it."""
-        batch = self.place(np.full(microbatch_size, -1))
+        batch = self.place(indices)
         totals = init_totals(params, self._mesh)
         shared = (params, jnp.int32(0), self._fixed)
         used = self._accumulate.lower(shared, batch, totals).compile()
@@ -318,11 +321,8 @@ def train(
     update: Callable[[TrainState, PyTree], TrainState],
     *,
     mesh: jax.sharding.Mesh,
-    seed: int,
-    num_records: int,
-    sampling_prob: float,
+    draw: Callable[[int], Iterable[np.ndarray]],
     num_updates: int,
-    microbatch_size: int,
     stop: Callable[[], bool] = lambda: False,
 ) -> Iterator[tuple[TrainState, dict[str, jax.Array]]]:
     """Yields (state, nonprivate sums of its batch) after each update still to be done.
@@ -335,11 +335,8 @@ def train(
       accumulate: an `Accumulate`.
       update: from `make_update`.
       mesh: from `make_mesh`.
-      seed: of the run; its sampling stream draws the batches.
-      num_records: N.
-      sampling_prob: q.
+      draw: returns the microbatches of an update, none for an empty batch.
       num_updates: T.
-      microbatch_size: m.
       stop: asked before each microbatch; once true, the update under way is dropped
         and the iterator ends.
     """
@@ -347,10 +344,7 @@ def train(
 
     def parts() -> Iterator[np.ndarray | None]:
         for step in range(int(state.step), num_updates):
-            batch = sampling.poisson_batch(
-                seed, step, num_records=num_records, sampling_prob=sampling_prob
-            )
-            yield from sampling.microbatches(batch, microbatch_size)
+            yield from draw(step)
             yield None  # the end of a batch, also of an empty one
 
     totals = init_totals(state.params, mesh)

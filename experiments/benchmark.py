@@ -37,9 +37,9 @@ from jax_privacy import clipping
 
 from dpmix_jax import command_line, models, training
 from dpmix_jax.errors import UserError
+from dpmix_jax.files import write_atomically
 from dpmix_jax.gradients import clipped_gradient
 from dpmix_jax.performance import PRECISIONS, PerformanceConfig
-from dpmix_jax.workdir import write_atomically
 
 FORMULATIONS = ("ours:rows", "ours:shifted", "ours:flat", "ours:batch_group")
 ALL_DEVICES = "ours, all devices"

@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from dpmix_jax import AugmentationConfig, MethodConfig, augmentation_set, make_bank
 from dpmix_jax.gradients import clipped_gradient
-from dpmix_jax.mixup import METHODS, WITH_PUBLIC
+from dpmix_jax.mixup import METHODS, OF_GROUPS, WITH_PUBLIC, group_set
 from dpmix_jax.training import (
     Accumulate,
     init_totals,
@@ -32,16 +32,18 @@ BAD = {"nan": np.nan, "inf": np.inf, "huge": 1e30}
 DRAWS = {"pure_dp_mix_diff": "class"}
 
 
-# Of the others only the sets differ, which are made before anything is summed.
-ON_PROCESSES = ("dp_sgd", "dp_mix_diff")
+# On several devices and processes: of the other methods only the sets differ, which are
+# made before anything is summed.
+ON_MANY = ("dp_sgd", "dp_mix_diff", "microbatch_mixup")
 
 
 def sums(methods: Sequence[str] = METHODS) -> dict[str, np.ndarray]:
     """Returns flat clipped sums by `method/variant`, the same on every process.
 
-    Variants: all 8 records (`base`), one of them absent (`removed`), or with other
-    pixels and another label (`replaced`, and `nan`, `inf`, `huge` as float pixels);
-    the first three also with other public images (`other_bank_...`).
+    Variants: all 8 records (`base`; in groups of two for `microbatch_mixup`), one of
+    them absent (`removed`), or with other pixels and another label (`replaced`, and
+    `nan`, `inf`, `huge` as float pixels); the first three also with other public images
+    (`other_bank_...`).
     """
     found = {}
     params = toy.init_params()
@@ -59,7 +61,7 @@ def sums(methods: Sequence[str] = METHODS) -> dict[str, np.ndarray]:
     key = jax.random.key(7)
     for name in methods:
         record_set = make_record_set(name, data.normalize)
-        takes_bank = name in WITH_PUBLIC
+        takes_bank, grouped = name in WITH_PUBLIC, name in OF_GROUPS
         bank = toy.bank() if takes_bank else None
 
         def make(records, bank, record_set=record_set):
@@ -75,9 +77,13 @@ def sums(methods: Sequence[str] = METHODS) -> dict[str, np.ndarray]:
 
         first = make(data, bank)
 
-        def run(accumulate, indices, first=first):
+        def in_groups(array, grouped=grouped):
+            return array.reshape(-1, 2, *array.shape[1:]) if grouped else array
+
+        def run(accumulate, indices, first=first, in_groups=in_groups):
             step = jax.device_put(jnp.int32(3), replicated)
-            batch, totals = accumulate.place(indices), init_totals(params, mesh)
+            batch = accumulate.place(in_groups(indices))
+            totals = init_totals(params, mesh)
             # Records and bank are arguments of what `first` compiles, once for all.
             shared = (params, step, accumulate._fixed)
             return toy.flat(first._accumulate(shared, batch, totals).gradients)
@@ -106,7 +112,9 @@ def sums(methods: Sequence[str] = METHODS) -> dict[str, np.ndarray]:
             spoiled = pixels.copy()
             if value is not None:
                 spoiled[CHANGED, 1:3] = value
-            arrays = [put(np.asarray(a), spread) for a in (spoiled, labels, words)]
+            arrays = [
+                put(in_groups(np.asarray(a)), spread) for a in (spoiled, labels, words)
+            ]
             found[f"{name}/{variant}"] = toy.flat(float_sum((params, bank), arrays))
     return found
 
@@ -115,6 +123,8 @@ def make_record_set(name, normalize):
     method = MethodConfig(
         name=name, k_base=3, k_self=2, draw=DRAWS.get(name, "uniform")
     )
+    if method.mixes_records:
+        return group_set(method, AugmentationConfig(max_shift=1))
     return augmentation_set(
         method, AugmentationConfig(max_shift=1), normalize=normalize
     )
@@ -172,7 +182,7 @@ def main(out: str, *coordinates: str) -> None:
     if coordinates:
         address, processes, process = coordinates
         jax.distributed.initialize(address, int(processes), int(process))
-    found = sums(ON_PROCESSES if coordinates else METHODS)
+    found = sums(ON_MANY)
     if not coordinates:
         found |= unsafe_shard_map_sums()
     np.savez(out, **found)

@@ -45,10 +45,15 @@ def test_memory_of_a_microbatch_is_measured_and_grows():
     accumulate = training.Accumulate(
         GRADIENT, RECORD_SET, DATA, training.make_mesh(), key=KEY, l2_clip_norm=0.3
     )
-    sizes = [accumulate.bytes_needed(toy.init_params(), m) for m in (1, 8, 64)]
+
+    def needed(microbatch_size):
+        nothing = np.full(microbatch_size, -1)
+        return accumulate.bytes_needed(toy.init_params(), nothing)
+
+    sizes = [needed(m) for m in (1, 8, 64)]
     assert 0 < sizes[0] < sizes[1] < sizes[2]
     found = largest_microbatch(
-        lambda m: accumulate.bytes_needed(toy.init_params(), m),
+        needed,
         expected_batch_size=16,
         num_devices=1,
     )

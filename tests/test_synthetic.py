@@ -320,6 +320,7 @@ MISTAKES = {
 DRIVER = f"""
 import sys
 from absl import flags
+from dpmix_jax import command_line
 sys.path.insert(0, {str(SCRIPT.parent)!r})
 import generate_synthetic as script
 for line in sys.stdin.read().splitlines():
@@ -327,7 +328,7 @@ for line in sys.stdin.read().splitlines():
     for flag in flags.FLAGS.flags_by_module_dict()[script.__name__]:
         flag.unparse()
     try:
-        script.main(script.parse(["x", *line.split()]))
+        script.main(command_line.parse(["x", *line.split()]))
         print("0: no error", file=sys.stderr)
     except SystemExit as ended:
         print(f"exit {{ended.code}}", file=sys.stderr)

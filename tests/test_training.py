@@ -14,6 +14,7 @@ from dpmix_jax import (
     poisson_batch,
     privatizer,
     record_keys,
+    sampling,
     stream_key,
     training,
 )
@@ -46,6 +47,12 @@ def make_update(noise_multiplier=1.0, ema_decay=0.9):
     return optimizer, training.make_update(optimizer, ema_decay=ema_decay)
 
 
+def draw(microbatch_size, q=0.2, seed=3):
+    return sampling.batches(
+        seed, num_records=len(DATA), sampling_prob=q, microbatch_size=microbatch_size
+    )
+
+
 def train(accumulate, microbatch_size, num_updates=4, q=0.2, **options):
     optimizer, update = make_update()
     states = training.train(
@@ -53,11 +60,8 @@ def train(accumulate, microbatch_size, num_updates=4, q=0.2, **options):
         accumulate,
         update,
         mesh=training.make_mesh(),
-        seed=3,
-        num_records=len(DATA),
-        sampling_prob=q,
+        draw=draw(microbatch_size, q),
         num_updates=num_updates,
-        microbatch_size=microbatch_size,
         **options,
     )
     return [state for state, _ in states]
@@ -81,11 +85,8 @@ def test_one_update_equals_its_definition(accumulate):
         accumulate,
         update,
         mesh=training.make_mesh(),
-        seed=3,
-        num_records=len(DATA),
-        sampling_prob=0.2,
+        draw=draw(4),
         num_updates=1,
-        microbatch_size=4,
     )
     expected = toy.flat(params) - 0.5 * total / 8
     np.testing.assert_allclose(toy.flat(state.params), expected, atol=1e-6)
@@ -112,11 +113,8 @@ def test_nothing_compiles_after_the_first_updates(accumulate):
         accumulate,
         update,
         mesh=training.make_mesh(),
-        seed=0,
-        num_records=len(DATA),
-        sampling_prob=0.06,
+        draw=draw(2, 0.06, seed=0),
         num_updates=40,
-        microbatch_size=2,
     )
     next(updates)
     next(updates)
@@ -160,11 +158,8 @@ def test_going_on_from_a_state_is_bit_identical(accumulate):
         accumulate,
         update,
         mesh=training.make_mesh(),
-        seed=3,
-        num_records=len(DATA),
-        sampling_prob=0.2,
+        draw=draw(8),
         num_updates=5,
-        microbatch_size=8,
     )
     last = [state for state, _ in again][-1]
     for name in ("params", "ema_params", "step"):

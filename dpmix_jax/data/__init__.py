@@ -41,6 +41,9 @@ class DataConfig:
       image_size: 0 keeps images as they are, which must then be of one size; else they
         become RGB, their shortest side becomes this (bicubic), and the centre is
         cropped, as CLIP does it.
+      half: 0 for all training records, 1 or 2 for one of two disjoint halves of equal
+        size, the same for every run. The other may be declared public (DP-Mix, Table
+        10).
       validation_size: records taken from the training set (the same for every run) for
         choosing hyperparameters; they are neither trained on nor covered by the
         guarantee, so what is measured on them is named `nonprivate/...`.
@@ -49,6 +52,7 @@ class DataConfig:
     name: str = "digits"
     path: str | None = None
     image_size: int = 0
+    half: int = 0
     validation_size: int = 0
 
     def __post_init__(self):
@@ -71,6 +75,10 @@ class DataConfig:
             raise UserError(
                 f"data.image_size is {self.image_size}: it must be in"
                 f" [0, {_MAX_IMAGE_SIZE}]"
+            )
+        if self.half not in (0, 1, 2):
+            raise UserError(
+                f"data.half is {self.half}: it must be 0 for all records, 1 or 2"
             )
         if self.validation_size < 0:
             raise UserError(
@@ -97,8 +105,9 @@ def blank(config: DataConfig) -> Records:
         known = load(config).train
         count = len(known)
     else:
-        _check_validation(config, len(known))
-        count = len(known) - config.validation_size
+        total = len(known) // 2 if config.half else len(known)
+        _check_validation(config, total)
+        count = total - config.validation_size
     black = np.broadcast_to(np.uint8(0), (count, *known.images.shape[1:]))
     return dataclasses.replace(known, images=black, labels=np.zeros(count, np.int32))
 
@@ -113,6 +122,7 @@ def load(config: DataConfig) -> Dataset:
     for split, records in (("training", train), ("test", test)):
         if len(records) == 0:
             raise UserError(f"data.name is {config.name!r}: it has no {split} records")
+    train = half(train, config.half)
     if config.validation_size == 0:
         return Dataset(train, test, None)
     _check_validation(config, len(train))
@@ -122,6 +132,15 @@ def load(config: DataConfig) -> Dataset:
         test,
         train.subset(order[: config.validation_size]),
     )
+
+
+def half(records: Records, number: int) -> Records:
+    """Returns all records (0), or a half of them (1 or 2); an odd one is in neither."""
+    if number == 0:
+        return records
+    size = len(records) // 2
+    order = np.random.default_rng(1).permutation(len(records))  # public: fixed
+    return records.subset(order[(number - 1) * size : number * size])
 
 
 def _check_validation(config: DataConfig, num_records: int) -> None:

@@ -13,9 +13,13 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from dpmix_jax.data import DataConfig, Dataset, load_bank, sources
+from dpmix_jax.data import DataConfig, Dataset, half, load_bank, sources
 from dpmix_jax.data.records import Records
 from dpmix_jax.errors import UserError
+from dpmix_jax.synthetic import Plan
+from dpmix_jax.synthetic.render import Render
+
+RENDERED = "rendered_digits"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,16 +31,34 @@ class PublicConfig:
 
     Attributes:
       name: as for `DataConfig`, or `bank` for a folder of class folders of which all
-        images are taken, such as `experiments/generate_synthetic.py` writes.
+        images are taken, such as `experiments/generate_synthetic.py` writes, or
+        `rendered_digits` for digits drawn from fonts, as many as there are private
+        ones.
       path: as for `DataConfig`.
       image_size: as for `DataConfig`; None takes that of the private data.
+      half: as for `DataConfig`, or None for all. The other half of the private dataset
+        is what may be declared public of it.
     """
 
     name: str
     path: str | None = None
     image_size: int | None = None
+    half: int | None = None
 
     def __post_init__(self):
+        if self.name == RENDERED:
+            for key in ("path", "image_size", "half"):
+                if getattr(self, key):
+                    raise UserError(
+                        f"public.{key} is {getattr(self, key)}: it must not be given"
+                        f" for public.name {RENDERED!r}"
+                    )
+            return
+        if self.is_bank and self.half:
+            raise UserError(
+                f"public.half is {self.half}: it must not be given for public.name"
+                " 'bank'"
+            )
         if self.is_bank and self.path is None:
             raise UserError(
                 "public.path is None: it must be the path of a folder for public.name"
@@ -53,7 +75,14 @@ class PublicConfig:
         """Returns it as any other dataset."""
         size = default_size if self.image_size is None else self.image_size
         with _named_public():
-            return DataConfig(name=self.name, path=self.path, image_size=size)
+            return DataConfig(
+                name=self.name, path=self.path, image_size=size, half=self.half or 0
+            )
+
+    def is_other_half(self, private: DataConfig) -> bool:
+        """Whether it has no record of the private data though they are of one set."""
+        same = (self.name, self.path) == (private.name, private.path)
+        return same and {self.half, private.half} == {1, 2}
 
 
 @contextlib.contextmanager
@@ -62,7 +91,9 @@ def _named_public() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        text = re.sub(r"\bdata\.(?=(name|path|image_size)\b)", "public.", str(error))
+        text = re.sub(
+            r"\bdata\.(?=(name|path|image_size|half)\b)", "public.", str(error)
+        )
         raise UserError(text) from None
 
 
@@ -89,7 +120,7 @@ def load_public(
     _refuse_private_place(config, private)
     found = _read(config, private, dataset.train)
     _check_alike(config, found, dataset.train)
-    _refuse_private_images(config, found, dataset)
+    _refuse_private_images(config, private, found, dataset)
     return _scaled_as(dataset.train, found)
 
 
@@ -110,10 +141,12 @@ def blank_public(
     if config is None:
         return None
     found = None
-    if not config.is_bank:
+    if not config.is_bank and config.name != RENDERED:
         size = config.data_config(private.image_size).image_size
         with _named_public():
             found = sources.blank(config.name, size)
+        if found is not None:
+            found = half(found, config.half or 0)
     if found is None:
         found = _read(config, private, records)
     labels = np.arange(len(found), dtype=np.int32) % records.num_classes
@@ -124,23 +157,38 @@ def blank_public(
 
 
 def describe(
-    config: PublicConfig | None, bank: Records | None, images_per_record: int
+    config: PublicConfig | None,
+    bank: Records | None,
+    images_per_record: int,
+    pretraining_updates: int = 0,
 ) -> str:
     """Says in a privacy statement what public data were used, and what they may hide.
 
     Args:
       config: of the public images, or None.
       bank: those images, or None.
-      images_per_record: k_diff.
+      images_per_record: k_diff, or 0.
+      pretraining_updates: of initial weights on these images, or 0.
     """
     if config is None or bank is None:
         return "none"
     # Not the whole path: the statement is released.
     where = "" if config.path is None else f" ({pathlib.Path(config.path).name})"
+    part = f", half {config.half} of its training records" if config.half else ""
+    uses = []
+    if images_per_record:
+        uses.append(
+            f"of which {images_per_record} enter each record's set in every update"
+        )
+    if pretraining_updates:
+        uses.append(
+            f"on which the initial weights were trained for"
+            f" {pretraining_updates} updates without noise"
+        )
     return (
-        f"{config.name}{where}, {len(bank):,} images declared public in the"
-        f" configuration (sha256 {bank.digest()[:16]}), of which {images_per_record}"
-        " enter each record's set in every update. They are not protected, and this"
+        f"{config.name}{where}{part}, {len(bank):,} images declared public in the"
+        f" configuration (sha256 {bank.digest()[:16]}), {' and '.join(uses)}. They are"
+        " not protected, and this"
         " guarantee holds only for what they do not reveal already: if a generative"
         " model made them, its own training set may hold the private images or images"
         " like them. That none is an exact copy of a training record was checked before"
@@ -150,6 +198,8 @@ def describe(
 
 def _read(config: PublicConfig, private: DataConfig, train: Records) -> Records:
     """Returns all images of a bank, or the training split of another dataset."""
+    if config.name == RENDERED:
+        return _rendered(train)
     if config.is_bank:
         channels = train.images.shape[-1]
         if channels not in (1, 3):
@@ -167,10 +217,31 @@ def _read(config: PublicConfig, private: DataConfig, train: Records) -> Records:
         found, _ = sources.read(config.name, config.path, size)
     if len(found) == 0:
         raise UserError(f"public.name is {config.name!r}: it has no training records")
-    return found
+    return half(found, config.half or 0)
+
+
+def _rendered(train: Records) -> Records:
+    """Draws digits of the classes and the shape of the private ones."""
+    height, width, channels = train.images.shape[1:]
+    if height != width or not {*train.class_names} <= {*"0123456789"}:
+        raise UserError(
+            f"public.name is {RENDERED!r}: the private classes must be digits 0 to 9,"
+            " in square images"
+        )
+    shape = (height, width, channels)
+    plan = Plan(
+        class_names=train.class_names, count=len(train), seed=0, image_shape=shape
+    )
+    wanted = list(plan.wanted())
+    drawn = Render(class_names=train.class_names, image_shape=shape)(wanted)
+    images = np.stack([image for image in drawn if image is not None])  # none is None
+    labels = np.array([each.label for each in wanted], np.int32)
+    return dataclasses.replace(train, images=images, labels=labels)
 
 
 def _refuse_private_place(public: PublicConfig, private: DataConfig) -> None:
+    if public.name == RENDERED or public.is_other_half(private):
+        return
     theirs = sources.place(private.name, private.path)
     if public.is_bank:
         path = pathlib.Path(str(public.path)).expanduser()
@@ -189,7 +260,7 @@ def _refuse_private_place(public: PublicConfig, private: DataConfig) -> None:
 
 
 def _refuse_private_images(
-    config: PublicConfig, found: Records, dataset: Dataset
+    config: PublicConfig, private: DataConfig, found: Records, dataset: Dataset
 ) -> None:
     """Compares checksums, so it finds exact copies only, wherever they were read from.
 
@@ -197,7 +268,11 @@ def _refuse_private_images(
 
     The answer depends on private records. It goes to whoever starts the run and holds
     them anyway; a run that is refused trains nothing and releases nothing.
+
+    Duplicates within one dataset may fall on both of its halves.
     """
+    if config.is_other_half(private):
+        return
     public = set(_checksums(found.images))
     kept_back = () if dataset.validation is None else (dataset.validation,)
     for records in (dataset.train, *kept_back):

@@ -22,8 +22,8 @@ from PIL import Image
 from dpmix_jax.data import images
 from dpmix_jax.data.bank import class_folder
 from dpmix_jax.errors import UserError
+from dpmix_jax.files import locked, write_atomically
 from dpmix_jax.progress import duration, say
-from dpmix_jax.workdir import locked, write_atomically
 
 _FORMAT = 1
 _KEYWORD = "dpmix_jax"  # of the text in each PNG

@@ -1,0 +1,54 @@
+"""Table 10: how useful are public images? Methods A, B and C at epsilon 2, 5 seeds.
+
+python experiments/sweep.py --config=configs/table10.py
+
+S1 and S2 are the two halves of the training set. A is DP-Mix_self on S1; B DP-Mix_diff
+on S1 with synthetic images; C DP-Mix_diff on S1 with S2, as if that were public: in C
+the records of S2 are not protected, which is what it is for. A fourth row, Self-Aug on
+S1 with as many images, tells what mixing adds.
+
+The argument is the data: digits (if none is given, with synthetic digits drawn from
+fonts) or cifar10 (WRN-16-4 from scratch, with a bank in banks/cifar10).
+
+Hardware: as for the config of one run. Hours: not measured but for digits, see
+docs/results/baselines_digits.md. Accuracy: there; the paper's row is of ViT-B-16 and
+ConvNeXt, fine-tuned, and is not comparable.
+"""
+
+import ml_collections
+
+from dpmix_jax.config import choose
+
+# By data: config of one run, its synthetic images.
+BASES = {
+    "digits": ("digits", {"public.name": "rendered_digits"}),
+    "cifar10": (
+        "wrn16_4_cifar10",
+        {"public.name": "bank", "public.path": "banks/cifar10"},
+    ),
+}
+DIFF = {"method.name": "dp_mix_diff", "method.k_base": 16, "method.k_self": 18}
+
+
+def get_config(data: str = "digits") -> ml_collections.ConfigDict:
+    base, synthetic = choose(BASES, data, "data")
+    other_half = {"public.name": data, "public.half": 2}
+    return ml_collections.ConfigDict(
+        {
+            "title": f"Table 10: methods A, B and C, {data}",
+            "base": f"configs/{base}.py:{{epsilon}}",
+            "rows": (
+                (
+                    "Self-Aug, K = 36",
+                    {"method.name": "self_aug", "method.k_base": 36},
+                ),
+                ("A: DP-Mix_self", DIFF | {"method.name": "dp_mix_self"}),
+                ("B: DP-Mix_diff, synthetic", DIFF | synthetic),
+                ("C: DP-Mix_diff, S2", DIFF | other_half),
+            ),
+            "columns": {"epsilon": ("2",)},
+            "common": {"data": {"half": 1}},
+            "seeds": 5,
+            "metric": "test_accuracy_ema",
+        }
+    )

@@ -1,0 +1,106 @@
+"""Initial weights from public images: training without noise, before the private one.
+
+The DP-Mix poster compares it with mixing the same images in: it did not help there.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from dpmix_jax import augment, training
+from dpmix_jax.bank import Bank, draw_rows
+from dpmix_jax.errors import UserError
+
+PyTree = Any
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PretrainConfig:
+    """SGD on the public images, one flipped and cropped view of each.
+
+    Attributes:
+      num_updates: 0 for none.
+      batch_size: images of an update, drawn uniformly from the bank.
+      learning_rate: positive, constant.
+      momentum: in [0, 1).
+    """
+
+    num_updates: int = 0
+    batch_size: int = 256
+    learning_rate: float = 0.1
+    momentum: float = 0.9
+
+    def __post_init__(self):
+        for name, least in (("num_updates", 0), ("batch_size", 1)):
+            if getattr(self, name) < least:
+                raise UserError(
+                    f"pretrain.{name} is {getattr(self, name)}: it must be at least"
+                    f" {least}"
+                )
+        if not 0 < self.learning_rate < math.inf:
+            raise UserError(
+                f"pretrain.learning_rate is {self.learning_rate}: it must be positive"
+                " and finite"
+            )
+        if not 0 <= self.momentum < 1:
+            raise UserError(
+                f"pretrain.momentum is {self.momentum}: it must be in [0, 1)"
+            )
+
+    def build(self) -> optax.GradientTransformation:
+        return optax.sgd(self.learning_rate, self.momentum or None)
+
+
+def pretrain(
+    state: training.TrainState,
+    loss_fn: Callable[..., jax.Array],
+    config: PretrainConfig,
+    augmentation: augment.AugmentationConfig,
+    bank: Bank,
+    *,
+    normalize: Callable[[jax.Array], jax.Array],
+    key: jax.Array,
+) -> Iterator[tuple[training.TrainState, jax.Array]]:
+    """Yields (state, loss of its batch) after each update still to be done.
+
+    Formal guarantees:
+      - The weights depend on the first ones, the bank and the key alone.
+
+    Args:
+      state: `training.init_state` with the optimizer of `config.build()`, or that of a
+        checkpoint: updates are a pure function of it and of the key.
+      loss_fn: `f(params, images [B, H, W, C], labels [B, O]) -> scalar`.
+      config: how long and how fast.
+      augmentation: how a view is drawn.
+      bank: the public images.
+      normalize: brings them to the scale that the loss expects.
+      key: scalar key, of a stream that nothing private is drawn from.
+    """
+    update = training.make_update(config.build(), ema_decay=0.0)
+    num_classes = bank.ends.shape[0] - 1
+
+    @jax.jit
+    def gradient(params, step, bank):
+        row_key, view_key = jax.random.split(jax.random.fold_in(key, step))
+        rows = draw_rows(
+            row_key, jnp.zeros(num_classes), bank, config.batch_size, draw="uniform"
+        )
+        images = normalize(jnp.take(bank.images, rows, axis=0, mode="clip"))
+        views = jax.vmap(
+            lambda key, image: augment.random_view(
+                key, image, augmentation=augmentation
+            )
+        )(jax.random.split(view_key, config.batch_size), images)
+        labels = jnp.take(bank.labels, rows, mode="clip")
+        targets = jax.nn.one_hot(labels, num_classes, dtype=views.dtype)
+        return jax.value_and_grad(loss_fn)(params, views, targets)
+
+    for _ in range(int(state.step), config.num_updates):
+        loss, gradients = gradient(state.params, state.step, bank)
+        state = update(state, gradients)
+        yield state, loss
