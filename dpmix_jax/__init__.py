@@ -20,7 +20,13 @@ from dpmix_jax.bank import Bank, make_bank
 from dpmix_jax.conv import fast_convolutions
 from dpmix_jax.errors import UserError
 from dpmix_jax.gradients import clipped_gradient
-from dpmix_jax.mixup import MethodConfig, augmentation_set, mixups, random_pairs
+from dpmix_jax.mixup import (
+    MethodConfig,
+    augmentation_set,
+    group_set,
+    mixups,
+    random_pairs,
+)
 from dpmix_jax.privacy import (
     Mechanism,
     NeighboringRelation,
@@ -28,7 +34,13 @@ from dpmix_jax.privacy import (
     calibrate,
     privatizer,
 )
-from dpmix_jax.sampling import microbatches, poisson_batch, record_keys, stream_key
+from dpmix_jax.sampling import (
+    microbatches,
+    poisson_batch,
+    random_groups,
+    record_keys,
+    stream_key,
+)
 
 __version__ = "0.1.0"
 
@@ -44,11 +56,13 @@ __all__ = [
     "calibrate",
     "clipped_gradient",
     "fast_convolutions",
+    "group_set",
     "make_bank",
     "microbatches",
     "mixups",
     "poisson_batch",
     "privatizer",
+    "random_groups",
     "random_pairs",
     "random_view",
     "record_keys",

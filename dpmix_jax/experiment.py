@@ -323,6 +323,9 @@ class _Run:
             num_records=len(self.dataset.train),
             images_per_record=config.method.set_size,
             secret_seed=config.seed is None,
+            group_size=config.method.group_size
+            if config.method.mixes_records
+            else None,
             public_data=describe(
                 config.public,
                 self.public,

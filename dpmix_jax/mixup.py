@@ -210,11 +210,20 @@ def augmentation_set(
       normalize: brings images of the bank to the scale of the record's image, which has
         been brought there before.
 
+    Raises:
+      UserError: for `microbatch_mixup`.
+
     Returns:
       `f(key, image [H, W, C], label [O], bank=None) -> images [K, H, W, C], labels
       [K, O]`, for one record; use `jax.vmap` for several, over all but the bank. The
       views are first, then public images, then mixes.
     """
+
+    if method.mixes_records:
+        raise UserError(
+            f"method.name is {method.name!r}: its sets are of groups of records, made"
+            " by group_set"
+        )
 
     def public_views(key, image, label, bank) -> Pool:
         draw_key, view_key = jax.random.split(key)

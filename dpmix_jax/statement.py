@@ -15,6 +15,7 @@ def privacy_report(
     images_per_record: int,
     secret_seed: bool,
     public_data: str = "none",
+    group_size: int | None = None,
 ) -> dict[str, Any]:
     """Collects what `statement` must say, as JSON-ready values (`privacy.json`).
 
@@ -25,6 +26,7 @@ def privacy_report(
       images_per_record: K.
       secret_seed: whether the randomness came from a seed that nobody knows.
       public_data: what else entered, and why it may be called public.
+      group_size: records of a group on average, for `microbatch_mixup`.
     """
     rdp = mechanism.epsilon(config.delta, accountant="rdp")
     return {
@@ -40,6 +42,7 @@ def privacy_report(
         "num_records": num_records,
         "images_per_record": images_per_record,
         "public_data": public_data,
+        "group_size": group_size,
         "secret_seed": secret_seed,
         "accountant": accountant_version(),
     }
@@ -75,6 +78,13 @@ def statement(report: dict[str, Any]) -> str:
     """Writes the privacy statement of a run in Markdown from its `privacy_report`."""
     epsilon, delta = report["epsilon_pld"], report["delta"]
     relation, rdp = report["neighboring_relation"], report["epsilon_rdp"]
+    terms, unit = "per-record gradients", ""
+    if report["group_size"]:
+        terms = (
+            f"gradients of groups of records ({report['group_size']} on average, drawn"
+            " for each record by itself)"
+        )
+        unit = f", {4 if relation == 'replace_one' else 2} C"
     rdp_text = (
         f"{round_up(rdp, 7)} by RDP" if rdp else "RDP bounds nothing for this relation"
     )
@@ -102,10 +112,10 @@ def statement(report: dict[str, Any]) -> str:
             " come, are not protected at all"
         ),
         "Mechanism": (
-            "Gaussian noise on the sum of per-record gradients clipped to C ="
+            f"Gaussian noise on the sum of {terms} clipped to C ="
             f" {report['l2_clip_norm']:g}; its standard deviation is sigma ="
-            f" {report['noise_multiplier']:.6g} times the sensitivity of that sum; T ="
-            f" {report['num_updates']} updates"
+            f" {report['noise_multiplier']:.6g} times the sensitivity of that sum"
+            f"{unit}; T = {report['num_updates']} updates"
         ),
         "Sampling": (
             "the accountant assumes Poisson sampling with q ="

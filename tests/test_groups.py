@@ -9,9 +9,17 @@ import pytest
 import scipy.stats
 from dp_accounting import NeighboringRelation
 
-from dpmix_jax import AugmentationConfig, MethodConfig, UserError, clipped_gradient
-from dpmix_jax.mixup import group_set
-from dpmix_jax.sampling import batches, poisson_batch, random_groups
+from dpmix_jax import (
+    AugmentationConfig,
+    MethodConfig,
+    UserError,
+    augmentation_set,
+    clipped_gradient,
+    group_set,
+    poisson_batch,
+    random_groups,
+)
+from dpmix_jax.sampling import batches
 from tests import toy
 
 STILL = AugmentationConfig(flip=False, max_shift=0)
@@ -166,6 +174,8 @@ def test_one_record_can_move_a_sum_by_twice_the_clip_and_no_more():
 
 
 def test_refuses_groups_of_one():
+    with pytest.raises(UserError, match="its sets are of groups of records"):
+        augmentation_set(METHOD, STILL)
     with pytest.raises(
         UserError, match=r"method.group_size is 1: it must be at least 2"
     ):
