@@ -258,7 +258,9 @@ def load_encoder(workdir: Workdir, image_shape: Sequence[int]) -> Encoder:
     config = read_config(workdir)
     try:
         results = workdir.results()
-        num_classes = len(results["per_class_accuracy_ema"]) if results else None
+        num_classes = (
+            None if results is None else len(results["per_class_accuracy_ema"])
+        )
     except (ValueError, KeyError, TypeError, OSError):
         raise UserError(f"encoder {workdir.path}: results.json is damaged") from None
     if num_classes is None:
@@ -402,8 +404,8 @@ def table(result: dict[str, Any]) -> str:
         f" images: {result['distance_of_all_images']:.4g}, to be compared with no row"
         " above.",
         "",
-        f"Squared Fréchet distances, medians of {len(result['matched']['bank'])} draws of"
-        " that many images a set (range).",
+        f"Squared Fréchet distances, medians of {len(result['matched']['bank'])} draws"
+        " of that many images a set (range).",
         "They grow as images get fewer: two halves of the test set, which have no gap,"
         " show by how much.",
         "FID-like, not FID: features are not Inception's, and only distances by this"
