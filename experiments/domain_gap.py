@@ -23,7 +23,8 @@ from dpmix_jax.data import DataConfig
 from dpmix_jax.data.public import PublicConfig
 from dpmix_jax.domain_gap import Encoder
 from dpmix_jax.errors import UserError
-from dpmix_jax.workdir import Workdir, write_atomically
+from dpmix_jax.files import write_atomically
+from dpmix_jax.workdir import Workdir
 
 _ENCODER = flags.DEFINE_string(
     "encoder", None, "Workdir of a finished run, or pixels, which needs no model."

@@ -19,7 +19,7 @@ from dpmix_jax.errors import UserError
 from dpmix_jax.synthetic import Plan
 from dpmix_jax.synthetic.render import Render
 
-RENDERED = "rendered_digits"
+RENDERED, _NUM_RENDERED = "rendered_digits", 1_500
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,8 +32,7 @@ class PublicConfig:
     Attributes:
       name: as for `DataConfig`, or `bank` for a folder of class folders of which all
         images are taken, such as `experiments/generate_synthetic.py` writes, or
-        `rendered_digits` for digits drawn from fonts, as many as there are private
-        ones.
+        `rendered_digits` for 1,500 digits drawn from fonts.
       path: as for `DataConfig`.
       image_size: as for `DataConfig`; None takes that of the private data.
       half: as for `DataConfig`, or None for all. The other half of the private dataset
@@ -230,7 +229,7 @@ def _rendered(train: Records) -> Records:
         )
     shape = (height, width, channels)
     plan = Plan(
-        class_names=train.class_names, count=len(train), seed=0, image_shape=shape
+        class_names=train.class_names, count=_NUM_RENDERED, seed=0, image_shape=shape
     )
     wanted = list(plan.wanted())
     drawn = Render(class_names=train.class_names, image_shape=shape)(wanted)
