@@ -13,6 +13,7 @@ from dpmix_jax.data import DataConfig, Records, splits, tfds
 from dpmix_jax.workdir import Workdir
 from tests import files
 from tests.conftest import ROOT
+from tests.programs import run_each
 
 tensorflow_datasets = pytest.importorskip("tensorflow_datasets")
 
@@ -99,6 +100,7 @@ def test_archive_and_prepared_dataset_are_the_same(prepared):
         assert load(name, path).train.digest() == one.train.digest()
 
 
+@pytest.mark.slow
 def test_both_train_to_the_same_model(prepared, tmp_path):
     """The main config, made small: the same weights from the archive and from tfds."""
     archive, folder, _ = prepared
@@ -234,24 +236,17 @@ def test_what_cannot_be_read_is_refused(tmp_path, prepared, monkeypatch):
         load("tfds:cifar10", folder)
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ([], "error: --name is missing"),
-        (["--nam=x"], "error: Unknown command line flag 'nam'"),
-        (["--name=eurosat", "--path=absent"], "error: data.path is absent: eurosat"),
-    ],
-)
-def test_mistakes_on_the_command_line_are_one_line(options, message):
-    shown = subprocess.run(
-        [sys.executable, "experiments/prepare.py", *options],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    assert shown.returncode == 2
-    assert shown.stderr.startswith(message)
-    assert shown.stderr.count("\n") == 1
+def test_mistakes_on_the_command_line_are_one_line():
+    mistakes = {
+        (): "error: --name is missing",
+        ("--nam=x",): "error: Unknown command line flag 'nam'",
+        ("--name=eurosat", "--path=absent"): "error: data.path is absent: eurosat",
+    }
+    done = run_each("experiments/prepare.py", list(mistakes))
+    for shown, message in zip(done, mistakes.values(), strict=True):
+        assert shown.returncode == 2
+        assert shown.stderr.startswith(message)
+        assert shown.stderr.count("\n") == 1
 
 
 def test_nothing_imports_tensorflow(prepared):

@@ -18,6 +18,7 @@ from dpmix_jax import experiment
 from dpmix_jax.config import from_config_dict
 from dpmix_jax.workdir import Workdir
 from tests.conftest import ROOT
+from tests.programs import run_each
 from tests.test_config import load as load_config
 
 SMALL = {
@@ -317,68 +318,69 @@ def parse(value):
         return value
 
 
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        ([], "--config is missing: give the path of a config file"),
-        (["--config=none.py"], "--config is none.py: there is no such file"),
-        (["--config=none.py:8"], "--config is none.py: there is no such file"),
-        (
-            ["--config=configs/digits.py:5"],
-            "--config cannot be loaded: epsilon is '5': it must be one of 1, 2, 3, 4,"
-            " 6, 8",
-        ),
-        (
-            ["--config=configs/digits.py", "--config.method.nme=x"],
-            "unknown key method.nme: did you mean method.name?",
-        ),
-        (
-            ["--config=configs/digits.py", "--config.metod.name=x"],
-            "unknown key metod: did you mean method?",
-        ),
-        (
-            ["--config=configs/digits.py", "--config.privacy.epsilon=much"],
-            "flag --config.privacy.epsilon=much: could not convert string to float:"
-            " 'much'",
-        ),
-        (["--confg=x"], "Unknown command line flag 'confg'. Did you mean: config ?"),
-        (
-            ["--config=configs/digits.py", "--config.privacy.epsilon=0"],
-            "privacy.epsilon is 0.0: it must be positive and finite",
-        ),
-        (
-            ["--config=configs/digits.py", "--config.model.groups=7"],
-            "model 'cnn' with options {'features': (16, 32), 'groups': 7} does not fit"
-            " images of (8, 8, 1): Number of groups (7) does not divide the number of"
-            " channels (16).",
-        ),
-        (
-            [
-                "--config=configs/digits.py",
-                "--config.privacy.expected_batch_size=1438",
-            ],
-            "privacy.expected_batch_size is 1438: it must be at most the number of"
-            " training records, 1437",
-        ),
-        (
-            ["--config=configs/digits.py", "--workdir=README.md/run"],
-            "workdir README.md/run is not writable: Not a directory",
-        ),
-    ],
+MISTAKES = (
+    ([], "--config is missing: give the path of a config file"),
+    (["--config=none.py"], "--config is none.py: there is no such file"),
+    (["--config=none.py:8"], "--config is none.py: there is no such file"),
+    (
+        ["--config=configs/digits.py:5"],
+        "--config cannot be loaded: epsilon is '5': it must be one of 1, 2, 3, 4, 6, 8",
+    ),
+    (
+        ["--config=configs/digits.py", "--config.method.nme=x"],
+        "unknown key method.nme: did you mean method.name?",
+    ),
+    (
+        ["--config=configs/digits.py", "--config.metod.name=x"],
+        "unknown key metod: did you mean method?",
+    ),
+    (
+        ["--config=configs/digits.py", "--config.privacy.epsilon=much"],
+        "flag --config.privacy.epsilon=much: could not convert string to float: 'much'",
+    ),
+    (["--confg=x"], "Unknown command line flag 'confg'. Did you mean: config ?"),
+    (
+        ["--config=configs/digits.py", "--config.privacy.epsilon=0"],
+        "privacy.epsilon is 0.0: it must be positive and finite",
+    ),
+    (
+        ["--config=configs/digits.py", "--config.model.groups=7"],
+        "model 'cnn' with options {'features': (16, 32), 'groups': 7} does not fit"
+        " images of (8, 8, 1): Number of groups (7) does not divide the number of"
+        " channels (16).",
+    ),
+    (
+        [
+            "--config=configs/digits.py",
+            "--config.privacy.expected_batch_size=1438",
+        ],
+        "privacy.expected_batch_size is 1438: it must be at most the number of"
+        " training records, 1437",
+    ),
+    (
+        ["--config=configs/digits.py", "--workdir=README.md/run"],
+        "workdir README.md/run is not writable: Not a directory",
+    ),
 )
-def test_a_mistake_is_one_line(tmp_path, flags, message):
-    if not any(flag.startswith("--workdir") for flag in flags):
-        flags = [*flags, f"--workdir={tmp_path / 'run'}"]
-    done = subprocess.run(
-        [sys.executable, "experiments/run.py", *flags],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 2
-    assert done.stderr == f"error: {message}\n"
-    assert done.stdout == ""
-    written = tmp_path.rglob("*")
+
+
+@pytest.fixture(scope="module")
+def mistakes(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("mistakes") / "run"
+    commands = [
+        [f"--workdir={workdir}", *flags]  # of two, the last one counts
+        for flags, _ in MISTAKES
+    ]
+    return workdir, run_each("experiments/run.py", commands)
+
+
+@pytest.mark.parametrize("number", range(len(MISTAKES)))
+def test_a_mistake_is_one_line(mistakes, number):
+    workdir, done = mistakes
+    assert done[number].returncode == 2
+    assert done[number].stderr == f"error: {MISTAKES[number][1]}\n"
+    assert done[number].stdout == ""
+    written = workdir.parent.rglob("*")
     assert {path.name for path in written} <= {"run", ".lock"}
 
 

@@ -95,10 +95,14 @@ def test_full_batches_spend_what_one_gaussian_does(relation, noise_multiplier):
         (8.0, 4096 / 50000, 2600, "replace_special", 2.6225),
         (1.0, 4096 / 50000, 875, "add_or_remove_one", 9.12),
         (3.0, 256 / 1437, 100, "replace_one", None),
-        (50.0, 0.5, 10, "add_or_remove_one", None),
+        pytest.param(
+            *(50.0, 0.5, 10, "add_or_remove_one", None), marks=pytest.mark.slow
+        ),
         (0.05, 0.01, 100, "add_or_remove_one", None),
         (0.1, 1e-4, 10**6, "add_or_remove_one", None),  # where RDP is below PLD
-        (2.647, 256 / 60000, 10, "replace_one", None),
+        pytest.param(
+            *(2.647, 256 / 60000, 10, "replace_one", None), marks=pytest.mark.slow
+        ),
     ],
 )
 def test_calibration_meets_the_budget_and_wastes_nothing(
