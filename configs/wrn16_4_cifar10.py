@@ -62,6 +62,13 @@ def get_config(epsilon: str = "8") -> ml_collections.ConfigDict:
             },
             # On the public images, without noise, before the private training.
             "pretrain": {"num_updates": 0, "batch_size": 256, "learning_rate": 0.1},
+            # Weights to start from, and names of the modules to train.
+            "finetune": {
+                "encoder": config_dict.placeholder(str),
+                "weights": config_dict.placeholder(str),
+                "skip": "",
+                "trainable": "all",
+            },
             "model": {"name": "wrn", "depth": 16, "width": 4, "groups": 16, "order": 0},
             "method": {
                 "name": "dp_mix_self",  # or self_aug, dp_sgd, dp_mix_diff

@@ -13,6 +13,7 @@ from dpmix_jax.augment import AugmentationConfig
 from dpmix_jax.data import DataConfig
 from dpmix_jax.data.public import PublicConfig
 from dpmix_jax.errors import UserError
+from dpmix_jax.finetune import FinetuneConfig
 from dpmix_jax.mixup import WITH_PUBLIC, MethodConfig
 from dpmix_jax.performance import PerformanceConfig
 from dpmix_jax.pretraining import PretrainConfig
@@ -68,6 +69,7 @@ class ExperimentConfig:
     model: ModelConfig
     method: MethodConfig
     public: PublicConfig | None = None
+    finetune: FinetuneConfig = dataclasses.field(default_factory=FinetuneConfig)
     pretrain: PretrainConfig = dataclasses.field(default_factory=PretrainConfig)
     augmentation: AugmentationConfig
     privacy: PrivacyConfig

@@ -296,7 +296,7 @@ class _Run:
                     ("_ema", self.state.ema_params),
                 ):
                     line[f"{name}/accuracy{suffix}"] = evaluate.accuracy(
-                        confusion(params)
+                        confusion(self.pipeline.all_params(params))
                     )
         speed = progress.records_per_second() * self.config.method.set_size
         self.workdir.add_metrics(
@@ -315,8 +315,10 @@ class _Run:
         self.checkpoints.keep_last()
         self.workdir.forget_seed()
         config, test = self.config, self.dataset.test
-        raw = self.confusions["test"](self.state.params)
-        ema = self.confusions["test"](self.state.ema_params)
+        raw, ema = (
+            self.confusions["test"](self.pipeline.all_params(params))
+            for params in (self.state.params, self.state.ema_params)
+        )
         facts = statement.privacy_report(
             config.privacy,
             self.mechanism,

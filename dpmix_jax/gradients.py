@@ -27,7 +27,7 @@ def clipped_gradient(
     augmentation set, clipped once (De et al., 2022, Section 3.2; DP-Mix, Section 3).
 
     Formal guarantees:
-      - Record i's term depends on record i and the parameters alone.
+      - Record i's term depends on record i, the parameters and `frozen` alone.
       - Every record's term has L2 norm at most `l2_clip_norm` (up to float32 rounding),
         so adding or removing a record moves the sum by at most
         `.sensitivity(ADD_OR_REMOVE_ONE)`, and replacing one by at most
@@ -54,10 +54,12 @@ def clipped_gradient(
         records.
 
     Returns:
-      `f(params, *records, is_padding_example=None) -> (sum, aux)`: each leaf of
-      `records` has a leading axis B of records (0 is allowed), `is_padding_example` is
-      [B] bool, `sum` is a pytree like `params`, `aux.values` and `aux.grad_norms` are
-      [B]. It carries `.sensitivity(neighboring_relation)`.
+      `f(params, *records, is_padding_example=None, frozen=None) -> (sum, aux)`: each
+      leaf of `records` has a leading axis B of records (0 is allowed),
+      `is_padding_example` is [B] bool, `sum` is a pytree like `params`, `aux.values` and
+      `aux.grad_norms` are [B]. `frozen`, public or released values such as the weights
+      of a pretrained encoder, is given to the loss after the record,
+      `loss_fn(params, *record, frozen)`, and not differentiated. It carries `.sensitivity(neighboring_relation)`.
 
     Raises:
       UserError: if `l2_clip_norm` is out of that range.
@@ -68,22 +70,25 @@ def clipped_gradient(
         jax.value_and_grad(loss_fn), formulation=convolutions
     )
 
-    def record_gradient(params, record):
-        value, gradient = value_and_gradient(params, *record)
+    def record_gradient(params, frozen, record):
+        value, gradient = value_and_gradient(params, *record, *frozen)
         return gradient, value
 
     inner = clipping.clipped_fun(
         record_gradient,
         has_aux=True,
         l2_clip_norm=l2_clip_norm,
-        batch_argnums=1,
+        batch_argnums=2,
         keep_batch_dim=False,
         return_norms=True,
         dtype=jnp.float32,
     )
 
     def sum_of_clipped_gradients(
-        params: PyTree, *records: PyTree, is_padding_example: jax.Array | None = None
+        params: PyTree,
+        *records: PyTree,
+        is_padding_example: jax.Array | None = None,
+        frozen: PyTree | None = None,
     ):
         size = jax.tree.leaves(records)[0].shape[0]
         if size == 0:  # jax_privacy refuses it, yet Poisson sampling draws it
@@ -93,7 +98,10 @@ def clipped_gradient(
         if is_padding_example is None:
             is_padding_example = jnp.zeros((size,), bool)
         total, (values, norms) = inner(
-            params, records, is_padding_example=is_padding_example
+            params,
+            () if frozen is None else (frozen,),
+            records,
+            is_padding_example=is_padding_example,
         )
         return total, clipping.AuxiliaryOutput(values, norms, None)
 

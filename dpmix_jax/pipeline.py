@@ -11,6 +11,7 @@ from flax.errors import FlaxError
 
 from dpmix_jax import (
     bank,
+    finetune,
     gradients,
     mixup,
     models,
@@ -43,7 +44,7 @@ class Model:
             **config.model.options,
         )
         self._precision = config.performance.matmul_precision
-        blank = jnp.zeros((1, *records.images.shape[1:]), jnp.float32)
+        blank = jnp.zeros((1, *records.image_shape), jnp.float32)
         self.init = jax.jit(lambda key: module.init(key, blank))
         try:
             collections = jax.eval_shape(self.init, jax.random.key(0))
@@ -68,7 +69,7 @@ class Model:
         return sum(leaf.size for leaf in jax.tree.leaves(shapes))
 
     def logits(self, params: PyTree, images: jax.Array) -> jax.Array:
-        """[B, H, W, C] -> [B, O]."""
+        """[B, H, W, C] -> [B, O], by all parameters, trained and frozen."""
         with self._precision():
             return self._module.apply(params, images)
 
@@ -81,7 +82,7 @@ class Pipeline:
       record_set: from `augmentation_set`.
       accumulate: adds a microbatch to the sum over a batch.
       update: takes the sum to the next state.
-      state: before the first update.
+      state: before the first update, of the parameters that are trained.
 
     Args:
       config: of the experiment.
@@ -108,8 +109,11 @@ class Pipeline:
         batch_size = config.privacy.expected_batch_size
         self.num_groups = config.method.num_groups(batch_size)
 
-        def loss_fn(params, images, labels):
-            logits = model.logits(params, images)
+        params = model.init(sampling.stream_key(seed, "init"))
+        trained, frozen = config.finetune.split(config.finetune.load(params))
+
+        def loss_fn(params, images, labels, frozen):
+            logits = model.logits(finetune.join(params, frozen), images)
             return optax.softmax_cross_entropy(logits, labels).mean()
 
         self._loss_fn, self._normalize = loss_fn, records.normalize
@@ -142,6 +146,7 @@ class Pipeline:
             key=sampling.stream_key(seed, "augmentation"),
             l2_clip_norm=config.privacy.l2_clip_norm,
             bank=drawn_from,
+            frozen=frozen,
             on_device=config.performance.keeps_on_device(num_bytes, self.mesh.size),
         )
         optimizer = optax.chain(
@@ -156,8 +161,11 @@ class Pipeline:
         self.update = training.make_update(
             optimizer, ema_decay=config.optimizer.ema_decay
         )
-        params = model.init(sampling.stream_key(seed, "init"))
-        self.state = training.init_state(params, optimizer)
+        self.state = training.init_state(trained, optimizer)
+
+    def all_params(self, trained: PyTree) -> PyTree:
+        """Returns parameters of the whole model, with what is frozen."""
+        return finetune.join(trained, self.accumulate.frozen)
 
     def pretrain(
         self, state: training.TrainState
@@ -171,6 +179,7 @@ class Pipeline:
             self._config.pretrain,
             self._config.augmentation,
             bank,
+            frozen=self.accumulate.frozen,
             normalize=self._normalize,
             key=sampling.stream_key(self._seed, "pretraining"),
         )

@@ -63,6 +63,7 @@ def pretrain(
     augmentation: augment.AugmentationConfig,
     bank: Bank,
     *,
+    frozen: PyTree | None = None,
     normalize: Callable[[jax.Array], jax.Array],
     key: jax.Array,
 ) -> Iterator[tuple[training.TrainState, jax.Array]]:
@@ -74,10 +75,11 @@ def pretrain(
     Args:
       state: `training.init_state` with the optimizer of `config.build()`, or that of a
         checkpoint: updates are a pure function of it and of the key.
-      loss_fn: `f(params, images [B, H, W, C], labels [B, O]) -> scalar`.
+      loss_fn: `f(params, images [B, H, W, C], labels [B, O], frozen) -> scalar`.
       config: how long and how fast.
       augmentation: how a view is drawn.
       bank: the public images.
+      frozen: what the loss needs and is not trained.
       normalize: brings them to the scale that the loss expects.
       key: scalar key, of a stream that nothing private is drawn from.
     """
@@ -85,7 +87,7 @@ def pretrain(
     num_classes = bank.ends.shape[0] - 1
 
     @jax.jit
-    def gradient(params, step, bank):
+    def gradient(params, frozen, step, bank):
         row_key, view_key = jax.random.split(jax.random.fold_in(key, step))
         rows = draw_rows(
             row_key, jnp.zeros(num_classes), bank, config.batch_size, draw="uniform"
@@ -98,9 +100,9 @@ def pretrain(
         )(jax.random.split(view_key, config.batch_size), images)
         labels = jnp.take(bank.labels, rows, mode="clip")
         targets = jax.nn.one_hot(labels, num_classes, dtype=views.dtype)
-        return jax.value_and_grad(loss_fn)(params, views, targets)
+        return jax.value_and_grad(loss_fn)(params, views, targets, frozen)
 
     for _ in range(int(state.step), config.num_updates):
-        loss, gradients = gradient(state.params, state.step, bank)
+        loss, gradients = gradient(state.params, frozen, state.step, bank)
         state = update(state, gradients)
         yield state, loss

@@ -152,6 +152,7 @@ class Accumulate:
       key: scalar key of the augmentation stream.
       l2_clip_norm: C, to count clipped records (not private).
       bank: the public images that `record_set` draws from, if it does.
+      frozen: what the loss needs besides parameters, see `clipped_gradient`, or None.
       on_device: whether the dataset lives on the devices, or on the host.
     """
 
@@ -165,6 +166,7 @@ class Accumulate:
         key: jax.Array,
         l2_clip_norm: float,
         bank: Bank | None = None,
+        frozen: PyTree | None = None,
         on_device: bool = True,
     ):
         everywhere = NamedSharding(mesh, PartitionSpec())
@@ -176,11 +178,12 @@ class Accumulate:
         # the bank, which would be copied into that code.
         words = np.asarray(jax.random.key_data(key))
         self._fixed = jax.tree.map(
-            lambda array: put(array, everywhere), (table, words, bank)
+            lambda array: put(np.asarray(array), everywhere),
+            (table, words, bank, frozen),
         )
 
         def batch_sums(shared, batch) -> Totals:
-            params, step, (table, words, bank) = shared
+            params, step, (table, words, bank, frozen) = shared
             indices, *drawn = batch
             images, labels = drawn or (
                 jnp.take(array, indices, axis=0, mode="clip") for array in table
@@ -194,7 +197,9 @@ class Accumulate:
             sets = jax.vmap(record_set, in_axes=(0, 0, 0, None))(
                 keys, records.normalize(images), targets, bank
             )
-            gradients, aux = gradient_fn(params, *sets, is_padding_example=members == 0)
+            gradients, aux = gradient_fn(
+                params, *sets, is_padding_example=members == 0, frozen=frozen
+            )
             clipped = aux.grad_norms > l2_clip_norm
             nonprivate = {
                 "loss": jnp.sum(members * aux.values, where=members > 0),
@@ -214,6 +219,11 @@ class Accumulate:
     def bank(self) -> Bank | None:
         """The public images, on the devices."""
         return self._fixed[2]
+
+    @property
+    def frozen(self) -> PyTree | None:
+        """What is not trained, on the devices."""
+        return self._fixed[3]
 
     def place(self, indices: np.ndarray) -> list[jax.Array]:
         """Puts a microbatch on the devices: [m] or [m, c] indices, -1 for padding."""

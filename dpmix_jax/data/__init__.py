@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dpmix_jax.data import sources, tfds
+from dpmix_jax.data import images, sources, tfds
 from dpmix_jax.data.bank import load_bank
 from dpmix_jax.data.records import Records
 from dpmix_jax.errors import UserError
@@ -41,6 +41,11 @@ class DataConfig:
       image_size: 0 keeps images as they are, which must then be of one size; else they
         become RGB, their shortest side becomes this (bicubic), and the centre is
         cropped, as CLIP does it.
+      resize: 0, or the side that images are brought to on the device, by the same
+        bicubic interpolation and crop: small images are stored and moved as they are
+        and enlarged for a pretrained encoder where they are used.
+      normalization: by the constants of the `dataset`, or those of `clip`, which its
+        encoders want.
       half: 0 for all training records, 1 or 2 for one of two disjoint halves of equal
         size, the same for every run. The other may be declared public (DP-Mix, Table
         10).
@@ -52,6 +57,8 @@ class DataConfig:
     name: str = "digits"
     path: str | None = None
     image_size: int = 0
+    resize: int = 0
+    normalization: str = "dataset"
     half: int = 0
     validation_size: int = 0
 
@@ -75,6 +82,15 @@ class DataConfig:
             raise UserError(
                 f"data.image_size is {self.image_size}: it must be in"
                 f" [0, {_MAX_IMAGE_SIZE}]"
+            )
+        if not 0 <= self.resize <= _MAX_IMAGE_SIZE:
+            raise UserError(
+                f"data.resize is {self.resize}: it must be in [0, {_MAX_IMAGE_SIZE}]"
+            )
+        if self.normalization not in ("dataset", "clip"):
+            raise UserError(
+                f"data.normalization is {self.normalization!r}: it must be dataset or"
+                " clip"
             )
         if self.half not in (0, 1, 2):
             raise UserError(
@@ -105,6 +121,7 @@ def blank(config: DataConfig) -> Records:
         known = load(config).train
         count = len(known)
     else:
+        known = _prepared(config, known)
         total = len(known) // 2 if config.half else len(known)
         _check_validation(config, total)
         count = total - config.validation_size
@@ -118,7 +135,10 @@ def load(config: DataConfig) -> Dataset:
     Raises:
       UserError: if the data cannot be read, or are too few.
     """
-    train, test = sources.read(config.name, config.path, config.image_size)
+    train, test = (
+        _prepared(config, records)
+        for records in sources.read(config.name, config.path, config.image_size)
+    )
     for split, records in (("training", train), ("test", test)):
         if len(records) == 0:
             raise UserError(f"data.name is {config.name!r}: it has no {split} records")
@@ -132,6 +152,21 @@ def load(config: DataConfig) -> Dataset:
         test,
         train.subset(order[: config.validation_size]),
     )
+
+
+def _prepared(config: DataConfig, records: Records) -> Records:
+    """Returns records that are resized and normalised as the config says."""
+    if config.normalization == "clip":
+        channels = records.images.shape[-1]
+        if channels != len(images.CLIP_MEAN):
+            raise UserError(
+                f"data.normalization is 'clip': images must have {len(images.CLIP_MEAN)}"
+                f" channels, these have {channels}; data.image_size makes them RGB"
+            )
+        records = dataclasses.replace(
+            records, mean=images.CLIP_MEAN, stddev=images.CLIP_STDDEV
+        )
+    return dataclasses.replace(records, resize=config.resize)
 
 
 def half(records: Records, number: int) -> Records:

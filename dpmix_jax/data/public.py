@@ -312,4 +312,6 @@ def _check_alike(config: PublicConfig, found: Records, train: Records) -> None:
 
 
 def _scaled_as(train: Records, found: Records) -> Records:
-    return dataclasses.replace(found, mean=train.mean, stddev=train.stddev)
+    return dataclasses.replace(
+        found, mean=train.mean, stddev=train.stddev, resize=train.resize
+    )

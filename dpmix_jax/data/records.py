@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dpmix_jax.data import cache
+from dpmix_jax.data.preprocess import resize_bicubic
 from dpmix_jax.errors import UserError
 
 _DIGEST_BYTES = 2**26  # read at a time
@@ -23,6 +24,7 @@ class Records:
       class_names: O names.
       mean, stddev: [C] public constants, never computed from private records, on the
         scale where pixels are in [0, 1].
+      resize: side that `normalize` brings images to, or 0 for their own.
     """
 
     images: np.ndarray
@@ -30,6 +32,7 @@ class Records:
     class_names: tuple[str, ...]
     mean: tuple[float, ...]
     stddev: tuple[float, ...]
+    resize: int = 0
 
     def __post_init__(self):
         if self.images.dtype != np.uint8 or self.images.ndim != 4:
@@ -54,6 +57,14 @@ class Records:
         return self.images.shape[0]
 
     @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Height, width and channels of normalised images."""
+        height, width, channels = self.images.shape[1:]
+        if self.resize:
+            height = width = self.resize
+        return height, width, channels
+
+    @property
     def num_classes(self) -> int:
         return len(self.class_names)
 
@@ -68,7 +79,13 @@ class Records:
         return dataclasses.replace(self, images=chosen, labels=self.labels[indices])
 
     def normalize(self, images: jax.Array) -> jax.Array:
-        """Maps uint8 images [..., H, W, C] to float32 by the public constants."""
+        """Maps uint8 images [..., H, W, C] to float32 by the public constants.
+
+        With `resize`, images become [..., resize, resize, C] first, as by
+        `preprocess.resize_bicubic`.
+        """
+        if self.resize:
+            images = resize_bicubic(images, self.resize)
         shape = (1,) * (images.ndim - 1) + (-1,)
         mean = jnp.asarray(self.mean, jnp.float32).reshape(shape)
         stddev = jnp.asarray(self.stddev, jnp.float32).reshape(shape)
@@ -81,6 +98,7 @@ class Records:
         for start in range(0, len(self), step):  # they may not fit into memory
             content.update(np.ascontiguousarray(self.images[start : start + step]).data)
         public = (self.images.shape, self.class_names, self.mean, self.stddev)
+        # Not `resize`, which changes no record; the config tells it.
         content.update(repr(public).encode())
         content.update(np.ascontiguousarray(self.labels).data)
         return content.hexdigest()

@@ -1,0 +1,104 @@
+"""Weights that training starts from, and which of them it changes."""
+
+import dataclasses
+from typing import Any
+
+from flax import traverse_util
+
+from dpmix_jax.errors import UserError
+from dpmix_jax.models import pretrained
+
+PyTree = Any
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FinetuneConfig:
+    """Fine-tuning; with the defaults a model is trained from random weights.
+
+    Weights from a file count as public: nothing of what they were trained on is
+    protected, and the privacy statement names them.
+
+    Attributes:
+      encoder: path of a pretrained image tower for `vit` or `convnext`, see
+        `pretrained.load_encoder`.
+      weights: path of the `model.safetensors` of a run with the same model, of which
+        the averaged weights are taken.
+      skip: modules that `weights` does not bring, separated by commas: the last layer,
+        for other classes.
+      trainable: `all`, or names of modules separated by commas, such as `head` (a
+        linear classifier on a frozen encoder) or `head,ln_post,block_11`. Everything
+        else is frozen: it runs forward only, without noise, clipping or gradient.
+    """
+
+    encoder: str | None = None
+    weights: str | None = None
+    skip: str = ""
+    trainable: str = "all"
+
+    def __post_init__(self):
+        if not _names(self.trainable):
+            raise UserError(
+                f"finetune.trainable is {self.trainable!r}: it must be 'all' or names"
+                " of modules separated by commas"
+            )
+        if self.skip and self.weights is None:
+            raise UserError(
+                f"finetune.skip is {self.skip!r}: it needs finetune.weights"
+            )
+
+    def load(self, params: PyTree) -> PyTree:
+        """Returns initial parameters with those of the files in their places.
+
+        Args:
+          params: `{"params": ...}` of a Flax model.
+
+        Raises:
+          UserError: for files that are missing, damaged or of another model.
+        """
+        if self.weights is not None:
+            params = pretrained.load_weights(
+                self.weights, params, skip=_names(self.skip)
+            )
+        if self.encoder is not None:
+            inner = params["params"]
+            if "encoder" not in inner:
+                raise UserError(
+                    f"finetune.encoder is {self.encoder}: it must be None for a model"
+                    " without an encoder, such as wrn and cnn"
+                )
+            encoder = pretrained.load_encoder(self.encoder, inner["encoder"])
+            params = {"params": {**inner, "encoder": encoder}}
+        return params
+
+    def split(self, params: PyTree) -> tuple[PyTree, PyTree]:
+        """Divides parameters into those to be trained and those that are frozen.
+
+        Raises:
+          UserError: for a name that no module has.
+        """
+        flat, names = traverse_util.flatten_dict(params), _names(self.trainable)
+        if names == ("all",):
+            return params, {}
+        for name in names:
+            if not any(name in path for path in flat):
+                top = sorted({path[1] for path in flat})
+                raise UserError(
+                    f"finetune.trainable has {name!r}: it must be the name of a module"
+                    f" of the model, such as {', '.join(top)}"
+                )
+        trained = {p: v for p, v in flat.items() if any(name in p for name in names)}
+        frozen = {p: v for p, v in flat.items() if p not in trained}
+        return tuple(map(traverse_util.unflatten_dict, (trained, frozen)))  # type: ignore[return-value]
+
+
+def join(trained: PyTree, frozen: PyTree) -> PyTree:
+    """Puts together what `split` has divided."""
+    if not frozen:
+        return trained
+    flat = map(traverse_util.flatten_dict, (trained, frozen))
+    first, second = flat
+    return traverse_util.unflatten_dict({**first, **second})
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())
