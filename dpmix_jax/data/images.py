@@ -7,8 +7,8 @@ import numpy as np
 from PIL import Image, PngImagePlugin
 
 _FORMATS = ("JPEG", "PNG", "GIF", "BMP", "PPM", "TIFF", "WEBP")  # none runs a program
-# Mean and standard deviation of each channel, for pixels in [0, 1], of OpenAI's CLIP and
-# open_clip: for photographs and pretrained encoders.
+# Mean and standard deviation of each channel, for pixels in [0, 1], of OpenAI's CLIP
+# and open_clip: for photographs and pretrained encoders.
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STDDEV = (0.26862954, 0.26130258, 0.27577711)
 MAX_PIXELS = 2**26  # 67 million, before and after resizing; a photograph has 50

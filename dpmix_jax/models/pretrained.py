@@ -152,15 +152,7 @@ def _convert(
         stored = {key.removeprefix("module."): array for key, array in stored.items()}
         dialect, sources = _recognized(path, shapes, spoken, stored)
         expected = {key: shape for parts in sources.values() for key, shape in parts}
-        unexpected = [key for key in stored if key not in expected]
-        unexpected = [key for key in unexpected if not re.match(dialect.ignored, key)]
-        if dialect.zero in unexpected and "proj/kernel" in shapes:
-            bias = stored[dialect.zero]
-            if (
-                np.prod(bias.shape) <= shapes["proj/kernel"][1]
-                and not bias.read().any()
-            ):
-                unexpected.remove(dialect.zero)
+        unexpected = _unexpected(dialect, shapes, stored, expected)
         what = f"the image tower of this model as {dialect.name} names it"
         _check(path, what, stored, expected, unexpected)
         found = {}
@@ -194,6 +186,23 @@ def _recognized(
             f" names it, but its keys are {min(stored, default='none')} and the like"
         )
     return best[1:]
+
+
+def _unexpected(
+    dialect: Dialect,
+    shapes: Shapes,
+    stored: Mapping[str, StoredArray],
+    expected: Collection[str],
+) -> list[str]:
+    """Returns the keys of a file that are neither the model's nor another tower's."""
+
+    def harmless(key: str) -> bool:
+        if key != dialect.zero or "proj/kernel" not in shapes:
+            return re.match(dialect.ignored, key) is not None
+        size = shapes["proj/kernel"][1:]
+        return stored[key].shape == size and not stored[key].read().any()
+
+    return [key for key in stored if key not in expected and not harmless(key)]
 
 
 def _check(
@@ -295,10 +304,12 @@ def _write_cache(path: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         with open(path.with_name(f".{path.name}.lock"), "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # of several processes, one at a time
-            safetensors.numpy.save_file(dict(arrays), partial)
-            with open(partial, "rb") as file:
-                os.fsync(file.fileno())
-            os.replace(partial, path)
+            try:
+                safetensors.numpy.save_file(dict(arrays), partial)
+                with open(partial, "rb") as file:
+                    os.fsync(file.fileno())
+                os.replace(partial, path)
+            finally:
+                partial.unlink(missing_ok=True)
     except (OSError, safetensors.SafetensorError) as error:
-        partial.unlink(missing_ok=True)
         say(f"warning: the encoder is not kept in the cache {path}: {error}")
