@@ -15,7 +15,7 @@ import pytest
 import safetensors.numpy
 from PIL import Image
 
-from dpmix_jax import UserError, models
+from dpmix_jax import UserError, checkpoint, models
 from dpmix_jax.data import images
 from dpmix_jax.models import dialects, pretrained
 from dpmix_jax.models.preprocess import resize_bicubic
@@ -226,6 +226,7 @@ def test_files_that_are_none(tmp_path, weights, like):
         refused(path, like, "it must be a whole file, not a truncated or damaged one")
     refused(save(path, {"x": np.ones(2)}), like, "its keys are x and the like")
     refused(save(path, {}), like, "its keys are none")
+    refused(save(path, {"x\ny": np.ones(2)}), like, "a key is not printable")
     other = towers.state(towers.fixture("convnext", "timm"))
     refused(save(path, other), like, "open_clip or transformers or timm names it")
     with pytest.raises(ValueError, match="like must be the parameters of the encoder"):
@@ -378,18 +379,14 @@ def test_torch_files_that_are_bad(tmp_path, weights, like, torch_save):
 # Weights of a run.
 
 
-def exported(path, params, ema):
-    """Writes as checkpoint.export_weights does."""
-    trees = {"params": params, "ema_params": ema}
-    return save(path, {k: np.asarray(v) for k, v in pretrained._flat(trees).items()})
-
-
 def test_weights_of_a_run(tmp_path):
     """Raw or averaged; a head of other classes stays as it is if that is asked for."""
     options = {"depth": 10, "width": 1}
     params = {"params": towers.draw_params(models.create("wrn", 5, **options), (8, 8))}
     ema = jax.tree.map(lambda leaf: leaf + 1.0, params)
-    path = exported(tmp_path / "model.safetensors", params, ema)
+    path = tmp_path / "model.safetensors"
+    state = types.SimpleNamespace(params=params, ema_params=ema)
+    path.write_bytes(checkpoint.export_weights(state))
     assert_same(load_weights(path, params), ema)
     assert_same(load_weights(path, params, ema=False), params)
     other = models.create("wrn", 3, **options)

@@ -87,6 +87,8 @@ def open_arrays(path: pathlib.Path) -> Iterator[dict[str, StoredArray]]:
                     f"weights are {path}: it must be a safetensors file or one that"
                     f" torch.save wrote{' since PyTorch 1.6, not before' * old}"
                 )
+            if not all(key.isprintable() for key in arrays):  # errors name them
+                raise ValueError("a key is not printable")
         yield arrays
 
 
