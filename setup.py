@@ -42,5 +42,12 @@ setup(
         "test": ["hypothesis>=6.100", "pytest>=8.3", "pytest-xdist>=3.6", *TFDS],
         "tfds": TFDS,
         "tfds-prepare": [*TFDS, "tensorflow-cpu>=2.19"],
+        "towers": [
+            "open_clip_torch==3.3.0",
+            "timm==1.0.31",
+            "torch==2.13.0",
+            "torchvision==0.28.0",
+            "transformers>=5.0",
+        ],
     },
 )

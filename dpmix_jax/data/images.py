@@ -7,6 +7,10 @@ import numpy as np
 from PIL import Image, PngImagePlugin
 
 _FORMATS = ("JPEG", "PNG", "GIF", "BMP", "PPM", "TIFF", "WEBP")  # none runs a program
+# Mean and standard deviation of each channel, for pixels in [0, 1], of OpenAI's CLIP
+# and open_clip: for photographs and pretrained encoders.
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STDDEV = (0.26862954, 0.26130258, 0.27577711)
 MAX_PIXELS = 2**26  # 67 million, before and after resizing; a photograph has 50
 
 
@@ -53,16 +57,29 @@ def fit(image: Image.Image, image_size: int) -> np.ndarray:
     """
     if image_size == 0:
         return np.asarray(image, np.uint8)
-    width, height = image.size
-    shortest = min(width, height)
-    width, height = (int(image_size * side / shortest) for side in (width, height))
+    width, height, left, top = placement(*image.size, image_size)
     _check_size(width, height)
     if (width, height) != image.size:
         image = image.resize((width, height), Image.Resampling.BICUBIC)
-    left, top = (round((side - image_size) / 2.0) for side in (width, height))
     return np.asarray(
         image.crop((left, top, left + image_size, top + image_size)), np.uint8
     )
+
+
+def placement(width: int, height: int, image_size: int) -> tuple[int, int, int, int]:
+    """Returns the size to resize to, and where the crop of `fit` begins in it.
+
+    Args:
+      width, height: of an image.
+      image_size: that its shortest side becomes.
+
+    Returns:
+      Width and height after resizing; left and top of the crop.
+    """
+    shortest = min(width, height)
+    width, height = (int(image_size * side / shortest) for side in (width, height))
+    left, top = (round((side - image_size) / 2.0) for side in (width, height))
+    return width, height, left, top
 
 
 def encode(pixels: np.ndarray, text: Mapping[str, str] | None = None) -> bytes:

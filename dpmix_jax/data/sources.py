@@ -25,10 +25,7 @@ Pair = tuple[Records, Records]
 
 # Mean and standard deviation of each channel, for pixels in [0, 1]: published
 # constants, never computed from a user's records.
-_CLIP = (  # of OpenAI's CLIP and open_clip, for photographs and pretrained encoders
-    (0.48145466, 0.4578275, 0.40821073),
-    (0.26862954, 0.26130258, 0.27577711),
-)
+_CLIP = (images.CLIP_MEAN, images.CLIP_STDDEV)  # for photographs
 _CONSTANTS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
     "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),

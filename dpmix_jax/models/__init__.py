@@ -6,9 +6,16 @@ from flax import linen as nn
 
 from dpmix_jax.errors import UserError
 from dpmix_jax.models.cnn import CNN
+from dpmix_jax.models.convnext import ConvNeXt
+from dpmix_jax.models.vit import VisionTransformer
 from dpmix_jax.models.wrn import WideResNet
 
-REGISTRY: dict[str, type[nn.Module]] = {"cnn": CNN, "wrn": WideResNet}
+REGISTRY: dict[str, type[nn.Module]] = {
+    "cnn": CNN,
+    "convnext": ConvNeXt,
+    "vit": VisionTransformer,
+    "wrn": WideResNet,
+}
 
 
 def options(name: str) -> tuple[str, ...]:
