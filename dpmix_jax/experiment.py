@@ -26,6 +26,7 @@ from dpmix_jax.checkpoint import Checkpoints, export_weights
 from dpmix_jax.config import ExperimentConfig, to_dict
 from dpmix_jax.data.public import describe, load_public
 from dpmix_jax.errors import UserError
+from dpmix_jax.finetune import FinetuneConfig
 from dpmix_jax.pipeline import Model, Pipeline
 from dpmix_jax.progress import Progress, say
 from dpmix_jax.workdir import Workdir
@@ -112,14 +113,19 @@ def _mechanism(
     return mechanism
 
 
-def data_digest(train: data.Records, public: data.Records | None) -> str:
-    """Returns a checksum of all images that noise is added to the gradients of.
+def data_digest(
+    train: data.Records,
+    public: data.Records | None,
+    weights: FinetuneConfig | None = None,
+) -> str:
+    """Returns a checksum of everything that noise is added to the gradients of.
 
-    The same noise must not meet other public images either: they change the sum, and
-    its difference would be free of noise.
+    The same noise must not meet other public images or weights either: they change the
+    sum, and its difference would be free of noise.
     """
     digests = [records.digest() for records in (train, public) if records is not None]
-    return "+".join(digests)
+    files = {} if weights is None else weights.checksums()
+    return "+".join([*digests, *files.values()])
 
 
 def final_line(results: dict[str, Any]) -> str:
@@ -169,7 +175,7 @@ class _Run:
         self.public, self.mechanism, self.started = public, mechanism, started
         workdir.begin(
             config.seed,
-            data=data_digest(dataset.train, public),
+            data=data_digest(dataset.train, public, config.finetune),
             noise_multiplier=mechanism.noise_multiplier,
         )
         kept = workdir.kept()
@@ -328,12 +334,7 @@ class _Run:
             group_size=config.method.group_size
             if config.method.mixes_records
             else None,
-            public_data=describe(
-                config.public,
-                self.public,
-                config.method.num_public,
-                config.pretrain.num_updates,
-            ),
+            public_data=self._public_data(),
         )
         text = statement.statement(facts)
         results = {
@@ -364,6 +365,18 @@ class _Run:
         self.workdir.write("report.html", page)
         self.checkpoints.close()
         self.workdir.end(results)
+
+    def _public_data(self) -> str:
+        """Says what else entered than private records."""
+        config = self.config
+        images = describe(
+            config.public,
+            self.public,
+            config.method.num_public,
+            config.pretrain.num_updates,
+        )
+        said = [images] if config.public else []
+        return "; ".join([*said, config.finetune.describe()]).strip("; ") or "none"
 
     def _sheet(self) -> np.ndarray:
         """Makes the set of the first test image, or images, with pixels in [0, 1]."""

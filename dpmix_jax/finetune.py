@@ -1,6 +1,7 @@
 """Weights that training starts from, and which of them it changes."""
 
 import dataclasses
+import pathlib
 from typing import Any
 
 from flax import traverse_util
@@ -50,7 +51,7 @@ class FinetuneConfig:
         """Returns initial parameters with those of the files in their places.
 
         Args:
-          params: `{"params": ...}` of a Flax model.
+          params: `{"params": ...}` of a Flax model, or their shapes.
 
         Raises:
           UserError: for files that are missing, damaged or of another model.
@@ -70,6 +71,24 @@ class FinetuneConfig:
             params = {"params": {**inner, "encoder": encoder}}
         return params
 
+    def checksums(self) -> dict[str, str]:
+        """Returns the SHA-256 of the files by their names, none without files."""
+        files = [path for path in (self.weights, self.encoder) if path is not None]
+        return {pathlib.Path(path).name: pretrained.checksum(path) for path in files}
+
+    def describe(self) -> str:
+        """Says in a privacy statement which weights were there before; "" for none."""
+        files = [f"{name} (sha256 {s[:16]})" for name, s in self.checksums().items()]
+        if not files:
+            return ""
+        return (
+            f"training began from the weights in {' and '.join(files)}, of which"
+            f" {self.trainable} were trained. They count as public: what they were"
+            " trained on, which may hold the private images, is not protected by this"
+            " guarantee, and if they were trained privately, their own guarantee comes"
+            " on top"
+        )
+
     def split(self, params: PyTree) -> tuple[PyTree, PyTree]:
         """Divides parameters into those to be trained and those that are frozen.
 
@@ -88,7 +107,7 @@ class FinetuneConfig:
                 )
         trained = {p: v for p, v in flat.items() if any(name in p for name in names)}
         frozen = {p: v for p, v in flat.items() if p not in trained}
-        return tuple(map(traverse_util.unflatten_dict, (trained, frozen)))  # type: ignore[return-value]
+        return tuple(map(traverse_util.unflatten_dict, (trained, frozen)))
 
 
 def join(trained: PyTree, frozen: PyTree) -> PyTree:

@@ -56,10 +56,11 @@ def clipped_gradient(
     Returns:
       `f(params, *records, is_padding_example=None, frozen=None) -> (sum, aux)`: each
       leaf of `records` has a leading axis B of records (0 is allowed),
-      `is_padding_example` is [B] bool, `sum` is a pytree like `params`, `aux.values` and
-      `aux.grad_norms` are [B]. `frozen`, public or released values such as the weights
-      of a pretrained encoder, is given to the loss after the record,
-      `loss_fn(params, *record, frozen)`, and not differentiated. It carries `.sensitivity(neighboring_relation)`.
+      `is_padding_example` is [B] bool, `sum` is a pytree like `params`, `aux.values`
+      and `aux.grad_norms` are [B]. `frozen`, public or released values such as the
+      weights of a pretrained encoder, is given to the loss after the record, as in
+      `loss_fn(params, *record, frozen)`, and not differentiated. It carries
+      `.sensitivity(neighboring_relation)`.
 
     Raises:
       UserError: if `l2_clip_norm` is out of that range.

@@ -63,6 +63,19 @@ class Model:
                 " GroupNorm or LayerNorm"
             )
         self._module: Any = module
+        # Read here, so that bad files are told before anything is written.
+        self._given = config.finetune.load(collections)
+        config.finetune.split(collections)
+
+    def params(self, key: jax.Array) -> PyTree:
+        """Draws parameters, but for those that come from files."""
+        return jax.tree.map(
+            lambda given, drawn: (
+                drawn if isinstance(given, jax.ShapeDtypeStruct) else jnp.asarray(given)
+            ),
+            self._given,
+            self.init(key),
+        )
 
     def num_parameters(self) -> int:
         shapes = jax.eval_shape(self.init, jax.random.key(0))
@@ -109,8 +122,8 @@ class Pipeline:
         batch_size = config.privacy.expected_batch_size
         self.num_groups = config.method.num_groups(batch_size)
 
-        params = model.init(sampling.stream_key(seed, "init"))
-        trained, frozen = config.finetune.split(config.finetune.load(params))
+        params = model.params(sampling.stream_key(seed, "init"))
+        trained, frozen = config.finetune.split(params)
 
         def loss_fn(params, images, labels, frozen):
             logits = model.logits(finetune.join(params, frozen), images)

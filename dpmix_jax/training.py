@@ -35,17 +35,25 @@ class OptimizerConfig:
     Attributes:
       learning_rate: positive.
       momentum: in [0, 1).
+      weight_decay: at least 0; this share of the weights is added to the private
+        gradient.
       ema_decay: in [0, 1), the decay of the averaged weights.
     """
 
     learning_rate: float
     momentum: float = 0.0
+    weight_decay: float = 0.0
     ema_decay: float = 0.9999
 
     def __post_init__(self):
         if not 0 < self.learning_rate < math.inf:
             raise UserError(
                 f"optimizer.learning_rate is {self.learning_rate}: it must be positive"
+                " and finite"
+            )
+        if not 0 <= self.weight_decay < math.inf:
+            raise UserError(
+                f"optimizer.weight_decay is {self.weight_decay}: it must be at least 0"
                 " and finite"
             )
         for name in ("momentum", "ema_decay"):
@@ -55,7 +63,10 @@ class OptimizerConfig:
                 )
 
     def build(self) -> optax.GradientTransformation:
-        return optax.sgd(self.learning_rate, self.momentum or None)
+        sgd = optax.sgd(self.learning_rate, self.momentum or None)
+        if not self.weight_decay:
+            return sgd
+        return optax.chain(optax.add_decayed_weights(self.weight_decay), sgd)
 
 
 class TrainState(NamedTuple):

@@ -17,8 +17,8 @@ from PIL import Image
 
 from dpmix_jax import UserError, checkpoint, models
 from dpmix_jax.data import images
+from dpmix_jax.data.preprocess import resize_bicubic
 from dpmix_jax.models import dialects, pretrained
-from dpmix_jax.models.preprocess import resize_bicubic
 from dpmix_jax.models.pretrained import load_encoder, load_weights
 from dpmix_jax.models.tensor_files import StoredArray, open_arrays
 from tests import towers

@@ -160,8 +160,8 @@ def _prepared(config: DataConfig, records: Records) -> Records:
         channels = records.images.shape[-1]
         if channels != len(images.CLIP_MEAN):
             raise UserError(
-                f"data.normalization is 'clip': images must have {len(images.CLIP_MEAN)}"
-                f" channels, these have {channels}; data.image_size makes them RGB"
+                f"data.normalization is 'clip': images of {channels} channel(s) must be"
+                " RGB, which data.image_size makes them"
             )
         records = dataclasses.replace(
             records, mean=images.CLIP_MEAN, stddev=images.CLIP_STDDEV

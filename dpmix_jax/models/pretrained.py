@@ -78,7 +78,7 @@ def load_encoder(path: str | os.PathLike, like: PyTree) -> PyTree:
             f" download {repository} open_clip_model.safetensors` prints"
         )
     shapes = {key: leaf.shape for key, leaf in wanted.items()}
-    identity = repr((_VERSION, _checksum(path), sorted(shapes.items())))
+    identity = repr((_VERSION, checksum(path), sorted(shapes.items())))
     name = hashlib.sha256(identity.encode()).hexdigest()[:16]
     cached = cache_folder() / "encoders" / f"{name}.safetensors"
     found = _read_cache(cached, shapes)
@@ -275,7 +275,8 @@ def _unflat(like: PyTree, found: Mapping[str, np.ndarray]) -> PyTree:
 # The cache of converted encoders.
 
 
-def _checksum(path: pathlib.Path) -> str:
+def checksum(path: str | os.PathLike) -> str:
+    """Returns the SHA-256 of a file, or raises `UserError` if it cannot be read."""
     try:
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
