@@ -1,0 +1,51 @@
+"""Search for the learning rate of a config, on validation records.
+
+python experiments/sweep.py --config=configs/rates.py:vit_b16:caltech256-2 \
+    --set=finetune.encoder=open_clip_model.safetensors
+
+The argument is a config of this folder that names its RATES, and that config's own
+argument. Self-Aug and DP-Mix_self try each rate with 3 seeds; the table shows accuracy
+on validation records, a tenth of the training set, that no run trains on.
+
+All runs look at the same private records. The epsilon of a model trained with the rate
+that comes out covers its own run and not this search, as its privacy statement says.
+
+Hardware, Hours: those of the config, 30 times. Accuracy: there. The paper searched too
+and gives no row of it.
+"""
+
+import pathlib
+import runpy
+
+import ml_collections
+
+from dpmix_jax.errors import UserError
+
+FOLDER = pathlib.Path(__file__).parent
+
+
+def get_config(base: str = "vit_b16:cifar10-1") -> ml_collections.ConfigDict:
+    name, _, argument = base.partition(":")
+    path = FOLDER / f"{name}.py"
+    found = runpy.run_path(str(path)) if path.is_file() else {}
+    if "RATES" not in found:
+        raise UserError(f"base is {base!r}: it must be a config with RATES")
+    config = found["get_config"](*filter(None, [argument]))
+    records, _, _ = found["DATASETS"][config.data.name]
+    return ml_collections.ConfigDict(
+        {
+            "title": f"Learning rates, {base}",
+            "base": f"configs/{name}.py" + (f":{argument}" if argument else ""),
+            "rows": tuple(
+                (title, {"method.name": method})
+                for title, method in (
+                    ("Self-Aug", "self_aug"),
+                    ("DP-Mix_self", "dp_mix_self"),
+                )
+            ),
+            "columns": {"optimizer": {"learning_rate": found["RATES"]}},
+            "common": {"data": {"validation_size": records // 10}},
+            "seeds": 3,
+            "metric": "nonprivate/validation/accuracy_ema",
+        }
+    )
