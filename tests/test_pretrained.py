@@ -370,7 +370,7 @@ def test_torch_files_that_are_bad(tmp_path, weights, like, torch_save):
     refused(torch_save(weights, **program), like, "not a TorchScript program")
     big = torch_save(weights, byteorder=b"big")
     refused(big, like, "its numbers must be little-endian")
-    refused(torch_save(pickle.dumps([1])), like, "must be a state dict, not list")
+    refused(torch_save(pickle.dumps([1])), like, "must be a state dict, not a list")
     refused(torch_save({"epoch": 3}), like, "entry 'epoch' must be a tensor, not int")
     nested = pickle.dumps({"state_dict": {"epoch": 3}, "epoch": 3})
     refused(torch_save(nested), like, "entry 'epoch' must be a tensor, not int")

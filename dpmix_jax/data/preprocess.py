@@ -38,4 +38,5 @@ def resize_bicubic(images: jax.Array, size: int) -> jax.Array:
 
 def _resize(images: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     resized = jax.image.resize(images.astype(jnp.float32), shape, "cubic")
+    # Backends differ in what becomes of floats that no uint8 can hold.
     return jnp.clip(jnp.round(resized), 0.0, 255.0).astype(jnp.uint8)

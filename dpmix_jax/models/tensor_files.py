@@ -221,7 +221,8 @@ def _state_dict(
         content = content["state_dict"]
     if not isinstance(content, dict):
         raise UserError(
-            f"weights are {path}: it must be a state dict, not {type(content).__name__}"
+            f"weights are {path}: it must be a state dict, not a"
+            f" {type(content).__name__.strip('_').lower()}"
         )
     for key, value in content.items():
         if not isinstance(key, str) or not isinstance(value, _Tensor):
