@@ -1,0 +1,267 @@
+"""Weights to start from, frozen parts, and private heads on frozen encoders."""
+
+import json
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import safetensors.numpy
+from PIL import Image
+
+from dpmix_jax import UserError, clipped_gradient, data, experiment, models
+from dpmix_jax.command_line import load_experiment
+from dpmix_jax.data import images
+from dpmix_jax.finetune import FinetuneConfig, join
+from dpmix_jax.pipeline import Model
+from dpmix_jax.workdir import Workdir
+from tests import files, toy, towers
+
+CONVNEXT = models.create("convnext", 3, **towers.OPTIONS["convnext"])
+BLANK = jnp.zeros((1, 32, 32, 3))
+
+
+@pytest.fixture(scope="module")
+def params():
+    drawn = jax.jit(CONVNEXT.init)(jax.random.key(0), BLANK)
+    return jax.tree.map(lambda p: p + 0.1, drawn)  # a head of zeros stops gradients
+
+
+def paths(tree):
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/")
+        for path, _ in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+
+def test_names_divide_the_parameters(params):
+    trained, frozen = FinetuneConfig(trainable="head").split(params)
+    assert paths(trained) == {"params/head/kernel", "params/head/bias"}
+    assert paths(trained) | paths(frozen) == paths(params)
+    assert paths(trained).isdisjoint(paths(frozen))
+    jax.tree.map(np.testing.assert_array_equal, join(trained, frozen), params)
+    more, _ = FinetuneConfig(trainable="head, proj").split(params)
+    assert paths(trained) < paths(more)
+    assert all(re.search("head|proj", path) for path in paths(more))
+    assert FinetuneConfig().split(params) == (params, {})
+    message = "finetune.trainable has 'hed': it must be the name of a module of the"
+    with pytest.raises(UserError, match=message):
+        FinetuneConfig(trainable="hed").split(params)
+    with pytest.raises(UserError, match=r"finetune.trainable is ' ': it must be 'all'"):
+        FinetuneConfig(trainable=" ")
+    with pytest.raises(UserError, match=r"finetune.skip is 'head': it needs finetune."):
+        FinetuneConfig(skip="head")
+
+
+def loss_fn(params, pictures, labels, frozen):
+    logits = CONVNEXT.apply(join(params, frozen), pictures)
+    return optax.softmax_cross_entropy(logits, labels).mean()
+
+
+def sets(count=3):
+    pictures = jax.random.normal(jax.random.key(1), (count, 2, 32, 32, 3))
+    labels = jax.nn.one_hot(jnp.arange(count * 2).reshape(count, 2) % 3, 3)
+    return pictures, labels
+
+
+@pytest.mark.parametrize("trainable", ["head", "head,proj"])
+def test_the_gradient_is_that_of_the_loop_and_of_named_modules_only(params, trainable):
+    """A loop over records takes all gradients, and keeps the trained ones to clip."""
+    config, (pictures, labels) = FinetuneConfig(trainable=trainable), sets()
+    trained, frozen = config.split(params)
+    everything = jax.jit(jax.grad(loss_fn))
+    expected, norms = 0.0, []
+    for record in zip(pictures, labels, strict=True):
+        gradient = toy.flat(config.split(everything(params, *record, {}))[0])
+        norms.append(np.linalg.norm(gradient))
+        expected = expected + gradient * min(1.0, 0.1 / norms[-1])
+    gradient_fn = clipped_gradient(loss_fn, l2_clip_norm=0.1)
+    total, aux = jax.jit(gradient_fn)(trained, pictures, labels, frozen=frozen)
+    assert paths(total) == paths(trained)
+    np.testing.assert_allclose(toy.flat(total), expected, atol=1e-5)
+    np.testing.assert_allclose(aux.grad_norms, norms, rtol=1e-4)
+
+
+def test_frozen_parts_go_forward_only(params):
+    """Products beyond the forward pass are two for the head, and none is of images."""
+    trained, frozen = FinetuneConfig(trainable="head").split(params)
+    gradient_fn = clipped_gradient(loss_fn, l2_clip_norm=0.1)
+
+    def products(function, *args):
+        text = str(jax.make_jaxpr(function)(*args))
+        return len(re.findall(r"= (?:dot_general|conv_general_dilated)\[", text))
+
+    pictures, labels = sets()
+    forward = products(CONVNEXT.apply, params, pictures[0])
+    step = products(
+        lambda *args: gradient_fn(*args[:3], frozen=args[3]),
+        *(trained, pictures, labels, frozen),
+    )
+    whole = products(lambda *args: gradient_fn(*args, frozen={}), params, *sets())
+    assert forward <= step <= forward + 2
+    assert whole > 2 * forward  # the count does see gradients
+
+
+def test_resizing_on_the_device_is_that_of_the_cache():
+    """Pillow's pixels within 1 of 255, then the constants."""
+    small = data.load(data.DataConfig(resize=20)).train
+    assert small.image_shape == (20, 20, 1)
+    found = small.normalize(jnp.asarray(small.images[:5]))
+    for image, pixels in zip(small.images, np.asarray(found), strict=False):
+        large = Image.fromarray(image[..., 0]).resize(
+            (20, 20), Image.Resampling.BICUBIC
+        )
+        expected = (np.asarray(large) / 255 - 0.5) / 0.5
+        np.testing.assert_allclose(pixels[..., 0], expected, atol=2.01 / 255)
+    rgb = data.load(data.DataConfig(image_size=16, normalization="clip")).train
+    assert (rgb.mean, rgb.stddev) == (images.CLIP_MEAN, images.CLIP_STDDEV)
+    for options, message in (
+        ({"resize": -1}, "data.resize is -1: it must be in [0, 2048]"),
+        (
+            {"normalization": "x"},
+            "data.normalization is 'x': it must be dataset or clip",
+        ),
+    ):
+        with pytest.raises(UserError) as error:
+            data.DataConfig(**options)
+        assert str(error.value) == message
+    with pytest.raises(UserError, match="images of 1 channel.s. must be RGB"):
+        data.load(data.DataConfig(normalization="clip"))
+
+
+SHORT = {
+    "seed": 0,
+    "method.k_base": 1,
+    "method.k_self": 1,
+    "method.distinct_pairs": False,
+    "augmentation.max_shift": 1,
+    "augmentation.flip": False,
+    "performance.microbatch_size": 32,
+    "optimizer.ema_decay": 0.5,
+}
+CONVNEXT_FLAGS = SHORT | {
+    "data.name": "digits",
+    "data.image_size": 32,
+    "data.resize": 0,
+    "model.patch_size": 4,
+    "model.depths": towers.OPTIONS["convnext"]["depths"],
+    "model.features": towers.OPTIONS["convnext"]["features"],
+    "model.embedding_size": 8,
+    "privacy.expected_batch_size": 100,
+    "privacy.num_updates": 40,
+    "privacy.epsilon": 50.0,
+    "optimizer.learning_rate": 1.0,
+    "logging.eval_every": 40,
+}
+
+
+def load(config, flags):
+    return load_experiment(
+        [f"--config={config}", *(f"--config.{k}={v}" for k, v in flags.items())]
+    )
+
+
+@pytest.fixture
+def encoder(tmp_path):
+    path = tmp_path / "tower.safetensors"
+    safetensors.numpy.save_file(
+        towers.state(towers.fixture("convnext", "open_clip")), path
+    )
+    return path
+
+
+def test_a_head_on_a_frozen_convnext_learns_digits(tmp_path, encoder):
+    """From a file of open_clip, end to end; the statement names it."""
+    flags = CONVNEXT_FLAGS | {"finetune.encoder": encoder}
+    config = load("configs/convnext_base.py", flags)
+    workdir = Workdir(tmp_path / "run")
+    assert experiment.run(config, workdir) == 0
+    assert workdir.results()["test_accuracy"] > 0.2
+    weights = safetensors.numpy.load_file(workdir.path / "model.safetensors")
+    assert weights["params/params/head/kernel"].shape == (8, 10)
+    assert not any("encoder" in name for name in weights)
+    said = " ".join((workdir.path / "PRIVACY.md").read_text().split())
+    assert "began from the weights in tower.safetensors (sha256" in said
+    assert "of which head were trained" in said
+    # Other weights must not meet the same noise.
+    state = {k: v * 2 for k, v in safetensors.numpy.load_file(encoder).items()}
+    before = experiment.data_digest(data.load(config.data).train, None, config.finetune)
+    safetensors.numpy.save_file(state, encoder)
+    after = experiment.data_digest(data.load(config.data).train, None, config.finetune)
+    assert before != after
+
+
+def random_vit(path, size, options):
+    """Writes weights as a run does, strong enough that images differ in them."""
+    module = models.create("vit", 37, **options)
+    shapes = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, *size, 3)))
+    rng = np.random.default_rng(0)
+
+    def draw(keys, leaf):
+        scale = np.prod(leaf.shape[:-1]) ** -0.5 if len(leaf.shape) > 1 else 0.1
+        drawn = rng.normal(size=leaf.shape) * scale
+        return (drawn + ("scale" in str(keys[-1]))).astype(np.float32)
+
+    drawn = jax.tree_util.tree_map_with_path(draw, shapes)
+    safetensors.numpy.save_file({f"ema_params/{k}": v for k, v in named(drawn)}, path)
+
+
+def named(tree):
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        yield jax.tree_util.keystr(path, simple=True, separator="/"), leaf
+
+
+def test_the_end_of_a_vit_on_pets(tmp_path, monkeypatch):
+    """Weights of another run, but for its head; the last block is trained as well."""
+    monkeypatch.setenv("DPMIX_JAX_CACHE", str(tmp_path / "cache"))
+    root = tmp_path / "oxford-iiit-pet"
+    files.put(root, files.pet_members(count=12))
+    options = {
+        "patch_size": 8,
+        "width": 16,
+        "depth": 2,
+        "heads": 2,
+        "embedding_size": 8,
+    }
+    random_vit(tmp_path / "model.safetensors", (16, 16), options)
+    flags = SHORT | {
+        "data.path": root,
+        "data.image_size": 16,
+        "finetune.weights": tmp_path / "model.safetensors",
+        "finetune.skip": "head",
+        "finetune.trainable": "head,ln_post,block_1",
+        "privacy.expected_batch_size": 10,
+        "privacy.num_updates": 3,
+        **{f"model.{key}": value for key, value in options.items()},
+    }
+    config = load("configs/vit_b16.py:oxford_iiit_pet-8", flags)
+    workdir = Workdir(tmp_path / "run")
+    assert experiment.run(config, workdir) == 0
+    weights = safetensors.numpy.load_file(workdir.path / "model.safetensors")
+    modules = {name.split("/")[3] for name in weights if "/encoder/" in name}
+    assert modules == {"ln_post", "block_1"}
+    assert any("/head/" in name for name in weights)
+    facts = json.loads((workdir.path / "privacy.json").read_text())
+    assert "model.safetensors (sha256" in facts["public_data"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"finetune.encoder": "no.pt"}, "weights are no.pt: it must be a file, for"),
+        ({"finetune.encoder": "README.md"}, "weights are README.md: it must be"),
+        ({"finetune.weights": "no.st"}, "weights are no.st: it must be a file, the"),
+        ({"finetune.trainable": "tail"}, "finetune.trainable has 'tail': it must be"),
+    ],
+)
+def test_mistakes_are_told_before_anything_is_written(tmp_path, flags, message):
+    config = load("configs/convnext_base.py", CONVNEXT_FLAGS | flags)
+    with pytest.raises(UserError, match=re.escape(message)):
+        experiment.run(config, Workdir(tmp_path / "run"))
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
+    flags = {"finetune.encoder": "README.md"}
+    config = load("configs/digits.py", flags)
+    with pytest.raises(UserError, match="a model without an encoder, such as wrn"):
+        Model(config, data.load(config.data).train)
