@@ -54,8 +54,7 @@ def clipped_gradient(
     Raises:
       UserError: if `l2_clip_norm` is out of that range.
     """
-    if not 1e-10 <= l2_clip_norm <= 1e10:  # far from where float32 squares vanish
-        raise UserError(f"l2_clip_norm is {l2_clip_norm}: it must be in [1e-10, 1e10]")
+    check_clip_norm(l2_clip_norm)
     value_and_gradient = conv.fast_convolutions(
         jax.value_and_grad(loss_fn), formulation=convolutions
     )
@@ -79,9 +78,7 @@ def clipped_gradient(
     ):
         size = jax.tree.leaves(records)[0].shape[0]
         if size == 0:  # jax_privacy refuses it, yet Poisson sampling draws it
-            none = jnp.zeros((0,), jnp.float32)
-            zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
-            return zeros, clipping.AuxiliaryOutput(none, none, None)
+            return sum_of_no_records(params)
         if is_padding_example is None:
             is_padding_example = jnp.zeros((size,), bool)
         total, (values, norms) = inner(
@@ -92,3 +89,16 @@ def clipped_gradient(
     return clipping.BoundedSensitivityCallable(
         sum_of_clipped_gradients, inner.l2_norm_bound, has_aux=True
     )
+
+
+def check_clip_norm(l2_clip_norm: float) -> None:
+    """Raises `UserError` where squares of float32 might vanish or overflow."""
+    if not 1e-10 <= l2_clip_norm <= 1e10:
+        raise UserError(f"l2_clip_norm is {l2_clip_norm}: it must be in [1e-10, 1e10]")
+
+
+def sum_of_no_records(params: PyTree) -> tuple[PyTree, clipping.AuxiliaryOutput]:
+    """Returns the sum over an empty batch, and its empty values and norms."""
+    none = jnp.zeros((0,), jnp.float32)
+    zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
+    return zeros, clipping.AuxiliaryOutput(none, none, None)
