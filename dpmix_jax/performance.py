@@ -14,6 +14,7 @@ from dpmix_jax import conv
 from dpmix_jax.errors import UserError
 
 PRECISIONS = ("float32", "tensorfloat32", "bfloat16")
+CLIPPINGS = ("instantiate", "ghost")
 PLACES = ("auto", "device", "host")
 _GIB = 2**30
 _SHARE = 0.9  # of the memory of an accelerator; compilers underestimate a little
@@ -33,6 +34,8 @@ class PerformanceConfig:
         Parameters, clipping, sums and noise are float32 whatever it is.
       convolutions: how per-record gradients of convolutions are computed, see
         `conv.fast_convolutions`.
+      clipping: `instantiate` forms every record's gradient, `ghost` the norms only and
+        then one gradient of all, see `ghost.ghost_clipped_gradient`; in float32 only.
       dataset_on: where the training set lives: `device`, `host` (records are read
         ahead, a few microbatches at a time), or `auto`, on the device if, with the
         public images, it takes no more than a quarter of its memory. Public images
@@ -43,6 +46,7 @@ class PerformanceConfig:
     memory_gib: float = 0.0
     precision: str = "float32"
     convolutions: str = "auto"
+    clipping: str = "instantiate"
     dataset_on: str = "auto"
 
     def __post_init__(self):
@@ -66,6 +70,7 @@ class PerformanceConfig:
         for name, allowed in (
             ("precision", PRECISIONS),
             ("convolutions", conv.FORMULATIONS),
+            ("clipping", CLIPPINGS),
             ("dataset_on", PLACES),
         ):
             if getattr(self, name) not in allowed:
@@ -73,6 +78,11 @@ class PerformanceConfig:
                     f"performance.{name} is {getattr(self, name)!r}: it must be one of"
                     f" {', '.join(allowed)}"
                 )
+        if self.clipping == "ghost" and self.precision != "float32":
+            raise UserError(
+                "performance.clipping is 'ghost': performance.precision must be"
+                f" float32 then, it is {self.precision}"
+            )
 
     def check_devices(self, num_devices: int) -> None:
         """Raises `UserError` if microbatches do not divide over the devices."""

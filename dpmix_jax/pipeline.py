@@ -9,6 +9,7 @@ from flax.errors import FlaxError
 
 from dpmix_jax import (
     bank,
+    ghost,
     gradients,
     mixup,
     models,
@@ -22,6 +23,11 @@ from dpmix_jax.data import Records
 from dpmix_jax.errors import UserError
 
 PyTree = Any
+
+CLIPPED_GRADIENTS = {
+    "instantiate": gradients.clipped_gradient,
+    "ghost": ghost.ghost_clipped_gradient,
+}
 
 
 class Model:
@@ -106,7 +112,8 @@ class Pipeline:
             logits = model.logits(params, images)
             return optax.softmax_cross_entropy(logits, labels).mean()
 
-        gradient_fn = gradients.clipped_gradient(
+        transform = CLIPPED_GRADIENTS[config.performance.clipping]
+        gradient_fn = transform(
             loss_fn,
             l2_clip_norm=config.privacy.l2_clip_norm,
             convolutions=config.performance.convolutions,
