@@ -59,8 +59,8 @@ def ghost_clipped_gradient(
     Formal guarantees:
       - Record i's term depends on record i and the parameters alone.
       - Every record's term has L2 norm at most `l2_clip_norm`, up to the float32
-        rounding of a forward and backward pass: the norm and the term come from two of
-        them. Adding or removing a record moves the sum by at most
+        rounding of a forward and backward pass, for the norm and the term come from two
+        of them. Adding or removing a record moves the sum by at most
         `.sensitivity(ADD_OR_REMOVE_ONE)`, and replacing one by at most
         `.sensitivity(REPLACE_ONE)`, twice as much.
       - This holds for records that are NaN, infinite or huge: one whose loss or norm
