@@ -364,7 +364,7 @@ def _interpret(jaxpr: core.Jaxpr, consts, args, formulation: str) -> list[Any]:
                 name: _rewrite(value, formulation)
                 for name, value in equation.params.items()
             }
-            outputs = bind(equation, inputs, params)
+            outputs = list(bind(equation, inputs, params))
         values.update(zip(equation.outvars, outputs, strict=True))
     return [read(atom) for atom in jaxpr.outvars]
 

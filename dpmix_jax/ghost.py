@@ -33,6 +33,7 @@ from dpmix_jax.errors import UserError
 from dpmix_jax.gradients import check_clip_norm, sum_of_no_records
 
 PyTree = Any
+Source = tuple[Any, int]  # an equation, and which of its outputs
 
 # Of (sum_t |a_t| |g_t|)^2, by which rounding may move the sum over t, t': four times
 # what was seen, with and without cancellation, at up to 2,000 positions.
@@ -70,8 +71,9 @@ def ghost_clipped_gradient(
         are refused.
       - No ghost norm is below the norm of the product of its layer's factors by more
         than float32 rounding of a sum of squares, however much cancels in it: it is
-        raised by as much as rounding can hide, 2.4e-7 (sum_t |a_t| |g_t|)^2 in squares.
-        (With factors that do not cancel the norm grows by a share of about 1e-7 T.)
+        raised by what rounding can hide, 4.8e-7 (sum_t |a_t| |g_t|)^2 in squares. (By a
+        share of 2.4e-7 T for T factors of one length that are at right angles; records
+        in which terms a thousand times as long cancel are clipped too much.)
     The second output, per-record losses and gradient norms before the clip, is not
     private.
 
@@ -175,7 +177,9 @@ def _check_width(jaxpr: core.Jaxpr) -> None:
     """Raises `UserError` for floats narrower than float32 anywhere."""
     for var in (*jaxpr.invars, *(v for eqn in jaxpr.eqns for v in eqn.outvars)):
         dtype = getattr(var.aval, "dtype", None)
-        if jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize < 4:
+        if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+            continue
+        if dtype.itemsize < 4:
             raise UserError(
                 f"the loss computes in {dtype}: ghost clipping needs float32, for its"
                 " two passes to round alike"
@@ -307,10 +311,10 @@ def _interpret(
     def read(atom):
         return values[atom] if _is_variable(atom) else atom.val
 
-    sources = {k: _source(jaxpr, k) for k in norms}
+    sources: dict[int, Source | None] = {k: _source(jaxpr, k) for k in norms}
     inside: dict[int, set[int]] = collections.defaultdict(set)
     wanted = [var for k, var in enumerate(jaxpr.outvars) if sources.get(k) is None]
-    for equation, position in filter(None, sources.values()):
+    for equation, position in [s for s in sources.values() if s is not None]:
         if equation.primitive.name in _BODIES:
             inside[id(equation)].add(position)
             wanted.append(equation.outvars[position])
@@ -325,11 +329,11 @@ def _interpret(
         values.update(zip(equation.outvars, outputs, strict=True))
 
     def output(k):
-        if k not in sources:
-            return read(jaxpr.outvars[k])
-        if sources[k] is None:
-            return _sum_of_squares(read(jaxpr.outvars[k]))
-        equation, position = sources[k]
+        source = sources.get(k)
+        if source is None:
+            value = read(jaxpr.outvars[k])
+            return _sum_of_squares(value) if k in sources else value
+        equation, position = source
         if equation.primitive.name in _BODIES:  # of a scan one for each round
             return jnp.sum(read(equation.outvars[position]))
         return _squared_norm(*_factors(equation, *map(read, equation.invars)))
@@ -337,7 +341,7 @@ def _interpret(
     return [output(k) for k in range(len(jaxpr.outvars))]
 
 
-def _source(jaxpr: core.Jaxpr, k: int) -> tuple[Any, int] | None:
+def _source(jaxpr: core.Jaxpr, k: int) -> Source | None:
     """Finds the equation that makes the numbers of output k, and which of its outputs.
 
     Returns:
@@ -347,7 +351,8 @@ def _source(jaxpr: core.Jaxpr, k: int) -> tuple[Any, int] | None:
     producers = {var: eqn for eqn in jaxpr.eqns for var in eqn.outvars}
     atoms = (*jaxpr.outvars, *(a for e in jaxpr.eqns for a in e.invars))
     uses = collections.Counter(filter(_is_variable, atoms))
-    var, alone = jaxpr.outvars[k], True
+    var: Any = jaxpr.outvars[k]
+    alone = True
     while _is_variable(var) and var in producers:
         equation, alone = producers[var], alone and uses[var] == 1
         name, position = equation.primitive.name, equation.outvars.index(var)
@@ -356,9 +361,10 @@ def _source(jaxpr: core.Jaxpr, k: int) -> tuple[Any, int] | None:
         if name in _BODIES:
             carried = equation.params.get("num_carry", 0)  # what scan adds up
             return (equation, position) if alone and position >= carried else None
-        if name not in _LAYOUT or equation.invars[0].aval.size != var.aval.size:
+        source: Any = equation.invars[0] if name in _LAYOUT else None
+        if source is None or source.aval.size != var.aval.size:
             return None
-        var = equation.invars[0]
+        var = source
     return None
 
 
@@ -400,6 +406,7 @@ def _inlined(closed: core.ClosedJaxpr, *args: Any) -> list[Any]:
 
     for equation in closed.jaxpr.eqns:
         inputs = [read(atom) for atom in equation.invars]
+        outputs: Sequence[Any]
         if equation.primitive.name in _CALLS:
             outputs = _inlined(equation.params["jaxpr"], *inputs)
         else:
