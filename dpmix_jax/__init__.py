@@ -8,6 +8,7 @@ labels)`. Axes: B records, K members of an augmentation set, H W C image, O clas
     mixup      the augmentation set of one record          -> [K,H,W,C], [K,O]
     conv       convolutions whose per-record gradients are fast, in any model
     gradients  loss -> clipped sum of per-record gradients, with its sensitivity
+    ghost      the same from norms alone, without per-record gradients
     privacy    (epsilon, delta) <-> noise multiplier, and the noise
     sampling   the Poisson batch of a step, and keys
 
@@ -19,6 +20,7 @@ from dpmix_jax.augment import AugmentationConfig, random_view, views
 from dpmix_jax.bank import Bank, make_bank
 from dpmix_jax.conv import fast_convolutions
 from dpmix_jax.errors import UserError
+from dpmix_jax.ghost import ghost_clipped_gradient
 from dpmix_jax.gradients import clipped_gradient
 from dpmix_jax.mixup import (
     MethodConfig,
@@ -56,6 +58,7 @@ __all__ = [
     "calibrate",
     "clipped_gradient",
     "fast_convolutions",
+    "ghost_clipped_gradient",
     "group_set",
     "make_bank",
     "microbatches",

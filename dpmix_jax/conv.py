@@ -107,9 +107,9 @@ def _products(conv, shape, lhs, rhs, *, formulation: str) -> jax.Array:
 
 def _shifted(conv, taps: Sequence[int], images, gradients) -> jax.Array:
     """For each tap, the product of a shifted slice of the images with the gradients."""
-    images = _pad(images, conv["padding"])
+    images = pad(images, conv["padding"])
     found = [
-        _dot(conv, _window(conv, images, tap, gradients.shape[1:-1]), gradients)
+        _dot(conv, window(conv, images, tap, gradients.shape[1:-1]), gradients)
         for tap in itertools.product(*map(range, taps))
     ]
     return jnp.stack(found).reshape(*taps, *found[0].shape)
@@ -130,16 +130,16 @@ def _rows(conv, taps: Sequence[int], images, gradients) -> jax.Array:
     groups = conv["batch_group_count"]
     wide = jnp.stack(  # [c, *window, groups, row, o of the group]
         [
-            _pad(gradients, [*kept, (shift, width - used[-2] - shift)]).reshape(
+            pad(gradients, [*kept, (shift, width - used[-2] - shift)]).reshape(
                 *used[:-2], width, groups, -1
             )
             for shift in shifts
         ],
         axis=-2,
     ).reshape(*used[:-2], width, -1)
-    images = _pad(images, [*above, (0, 0)])
+    images = pad(images, [*above, (0, 0)])
     found = [
-        _dot(conv, _window(conv, images, (*tap, 0), wide.shape[1:-1]), wide)
+        _dot(conv, window(conv, images, (*tap, 0), wide.shape[1:-1]), wide)
         for tap in itertools.product(*map(range, rows))
     ]
     products = jnp.stack(found).reshape(*rows, -1, groups, row, used[-1] // groups)
@@ -152,11 +152,11 @@ def _flat(conv, taps: Sequence[int], images, gradients) -> jax.Array:
     With rows of images and gradients padded to one pitch a shift is an offset, and the
     gradients' zeros cancel what wraps.
     """
-    images = _pad(images, conv["padding"])
+    images = pad(images, conv["padding"])
     pitch = images.shape[1:-1]
     spread = gradients.shape[1:-1]
     room = [(0, whole - used) for whole, used in zip(pitch, spread, strict=True)]
-    gradients = _pad(gradients, room).reshape(-1, gradients.shape[-1])
+    gradients = pad(gradients, room).reshape(-1, gradients.shape[-1])
     images = images.reshape(-1, images.shape[-1])
     strides = [math.prod(pitch[axis + 1 :]) for axis in range(len(pitch))]
     found = []
@@ -167,13 +167,13 @@ def _flat(conv, taps: Sequence[int], images, gradients) -> jax.Array:
     return jnp.stack(found).reshape(*taps, *found[0].shape)
 
 
-def _pad(array: jax.Array, pads: Sequence[tuple[int, int]]) -> jax.Array:
+def pad(array: jax.Array, pads: Sequence[tuple[int, int]]) -> jax.Array:
     """Pads the middle axes of [c, *space, n] with zeros; negative pads crop."""
     config = [(0, 0, 0), *((low, high, 0) for low, high in pads), (0, 0, 0)]
     return lax.pad(array, jnp.zeros((), array.dtype), config)
 
 
-def _window(conv, images, tap: Sequence[int], spread: Sequence[int]) -> jax.Array:
+def window(conv, images, tap: Sequence[int], spread: Sequence[int]) -> jax.Array:
     """Slices the pixels that a tap meets, for gradients of shape [c, *spread, o]."""
     start = [i * s for i, s in zip(tap, conv["window_strides"], strict=True)]
     stop = [
@@ -364,12 +364,17 @@ def _interpret(jaxpr: core.Jaxpr, consts, args, formulation: str) -> list[Any]:
                 name: _rewrite(value, formulation)
                 for name, value in equation.params.items()
             }
-            params = equation.primitive.get_bind_params(params)
-            with equation.ctx.manager:
-                found = equation.primitive.bind(*inputs, **params)
-            outputs = found if equation.primitive.multiple_results else [found]
+            outputs = list(bind(equation, inputs, params))
         values.update(zip(equation.outvars, outputs, strict=True))
     return [read(atom) for atom in jaxpr.outvars]
+
+
+def bind(equation, inputs: Sequence[Any], params: dict[str, Any]) -> Sequence[Any]:
+    """Evaluates an equation of a jaxpr with these inputs and parameters."""
+    params = equation.primitive.get_bind_params(params)
+    with equation.ctx.manager:
+        found = equation.primitive.bind(*inputs, **params)
+    return found if equation.primitive.multiple_results else [found]
 
 
 def _rewrite(param: Any, formulation: str) -> Any:
@@ -395,13 +400,14 @@ def _has_convolution(jaxpr: core.Jaxpr, *, grouped: bool = False) -> bool:
         if equation.primitive.name == "conv_general_dilated":
             counts = ("feature_group_count", "batch_group_count")
             return not grouped or any(equation.params[name] > 1 for name in counts)
-        inner = _inner(equation.params)
+        inner = inner_jaxprs(equation.params)
         return any(_has_convolution(jaxpr, grouped=grouped) for jaxpr in inner)
 
     return any(map(found, jaxpr.eqns))
 
 
-def _inner(params: dict[str, Any]):
+def inner_jaxprs(params: dict[str, Any]):
+    """Yields the jaxprs among the parameters of an equation."""
     for value in params.values():
         for item in value if isinstance(value, (tuple, list)) else [value]:
             if isinstance(item, core.ClosedJaxpr):

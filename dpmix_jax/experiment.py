@@ -205,17 +205,18 @@ class _Run:
     def train(self, stop) -> bool:
         """Does the updates that are left; returns False if stopped before the last."""
         num_updates = self.config.privacy.num_updates
-        begun = self.checkpoints.latest_step() is not None
-        if self.config.pretrain.num_updates and not begun and not self._pretrain(stop):
-            return False
-        self.state = self.checkpoints.restore(self.state)
-        first = int(self.state.step)
-        self.workdir.keep_metrics(first)
-        if self.forgotten and first < num_updates:
+        first = self.checkpoints.latest_step()
+        if self.forgotten and first != num_updates:
             raise UserError(
                 f"workdir {self.workdir.path} has lost the checkpoint of its last"
                 " update: use another --workdir"
             )
+        pretrains = self.config.pretrain.num_updates > 0 and first is None
+        if pretrains and not self._pretrain(stop):
+            return False
+        self.state, first = self.checkpoints.restore(self.state), first or 0
+        shutil.rmtree(self.workdir.path / "pretraining", ignore_errors=True)
+        self.workdir.keep_metrics(first)
         if first:
             say(f"going on after update {first}")
         size = self.pipeline.microbatch_size()
@@ -258,7 +259,6 @@ class _Run:
         params = jax.tree.map(jnp.copy, state.params)
         self.state = self.state._replace(params=params, ema_params=state.params)
         self.checkpoints.save(self.state)
-        shutil.rmtree(self.workdir.path / "pretraining")
         return True
 
     def _updates(self, microbatch_size: int, progress: Progress, stop) -> None:
@@ -331,9 +331,8 @@ class _Run:
             num_records=len(self.dataset.train),
             images_per_record=config.method.set_size,
             secret_seed=config.seed is None,
-            group_size=config.method.group_size
-            if config.method.mixes_records
-            else None,
+            sensitivity=self.pipeline.sensitivity,
+            num_groups=self.pipeline.num_groups,
             public_data=self._public_data(),
         )
         text = statement.statement(facts)
@@ -374,6 +373,7 @@ class _Run:
             self.public,
             config.method.num_public,
             config.pretrain.num_updates,
+            checked=not (config.public and config.public.is_other_half(config.data)),
         )
         said = [images] if config.public else []
         return "; ".join([*said, config.finetune.describe()]).strip("; ") or "none"

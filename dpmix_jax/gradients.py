@@ -18,7 +18,6 @@ def clipped_gradient(
     *,
     l2_clip_norm: float,
     convolutions: str = "auto",
-    records_share_terms: bool = False,
 ) -> clipping.BoundedSensitivityCallable:
     """Transforms a loss into the clipped sum of its per-record gradients.
 
@@ -36,10 +35,6 @@ def clipped_gradient(
         that are not finite count as 0.
       - Padding contributes exactly 0.
       - The sum is formed in float32.
-      - With `records_share_terms`, where each "record" above is a group of records and
-        no record is in two, every sensitivity is twice as much: a record that joins or
-        leaves its group takes that group's term from one vector of norm at most C to
-        another.
     The second output, per-record losses and gradient norms before the clip, is not
     private.
 
@@ -49,9 +44,6 @@ def clipped_gradient(
       l2_clip_norm: C, in [1e-10, 1e10].
       convolutions: how per-record gradients of convolutions are computed, see
         `conv.fast_convolutions`; changes speed and float rounding only.
-      records_share_terms: the leading axis of what comes in is of groups of records,
-        as of `mixup.group_set`. Which group a record is in must not depend on the other
-        records.
 
     Returns:
       `f(params, *records, is_padding_example=None, frozen=None) -> (sum, aux)`: each
@@ -65,8 +57,7 @@ def clipped_gradient(
     Raises:
       UserError: if `l2_clip_norm` is out of that range.
     """
-    if not 1e-10 <= l2_clip_norm <= 1e10:  # far from where float32 squares vanish
-        raise UserError(f"l2_clip_norm is {l2_clip_norm}: it must be in [1e-10, 1e10]")
+    check_clip_norm(l2_clip_norm)
     value_and_gradient = conv.fast_convolutions(
         jax.value_and_grad(loss_fn), formulation=convolutions
     )
@@ -93,9 +84,7 @@ def clipped_gradient(
     ):
         size = jax.tree.leaves(records)[0].shape[0]
         if size == 0:  # jax_privacy refuses it, yet Poisson sampling draws it
-            none = jnp.zeros((0,), jnp.float32)
-            zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
-            return zeros, clipping.AuxiliaryOutput(none, none, None)
+            return sum_of_no_records(params)
         if is_padding_example is None:
             is_padding_example = jnp.zeros((size,), bool)
         total, (values, norms) = inner(
@@ -106,7 +95,43 @@ def clipped_gradient(
         )
         return total, clipping.AuxiliaryOutput(values, norms, None)
 
-    per_record = 2 if records_share_terms else 1
     return clipping.BoundedSensitivityCallable(
-        sum_of_clipped_gradients, per_record * inner.l2_norm_bound, has_aux=True
+        sum_of_clipped_gradients, inner.l2_norm_bound, has_aux=True
     )
+
+
+def with_shared_terms(
+    gradient_fn: clipping.BoundedSensitivityCallable,
+) -> clipping.BoundedSensitivityCallable:
+    """Says what one record can do where terms are of groups of records.
+
+    Replacing a member moves its group's term by 2 C at most, and yet
+    `.sensitivity(REPLACE_ONE)` is 4 C: under Poisson sampling the accountant compares
+    a batch with the record to one without it and to one with the other record, and
+    takes half of this number for either step.
+
+    Formal guarantees:
+      - If no record is in two groups, and its group depends on no other record, every
+        sensitivity is twice that of `gradient_fn`: a record that joins or leaves takes
+        its group's term from one vector of norm at most C to another.
+
+    Args:
+      gradient_fn: from `clipped_gradient`, to be called with sets of groups, such as
+        those of `mixup.group_set`.
+    """
+    return clipping.BoundedSensitivityCallable(
+        gradient_fn, 2 * gradient_fn.l2_norm_bound, has_aux=True
+    )
+
+
+def check_clip_norm(l2_clip_norm: float) -> None:
+    """Raises `UserError` where squares of float32 might vanish or overflow."""
+    if not 1e-10 <= l2_clip_norm <= 1e10:
+        raise UserError(f"l2_clip_norm is {l2_clip_norm}: it must be in [1e-10, 1e10]")
+
+
+def sum_of_no_records(params: PyTree) -> tuple[PyTree, clipping.AuxiliaryOutput]:
+    """Returns the sum over an empty batch, and its empty values and norms."""
+    none = jnp.zeros((0,), jnp.float32)
+    zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
+    return zeros, clipping.AuxiliaryOutput(none, none, None)

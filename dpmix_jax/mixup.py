@@ -43,7 +43,8 @@ class MethodConfig:
         the views; only `dp_mix_diff` and `pure_dp_mix_diff` use it.
       draw: of public images: `uniform` over all, or `class` for those of the record's
         class (see `bank.draw_rows` for why that is safe).
-      group_size: m, records of a group on average; only `microbatch_mixup` uses it.
+      group_size: m; `microbatch_mixup` divides a batch into B / m groups, which differ
+        in size.
       alpha: a mixing weight is drawn from Beta(alpha, alpha).
       distinct_pairs: a pair is two different members of the pool. If False it may be
         twice the same member, which makes the mixup that member again.
@@ -294,8 +295,9 @@ def group_set(
 
     The naive mixup of Zhang et al. (2018) under DP-SGD with microbatches (DP-Mix,
     Section 3): every view of a record is mixed with a view of another record of the
-    group. The gradient of the whole group is then one term and clipped once, so each
-    record touches one term, but owns none: see `gradients.clipped_gradient`.
+    group, if there is one. The gradient of the whole group is then one term and clipped
+    once, so each record touches one term, but owns none: see
+    `gradients.with_shared_terms`.
 
     Formal guarantees (of the returned function):
       - The set depends on the records of this group and their keys alone; what is in

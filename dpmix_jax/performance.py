@@ -14,6 +14,7 @@ from dpmix_jax import conv
 from dpmix_jax.errors import UserError
 
 PRECISIONS = ("float32", "tensorfloat32", "bfloat16")
+CLIPPINGS = ("instantiate", "ghost")
 PLACES = ("auto", "device", "host")
 _GIB = 2**30
 _SHARE = 0.9  # of the memory of an accelerator; compilers underestimate a little
@@ -33,6 +34,8 @@ class PerformanceConfig:
         Parameters, clipping, sums and noise are float32 whatever it is.
       convolutions: how per-record gradients of convolutions are computed, see
         `conv.fast_convolutions`.
+      clipping: `instantiate` forms every record's gradient, `ghost` the norms only and
+        then one gradient of all, see `ghost.ghost_clipped_gradient`; in float32 only.
       dataset_on: where the training set lives: `device`, `host` (records are read
         ahead, a few microbatches at a time), or `auto`, on the device if, with the
         public images, it takes no more than a quarter of its memory. Public images
@@ -43,6 +46,7 @@ class PerformanceConfig:
     memory_gib: float = 0.0
     precision: str = "float32"
     convolutions: str = "auto"
+    clipping: str = "instantiate"
     dataset_on: str = "auto"
 
     def __post_init__(self):
@@ -66,6 +70,7 @@ class PerformanceConfig:
         for name, allowed in (
             ("precision", PRECISIONS),
             ("convolutions", conv.FORMULATIONS),
+            ("clipping", CLIPPINGS),
             ("dataset_on", PLACES),
         ):
             if getattr(self, name) not in allowed:
@@ -73,6 +78,11 @@ class PerformanceConfig:
                     f"performance.{name} is {getattr(self, name)!r}: it must be one of"
                     f" {', '.join(allowed)}"
                 )
+        if self.clipping == "ghost" and self.precision != "float32":
+            raise UserError(
+                "performance.clipping is 'ghost': performance.precision must be"
+                f" float32 then, it is {self.precision}"
+            )
 
     def check_devices(self, num_devices: int) -> None:
         """Raises `UserError` if microbatches do not divide over the devices."""
@@ -110,6 +120,7 @@ def largest_microbatch(
     *,
     expected_batch_size: float,
     num_devices: int,
+    step: int = 1,
     memory_gib: float = 0.0,
 ) -> int:
     """Picks the largest microbatch that fits the memory of a device.
@@ -121,6 +132,7 @@ def largest_microbatch(
       bytes_needed: memory of one device for a microbatch size.
       expected_batch_size: B.
       num_devices: the result is a multiple of it.
+      step: and of this, the records that a device must take together.
       memory_gib: budget of one device; 0 takes 0.9 of an accelerator's memory, or half
         of the host's, shared by its devices.
 
@@ -128,17 +140,18 @@ def largest_microbatch(
       UserError: if not even one record a device fits.
     """
     budget = memory_gib * _GIB or _device_bytes(num_devices)
-    one, two = bytes_needed(num_devices), bytes_needed(2 * num_devices)
+    least = num_devices * step
+    one, two = bytes_needed(least), bytes_needed(2 * least)
     each = max(two - one, 1)
     fit = 1 + math.floor((budget - one) / each)
     if fit < 1:
         raise UserError(
-            f"one record a device needs {one / _GIB:.2f} GiB, the budget is"
+            f"{step} record(s) a device need {one / _GIB:.2f} GiB, the budget is"
             f" {budget / _GIB:.2f} GiB: use a smaller model or fewer images a record,"
             " or raise performance.memory_gib"
         )
-    most = math.ceil((expected_batch_size + 3 * expected_batch_size**0.5) / num_devices)
-    return min(fit, most) * num_devices
+    most = math.ceil((expected_batch_size + 3 * expected_batch_size**0.5) / least)
+    return min(fit, most) * least
 
 
 def _device_bytes(num_devices: int) -> float:

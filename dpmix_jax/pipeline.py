@@ -8,10 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax.errors import FlaxError
+from jax.sharding import NamedSharding, PartitionSpec
 
 from dpmix_jax import (
     bank,
     finetune,
+    ghost,
     gradients,
     mixup,
     models,
@@ -26,6 +28,11 @@ from dpmix_jax.data import Records
 from dpmix_jax.errors import UserError
 
 PyTree = Any
+
+CLIPPED_GRADIENTS = {
+    "instantiate": gradients.clipped_gradient,
+    "ghost": ghost.ghost_clipped_gradient,
+}
 
 
 class Model:
@@ -95,6 +102,7 @@ class Pipeline:
       record_set: from `augmentation_set`.
       accumulate: adds a microbatch to the sum over a batch.
       update: takes the sum to the next state.
+      sensitivity: of the clipped sum, which the noise is scaled by.
       state: before the first update, of the parameters that are trained.
 
     Args:
@@ -130,13 +138,14 @@ class Pipeline:
             return optax.softmax_cross_entropy(logits, labels).mean()
 
         self._loss_fn, self._normalize = loss_fn, records.normalize
-        gradient_fn = gradients.clipped_gradient(
+        transform = CLIPPED_GRADIENTS[config.performance.clipping]
+        gradient_fn = transform(
             loss_fn,
             l2_clip_norm=config.privacy.l2_clip_norm,
             convolutions=config.performance.convolutions,
-            records_share_terms=config.method.mixes_records,
         )
         if config.method.mixes_records:
+            gradient_fn = gradients.with_shared_terms(gradient_fn)
             self.record_set = mixup.group_set(config.method, config.augmentation)
         else:
             self.record_set = mixup.augmentation_set(
@@ -162,6 +171,7 @@ class Pipeline:
             frozen=frozen,
             on_device=config.performance.keeps_on_device(num_bytes, self.mesh.size),
         )
+        self.sensitivity = gradient_fn.sensitivity(config.privacy.relation)
         optimizer = optax.chain(
             privacy.privatizer(
                 gradient_fn,
@@ -186,6 +196,7 @@ class Pipeline:
         """Goes on with `pretraining.pretrain` on the public images."""
         bank = self.accumulate.bank
         assert bank is not None  # the config has seen to it
+        state = jax.device_put(state, NamedSharding(self.mesh, PartitionSpec()))
         return pretraining.pretrain(
             state,
             self._loss_fn,
@@ -207,9 +218,17 @@ class Pipeline:
         """Returns indices of nothing, of the shape that a microbatch usually has."""
         if self.num_groups is None:
             return np.full(microbatch_size, -1)
-        capacity = sampling.group_capacity(2 * self._config.method.group_size)
-        groups = sampling.groups_at_once(microbatch_size, capacity, self.mesh.size)
-        return np.full((groups, capacity), -1)
+        groups = sampling.groups_at_once(
+            microbatch_size, self._capacity, self.mesh.size
+        )
+        return np.full((groups, self._capacity), -1)
+
+    @property
+    def _capacity(self) -> int:
+        """Places of a large group, or 1 without groups."""
+        if self.num_groups is None:
+            return 1
+        return sampling.group_capacity(2 * self._config.method.group_size)
 
     def batches(self, microbatch_size: int) -> Callable[[int], list[np.ndarray]]:
         """Returns the function from an update to its microbatches."""
@@ -231,5 +250,6 @@ class Pipeline:
             self.bytes_needed,
             expected_batch_size=self._config.privacy.expected_batch_size,
             num_devices=self.mesh.size,
+            step=self._capacity,
             memory_gib=self._config.performance.memory_gib,
         )

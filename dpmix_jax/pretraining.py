@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from dpmix_jax import augment, training
@@ -85,10 +86,13 @@ def pretrain(
     """
     update = training.make_update(config.build(), ema_decay=0.0)
     num_classes = bank.ends.shape[0] - 1
+    # An argument, no constant: compiled code is cached on disk.
+    words = np.asarray(jax.random.key_data(key))
 
     @jax.jit
-    def gradient(params, frozen, step, bank):
-        row_key, view_key = jax.random.split(jax.random.fold_in(key, step))
+    def gradient(params, frozen, step, bank, words):
+        key = jax.random.fold_in(jax.random.wrap_key_data(words), step)
+        row_key, view_key = jax.random.split(key)
         rows = draw_rows(
             row_key, jnp.zeros(num_classes), bank, config.batch_size, draw="uniform"
         )
@@ -103,6 +107,6 @@ def pretrain(
         return jax.value_and_grad(loss_fn)(params, views, targets, frozen)
 
     for _ in range(int(state.step), config.num_updates):
-        loss, gradients = gradient(state.params, frozen, state.step, bank)
+        loss, gradients = gradient(state.params, frozen, state.step, bank, words)
         state = update(state, gradients)
         yield state, loss

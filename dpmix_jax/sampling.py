@@ -113,12 +113,12 @@ def microbatches(indices: np.ndarray, microbatch_size: int) -> list[np.ndarray]:
 
 def random_groups(
     seed: int, step: int, indices: np.ndarray, *, num_records: int, num_groups: int
-) -> np.ndarray:
+) -> list[np.ndarray]:
     """Puts each record of a batch into a group, whoever else was drawn.
 
     Were groups filled one after the other, a record that joins would shift all after
     it, and every later group would change. Here it changes its own group only; the
-    price is that groups differ in size.
+    price is that groups differ in size, and that some have a single record.
 
     Formal guarantees:
       - The group of a record is uniform, independent of the batch and of the groups of
@@ -132,17 +132,20 @@ def random_groups(
       num_groups: G, a constant: n must not matter.
 
     Returns:
-      int32 [g, c], a row for each of the g groups that are not empty: its records, then
-      -1. c is a power of two, so that few shapes are compiled.
+      int32 arrays [g, c], a row for each group that is not empty: its records, then -1.
+      Groups of one array have the same c, the least power of two that holds them: so
+      few shapes are compiled, and no group's depends on another group.
     """
     generator = np.random.Generator(np.random.Philox(_sequence(seed, "groups", step)))
     group_of = generator.integers(0, num_groups, num_records)[indices]
-    members = [indices[group_of == group] for group in np.unique(group_of)]
-    largest = max(map(len, members), default=1)
-    groups = np.full((len(members), group_capacity(largest)), -1, np.int32)
-    for row, group in zip(groups, members, strict=True):
-        row[: len(group)] = group
-    return groups
+    by_capacity: dict[int, list[np.ndarray]] = {}
+    for group in np.unique(group_of):
+        members = indices[group_of == group]
+        capacity = group_capacity(len(members))
+        row = np.full(capacity, -1, np.int32)
+        row[: len(members)] = members
+        by_capacity.setdefault(capacity, []).append(row)
+    return [np.stack(by_capacity[capacity]) for capacity in sorted(by_capacity)]
 
 
 def group_capacity(size: int) -> int:
@@ -176,12 +179,15 @@ def batches(
         )
         if num_groups is None:
             return microbatches(batch, microbatch_size)
-        groups = random_groups(
-            seed, step, batch, num_records=num_records, num_groups=num_groups
-        )
-        return microbatches(
-            groups, groups_at_once(microbatch_size, groups.shape[1], num_devices)
-        )
+        return [
+            part
+            for groups in random_groups(
+                seed, step, batch, num_records=num_records, num_groups=num_groups
+            )
+            for part in microbatches(
+                groups, groups_at_once(microbatch_size, groups.shape[1], num_devices)
+            )
+        ]
 
     return draw
 

@@ -15,7 +15,8 @@ def privacy_report(
     images_per_record: int,
     secret_seed: bool,
     public_data: str = "none",
-    group_size: int | None = None,
+    sensitivity: float,
+    num_groups: int | None = None,
 ) -> dict[str, Any]:
     """Collects what `statement` must say, as JSON-ready values (`privacy.json`).
 
@@ -26,7 +27,8 @@ def privacy_report(
       images_per_record: K.
       secret_seed: whether the randomness came from a seed that nobody knows.
       public_data: what else entered, and why it may be called public.
-      group_size: records of a group on average, for `microbatch_mixup`.
+      sensitivity: of the clipped sum, by which the noise was scaled.
+      num_groups: expected groups of a batch, for `microbatch_mixup`.
     """
     rdp = mechanism.epsilon(config.delta, accountant="rdp")
     return {
@@ -42,7 +44,8 @@ def privacy_report(
         "num_records": num_records,
         "images_per_record": images_per_record,
         "public_data": public_data,
-        "group_size": group_size,
+        "sensitivity": sensitivity,
+        "num_groups": num_groups,
         "secret_seed": secret_seed,
         "accountant": accountant_version(),
     }
@@ -78,26 +81,27 @@ def statement(report: dict[str, Any]) -> str:
     """Writes the privacy statement of a run in Markdown from its `privacy_report`."""
     epsilon, delta = report["epsilon_pld"], report["delta"]
     relation, rdp = report["neighboring_relation"], report["epsilon_rdp"]
-    terms, unit = "per-record gradients", ""
-    if report["group_size"]:
+    terms, brings = "per-record gradients", "that stand for it in an update"
+    if report["num_groups"]:
+        batch, groups = report["expected_batch_size"], report["num_groups"]
         terms = (
-            f"gradients of groups of records ({report['group_size']} on average, drawn"
-            " for each record by itself)"
+            f"gradients of groups of records ({batch / groups:.3g} expected in each,"
+            " the group of a record drawn for it alone)"
         )
-        unit = f", {4 if relation == 'replace_one' else 2} C"
+        brings = "that it brings into its group, mixed or not"
     rdp_text = (
         f"{round_up(rdp, 7)} by RDP" if rdp else "RDP bounds nothing for this relation"
     )
     items = {
         "Unit of privacy": (
             "one training record: an image with its label, and all of the"
-            f" {report['images_per_record']} image(s) that stand for it in an update"
+            f" {report['images_per_record']} image(s) {brings}"
         ),
         "Neighbouring relation": (
             f"{relation}: two training sets are neighbours if {_RELATIONS[relation]}."
-            " How records were divided into training, validation and test set is taken"
-            " as given: where one random split was made of all of them, another record"
-            " would have changed it"
+            " How records were divided into halves, training, validation and test set"
+            " is taken as given: where one random split was made of all of them,"
+            " another record would have changed it"
         ),
         "What is released": (
             "the final weights, raw and EMA (`model.safetensors`), and what is computed"
@@ -114,8 +118,8 @@ def statement(report: dict[str, Any]) -> str:
         "Mechanism": (
             f"Gaussian noise on the sum of {terms} clipped to C ="
             f" {report['l2_clip_norm']:g}; its standard deviation is sigma ="
-            f" {report['noise_multiplier']:.6g} times the sensitivity of that sum"
-            f"{unit}; T = {report['num_updates']} updates"
+            f" {report['noise_multiplier']:.6g} times the sensitivity of that sum,"
+            f" {report['sensitivity']:g}; T = {report['num_updates']} updates"
         ),
         "Sampling": (
             "the accountant assumes Poisson sampling with q ="

@@ -214,7 +214,7 @@ class Accumulate:
             clipped = aux.grad_norms > l2_clip_norm
             nonprivate = {
                 "loss": jnp.sum(members * aux.values, where=members > 0),
-                "clipped": jnp.sum(members * clipped),
+                "clipped": jnp.sum(members, where=clipped),
                 "records": jnp.sum(members),
             }
             return Totals(gradients, nonprivate)

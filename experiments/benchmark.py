@@ -38,12 +38,14 @@ from jax_privacy import clipping
 from dpmix_jax import command_line, models, training
 from dpmix_jax.errors import UserError
 from dpmix_jax.files import write_atomically
+from dpmix_jax.ghost import ghost_clipped_gradient
 from dpmix_jax.gradients import clipped_gradient
 from dpmix_jax.performance import PRECISIONS, PerformanceConfig
 
 FORMULATIONS = ("ours:rows", "ours:shifted", "ours:flat", "ours:batch_group")
 ALL_DEVICES = "ours, all devices"
-IN_JAX = ("non-private", "ours", ALL_DEVICES, *FORMULATIONS, "jax_privacy")
+GHOST = "ours:ghost"
+IN_JAX = ("non-private", "ours", GHOST, ALL_DEVICES, *FORMULATIONS, "jax_privacy")
 IN_TORCH = (
     "torch non-private",
     "torch.func vmap(grad)",
@@ -157,12 +159,14 @@ def jax_gradients(loss_fn: Callable[..., jax.Array]) -> dict[str, Callable[..., 
         )
         return lambda *args: function(*args)[0]
 
+    ghost = ghost_clipped_gradient(loss_fn, l2_clip_norm=L2_CLIP_NORM)
     peer = clipping.clipped_grad(
         loss_fn, l2_clip_norm=L2_CLIP_NORM, batch_argnums=(1, 2), keep_batch_dim=False
     )
     return {
         "non-private": nonprivate,
         "ours": ours("auto"),
+        GHOST: lambda *args: ghost(*args)[0],
         ALL_DEVICES: over_devices(ours("auto")),
         **{name: ours(name.removeprefix("ours:")) for name in FORMULATIONS},
         "jax_privacy": peer,
@@ -262,6 +266,8 @@ def select() -> list[str]:
         wanted = {name for name in known if name not in FORMULATIONS}
         if jax.device_count() == 1:
             wanted.discard(ALL_DEVICES)
+        if _PRECISION.value != "float32":
+            wanted.discard(GHOST)
     else:
         wanted = {name.strip() for name in _METHODS.value}
     for name in sorted(wanted - {*known}):

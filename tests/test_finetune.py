@@ -17,7 +17,7 @@ from dpmix_jax.data import images
 from dpmix_jax.finetune import FinetuneConfig, join
 from dpmix_jax.pipeline import Model
 from dpmix_jax.workdir import Workdir
-from tests import files, toy, towers
+from tests import files, towers, toy
 
 CONVNEXT = models.create("convnext", 3, **towers.OPTIONS["convnext"])
 BLANK = jnp.zeros((1, 32, 32, 3))
@@ -127,7 +127,7 @@ def test_resizing_on_the_device_is_that_of_the_cache():
         with pytest.raises(UserError) as error:
             data.DataConfig(**options)
         assert str(error.value) == message
-    with pytest.raises(UserError, match="images of 1 channel.s. must be RGB"):
+    with pytest.raises(UserError, match=r"images of 1 channel.s. must be RGB"):
         data.load(data.DataConfig(normalization="clip"))
 
 
@@ -152,7 +152,7 @@ CONVNEXT_FLAGS = SHORT | {
     "privacy.expected_batch_size": 100,
     "privacy.num_updates": 40,
     "privacy.epsilon": 50.0,
-    "optimizer.learning_rate": 1.0,
+    "optimizer.learning_rate": 2.0,
     "logging.eval_every": 40,
 }
 
@@ -178,7 +178,7 @@ def test_a_head_on_a_frozen_convnext_learns_digits(tmp_path, encoder):
     config = load("configs/convnext_base.py", flags)
     workdir = Workdir(tmp_path / "run")
     assert experiment.run(config, workdir) == 0
-    assert workdir.results()["test_accuracy"] > 0.2
+    assert workdir.results()["test_accuracy_ema"] > 0.2  # by 8 random features
     weights = safetensors.numpy.load_file(workdir.path / "model.safetensors")
     assert weights["params/params/head/kernel"].shape == (8, 10)
     assert not any("encoder" in name for name in weights)
@@ -217,7 +217,8 @@ def test_the_end_of_a_vit_on_pets(tmp_path, monkeypatch):
     """Weights of another run, but for its head; the last block is trained as well."""
     monkeypatch.setenv("DPMIX_JAX_CACHE", str(tmp_path / "cache"))
     root = tmp_path / "oxford-iiit-pet"
-    files.put(root, files.pet_members(count=12))
+    for members in files.pet_members(count=12):
+        files.put(root, members)
     options = {
         "patch_size": 8,
         "width": 16,

@@ -11,15 +11,21 @@ from dp_accounting import NeighboringRelation
 
 from dpmix_jax import (
     AugmentationConfig,
+    Mechanism,
     MethodConfig,
     UserError,
     augmentation_set,
     clipped_gradient,
+    data,
     group_set,
     poisson_batch,
     random_groups,
 )
+from dpmix_jax.command_line import load_experiment
+from dpmix_jax.gradients import with_shared_terms
+from dpmix_jax.pipeline import Model, Pipeline
 from dpmix_jax.sampling import batches
+from dpmix_jax.statement import privacy_report, statement
 from tests import toy
 
 STILL = AugmentationConfig(flip=False, max_shift=0)
@@ -35,22 +41,32 @@ def groups_of(step, indices, num_groups=G):
 
 
 def rows(groups):
-    return {frozenset(row[row >= 0].tolist()) for row in groups}
+    return {
+        (frozenset(row[row >= 0].tolist()), len(row)) for part in groups for row in part
+    }
 
 
 @pytest.mark.proves("sampling.random_groups", 1)
 def test_a_record_that_leaves_changes_its_own_group_only():
-    for step in range(20):
+    """Neither members nor places of another one, also where its own was the largest."""
+    for step in range(40):
         batch = poisson_batch(0, step, num_records=N, sampling_prob=0.4)
         whole = groups_of(step, batch)
-        assert sorted(whole[whole >= 0]) == sorted(batch)
-        gone = batch[len(batch) // 2]
+        members = [row for part in whole for row in part]
+        assert sorted(np.concatenate(members)[np.concatenate(members) >= 0]) == sorted(
+            batch
+        )
+        largest = max(members, key=lambda row: (row >= 0).sum())
+        gone = largest[0]
         before, after = rows(whole), rows(groups_of(step, batch[batch != gone]))
-        (own,) = [row for row in before if gone in row]
-        assert after - {frozenset()} == before - {own} | {own - {gone}} - {frozenset()}
-        capacity = whole.shape[1]
-        assert capacity & (capacity - 1) == 0  # a power of two
-        assert all((row[:-1] >= 0).tolist() >= (row[1:] >= 0).tolist() for row in whole)
+        (own,) = [row for row in before if gone in row[0]]
+        left = own[0] - {gone}
+        places = 1 << (len(left) - 1).bit_length() if left else 0
+        assert after == before - {own} | ({(left, places)} if left else set())
+        for row in members:
+            assert len(row) & (len(row) - 1) == 0  # a power of two
+            assert (row >= 0).sum() > len(row) // 2
+            assert (np.diff((row >= 0).astype(int)) <= 0).all()  # members first
 
 
 @pytest.mark.proves("sampling.random_groups", 1)
@@ -59,7 +75,7 @@ def test_groups_are_uniform_and_independent():
     together = np.zeros((N, N))
     steps = 400
     for step in range(steps):
-        for row in groups_of(step, everyone):
+        for row in (row for part in groups_of(step, everyone) for row in part):
             members = row[row >= 0]
             together[np.ix_(members, members)] += 1
     pairs = together[np.triu_indices(N, 1)]
@@ -67,7 +83,7 @@ def test_groups_are_uniform_and_independent():
     chi2 = np.sum((pairs - expected) ** 2) / spread
     below = scipy.stats.chi2(len(pairs)).cdf(chi2)
     assert 1e-3 < below < 1 - 1e-3
-    assert groups_of(0, []).shape[0] == 0
+    assert groups_of(0, []) == []
 
 
 def test_batches_of_groups_hold_every_record_once():
@@ -81,8 +97,9 @@ def test_batches_of_groups_hold_every_record_once():
     )
     for step in range(5):
         parts = draw(step)
-        assert len({part.shape for part in parts}) == 1
-        assert parts[0].shape[0] % 2 == 0
+        for part in parts:
+            assert len(part) % 2 == 0
+            assert part.size <= max(16, 2 * part.shape[1])
         found = np.concatenate([part.ravel() for part in parts])
         batch = poisson_batch(3, step, num_records=N, sampling_prob=0.5)
         assert sorted(found[found >= 0]) == sorted(batch)
@@ -151,15 +168,13 @@ def test_the_mean_over_the_set_is_that_over_its_members():
     np.testing.assert_allclose(toy.flat(whole), np.mean(each, axis=0), atol=1e-6)
 
 
-@pytest.mark.proves("gradients.clipped_gradient", 6)
+@pytest.mark.proves("gradients.with_shared_terms", 1)
 def test_one_record_can_move_a_sum_by_twice_the_clip_and_no_more():
     """A record that outweighs its fellow turns the group's gradient around."""
     params, clip = toy.init_params(), 0.01
-    gradient_fn = clipped_gradient(
-        toy.loss_fn, l2_clip_norm=clip, records_share_terms=True
-    )
-    total = jax.jit(lambda *sets: gradient_fn(params, *sets)[0])
     alone = clipped_gradient(toy.loss_fn, l2_clip_norm=clip)
+    gradient_fn = with_shared_terms(alone)
+    total = jax.jit(lambda *sets: gradient_fn(params, *sets)[0])
     for relation in NeighboringRelation:
         assert gradient_fn.sensitivity(relation) == 2 * alone.sensitivity(relation)
     images = jax.random.normal(jax.random.key(0), (1, 2, 6, 6, 1))
@@ -184,3 +199,35 @@ def test_refuses_groups_of_one():
     assert METHOD.num_groups(1) == 1
     assert METHOD.set_size == 2
     assert MethodConfig(name="dp_sgd").num_groups(256) is None
+
+
+def test_a_run_adds_noise_for_groups(tmp_path):
+    """Twice the clip norm, divided by the expected number of groups, and it says so."""
+    flags = ["method.name=microbatch_mixup", "method.group_size=8", "seed=0"]
+    flags += ["privacy.l2_clip_norm=0.5", "privacy.num_updates=3"]
+    config = load_experiment(
+        ["--config=configs/digits.py", *(f"--config.{flag}" for flag in flags)]
+    )
+    train = data.load(config.data).train
+    mechanism = Mechanism(sampling_prob=0.1, num_updates=3, noise_multiplier=3.0)
+    pipeline = Pipeline(
+        config, Model(config, train), train, mechanism=mechanism, seed=0
+    )
+    assert pipeline.num_groups == 256 // 8
+    nothing = jax.tree.map(jnp.zeros_like, pipeline.state.params)
+    after = pipeline.update(pipeline.state, nothing)
+    moved = toy.flat(after.params) - toy.flat(pipeline.state.params)
+    expected = 3.0 * 2 * 0.5 / 32 * config.optimizer.learning_rate
+    assert np.std(moved) == pytest.approx(expected, rel=0.05)
+    report = privacy_report(
+        config.privacy,
+        mechanism,
+        num_records=len(train),
+        images_per_record=config.method.set_size,
+        secret_seed=False,
+        sensitivity=pipeline.sensitivity,
+        num_groups=pipeline.num_groups,
+    )
+    text = " ".join(statement(report).split())
+    assert "times the sensitivity of that sum, 1; T = 3" in text
+    assert "gradients of groups of records (8 expected in each" in text

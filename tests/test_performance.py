@@ -131,6 +131,14 @@ def test_precision_of_products_is_set_not_left_to_the_backend(precision, stored)
         ({"microbatch_size": "many"}, "performance.microbatch_size is 'many'"),
         ({"precision": "float8"}, "performance.precision is 'float8': it must be one"),
         ({"convolutions": "fft"}, "performance.convolutions is 'fft'"),
+        (
+            {"clipping": "flat"},
+            "performance.clipping is 'flat': it must be one of inst",
+        ),
+        (
+            {"clipping": "ghost", "precision": "bfloat16"},
+            "performance.clipping is 'ghost': performance.precision must be float32",
+        ),
         ({"memory_gib": -1.0}, "performance.memory_gib is -1.0"),
     ],
 )

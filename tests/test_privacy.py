@@ -268,7 +268,12 @@ def test_the_statement_says_everything(relation, secret):
         neighboring_relation=relation,
     )
     facts = privacy_report(
-        config, mechanism, num_records=1437, images_per_record=8, secret_seed=secret
+        config,
+        mechanism,
+        num_records=1437,
+        images_per_record=8,
+        secret_seed=secret,
+        sensitivity=0.75,
     )
     assert json.loads(json.dumps(facts, allow_nan=False)) == facts
     text = " ".join(statement(facts).split())
@@ -280,7 +285,7 @@ def test_the_statement_says_everything(relation, secret):
         "hyperparameters chosen by looking at them",
         "clipped to C = 1;",
         "sigma = 2.69 times",
-        "T = 100 updates",
+        "times the sensitivity of that sum, 0.75; T = 100 updates",
         "Poisson sampling with q = 0.178149 (expected batch 256, N = 1437)",
         "nothing is truncated",
         "dp_accounting 0.",

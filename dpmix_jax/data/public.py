@@ -145,7 +145,10 @@ def blank_public(
         with _named_public():
             found = sources.blank(config.name, size)
         if found is not None:
-            found = half(found, config.half or 0)
+            count = len(found) // 2 if config.half else len(found)  # they are all black
+            found = dataclasses.replace(
+                found, images=found.images[:count], labels=found.labels[:count]
+            )
     if found is None:
         found = _read(config, private, records)
     labels = np.arange(len(found), dtype=np.int32) % records.num_classes
@@ -160,6 +163,8 @@ def describe(
     bank: Records | None,
     images_per_record: int,
     pretraining_updates: int = 0,
+    *,
+    checked: bool = True,
 ) -> str:
     """Says in a privacy statement what public data were used, and what they may hide.
 
@@ -168,6 +173,7 @@ def describe(
       bank: those images, or None.
       images_per_record: k_diff, or 0.
       pretraining_updates: of initial weights on these images, or 0.
+      checked: whether copies of private images were looked for.
     """
     if config is None or bank is None:
         return "none"
@@ -181,17 +187,21 @@ def describe(
         )
     if pretraining_updates:
         uses.append(
-            f"on which the initial weights were trained for"
+            "on which the initial weights were trained for"
             f" {pretraining_updates} updates without noise"
         )
+    copies = (
+        "That none is an exact copy of a training record was checked before training,"
+        " other copies not; the outcome of that check is not covered"
+        if checked
+        else "Copies of training or test records among them were not looked for"
+    )
     return (
         f"{config.name}{where}{part}, {len(bank):,} images declared public in the"
         f" configuration (sha256 {bank.digest()[:16]}), {' and '.join(uses)}. They are"
-        " not protected, and this"
-        " guarantee holds only for what they do not reveal already: if a generative"
-        " model made them, its own training set may hold the private images or images"
-        " like them. That none is an exact copy of a training record was checked before"
-        " training, other copies not; the outcome of that check is not covered"
+        " not protected, and this guarantee holds only for what they do not reveal"
+        " already: if a generative model made them, its own training set may hold the"
+        f" private images or images like them. {copies}"
     )
 
 
@@ -233,9 +243,9 @@ def _rendered(train: Records) -> Records:
     )
     wanted = list(plan.wanted())
     drawn = Render(class_names=train.class_names, image_shape=shape)(wanted)
-    images = np.stack([image for image in drawn if image is not None])  # none is None
+    images = np.stack([image for image in drawn if image is not None])
     labels = np.array([each.label for each in wanted], np.int32)
-    return dataclasses.replace(train, images=images, labels=labels)
+    return dataclasses.replace(train, images=images, labels=labels)  # as many of both
 
 
 def _refuse_private_place(public: PublicConfig, private: DataConfig) -> None:

@@ -1,0 +1,517 @@
+"""Ghost clipping against plain loops, and what a changed record can do to it."""
+
+import functools
+
+import flax.linen as nn
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from dp_accounting import NeighboringRelation
+
+from dpmix_jax import (
+    Mechanism,
+    UserError,
+    clipped_gradient,
+    conv,
+    data,
+    ghost_clipped_gradient,
+    models,
+    training,
+)
+from dpmix_jax.config import from_config_dict
+from dpmix_jax.ghost import _squared_norm
+from dpmix_jax.pipeline import Model, Pipeline
+from tests import toy
+from tests.test_config import load as load_config
+from tests.test_gradients import oracle, sets, toy_sum
+
+NHWC = ("NHWC", "HWIO", "NHWC")
+
+
+def draw(seed, *shape):
+    return jax.random.normal(jax.random.key(seed), shape) / shape[-1] ** 0.5
+
+
+def loss_of(logits_fn):
+    def loss_fn(params, images, labels):
+        logits = logits_fn(params, images)
+        return optax.softmax_cross_entropy(logits, labels).mean()
+
+    return loss_fn
+
+
+def flattened(images):
+    return images.reshape(len(images), -1)
+
+
+def dense(params, images):
+    hidden = jnp.tanh(flattened(images) @ params["in"] + params["bias"][None])
+    return hidden @ params["out"]
+
+
+DENSE = {"in": draw(0, 36, 32), "bias": draw(1, 32), "out": draw(2, 32, 3)}
+
+
+def shared(params, images):
+    """One matrix twice, another once."""
+    x = jnp.tanh(flattened(images) @ params["in"])
+    for _ in range(2):
+        x = jnp.tanh(x @ params["again"])
+    return x @ params["out"]
+
+
+def shared_by_jit(params, images):
+    """The same through one traced function called twice."""
+    layer = jax.jit(lambda x: jnp.tanh(x @ params["again"]))
+    return layer(layer(jnp.tanh(flattened(images) @ params["in"]))) @ params["out"]
+
+
+def remat(params, images):
+    @jax.checkpoint
+    def layer(x, w):
+        return jnp.tanh(jnp.tanh(x) @ w)
+
+    x = layer(flattened(images), params["in"])
+    return jax.checkpoint(layer)(x, params["again"]) @ params["out"]
+
+
+def summed(params, images):
+    """The gradient of one matrix is needed for that of another."""
+    layer = jax.checkpoint(lambda x, w: jnp.tanh(x @ w))
+    x = flattened(images) @ params["in"]
+    return layer(x, params["again"] + 2 * params["stack"][0]) @ params["out"]
+
+
+def scan(params, images):
+    """A matrix of its own for each round."""
+    x = flattened(images) @ params["in"]
+    x, _ = jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, params["stack"])
+    return x @ params["out"]
+
+
+def scan_of_one(params, images):
+    """The same matrix in each round, and the scan within `jit` and `remat`."""
+
+    @jax.jit
+    @jax.checkpoint
+    def body(x):
+        step = lambda x, _: (jnp.tanh(x @ params["again"]), None)  # noqa: E731
+        return jax.lax.scan(step, x, None, length=3)[0]
+
+    return body(flattened(images) @ params["in"]) @ params["out"]
+
+
+def branches(params, images):
+    x = flattened(images) @ params["in"]
+    x = jax.lax.cond(x[0, 0] > 0, jnp.tanh, lambda x: x @ params["again"], x)
+    return x @ params["out"]
+
+
+def experts(params, images):
+    """A matrix with a batch axis, another transposed and reshaped first."""
+    x = images.reshape(len(images), 4, 9)
+    x = jnp.tanh(jnp.einsum("ked,edp->kep", x, params["experts"]))
+    matrix = params["kernel"].transpose(2, 0, 1).reshape(32, 3)
+    return x.reshape(len(images), -1) @ matrix
+
+
+def strided(params, images):
+    """A few positions for many channels: the kernel's norm is a ghost norm."""
+    x = images.reshape(len(images), 3, 3, 4)
+    x = jax.lax.conv_general_dilated(
+        x, params["first"], (2, 2), "SAME", dimension_numbers=NHWC
+    )
+    x = jax.lax.conv_general_dilated(
+        jnp.tanh(x),
+        params["second"],
+        (1, 1),
+        ((1, 0), (0, 1)),
+        rhs_dilation=(1, 2),
+        dimension_numbers=NHWC,
+    )
+    return jnp.tanh(x).mean((1, 2)) @ params["out"]
+
+
+class Tokens(nn.Module):
+    """Attention and a Dense over six tokens."""
+
+    @nn.compact
+    def __call__(self, images):
+        x = nn.Dense(24)(images.reshape(len(images), 6, 6))
+        x = x + nn.MultiHeadDotProductAttention(2)(nn.LayerNorm()(x))
+        x = x + nn.Dense(24)(nn.gelu(nn.Dense(48)(x)))
+        return nn.Dense(3)(x.mean(1))
+
+
+AGAIN = DENSE | {"again": draw(3, 32, 32), "stack": draw(4, 3, 32, 32)}
+PLAIN = {
+    "conv": (toy.logits_fn, toy.init_params()),
+    "dense": (dense, DENSE),
+    "shared": (shared, AGAIN),
+    "shared_by_jit": (shared_by_jit, AGAIN),
+    "remat": (remat, AGAIN),
+    "summed": (summed, AGAIN),
+    "scan": (scan, AGAIN),
+    "scan_of_one": (scan_of_one, AGAIN),
+    "branches": (branches, AGAIN),
+    "experts": (experts, {"experts": draw(5, 4, 9, 8), "kernel": draw(6, 8, 3, 4)}),
+    "strided": (
+        strided,
+        {
+            "first": draw(7, 3, 3, 4, 16),
+            "second": draw(8, 2, 2, 16, 32),
+            "out": draw(9, 32, 3),
+        },
+    ),
+}
+IN_FLAX = {
+    "wrn": models.create("wrn", 3, depth=10, width=1),
+    "cnn": models.create("cnn", 3, features=(8, 8)),
+    "tokens": Tokens(),
+}
+
+
+def check_against_the_loop(loss_fn, params, images, labels, clip_norm):
+    gradient_of_one = jax.jit(jax.grad(loss_fn))
+    expected, norms = oracle(params, images, labels, clip_norm, gradient_of_one)
+    gradient_fn = ghost_clipped_gradient(loss_fn, l2_clip_norm=clip_norm)
+    total, aux = jax.jit(gradient_fn)(params, images, labels)
+    assert jax.tree.structure(total) == jax.tree.structure(params)
+    np.testing.assert_allclose(toy.flat(total), expected, atol=2e-5 * clip_norm)
+    np.testing.assert_allclose(aux.grad_norms, norms, rtol=2e-5, atol=1e-7)
+    loss = jax.jit(loss_fn)
+    losses = [loss(params, *record) for record in zip(images, labels, strict=True)]
+    np.testing.assert_allclose(aux.values, np.array(losses), rtol=1e-5)
+    return gradient_fn, total
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_equals_a_loop(name):
+    logits_fn, params = PLAIN[name]
+    check_against_the_loop(loss_of(logits_fn), params, *sets(3, 2), clip_norm=0.2)
+
+
+def test_jit_equals_eager():
+    gradient_fn, total = check_against_the_loop(
+        loss_of(remat), AGAIN, *sets(3, 2), clip_norm=0.2
+    )
+    eager, _ = gradient_fn(AGAIN, *sets(3, 2))
+    np.testing.assert_allclose(toy.flat(eager), toy.flat(total), atol=1e-6)
+
+
+@jax.numpy_dtype_promotion("standard")  # Flax relies on it
+@pytest.mark.parametrize("name", IN_FLAX)
+def test_equals_a_loop_in_flax(name):
+    images, labels = sets(2, 2)
+    if name != "tokens":
+        images = jax.random.normal(jax.random.key(5), (2, 2, 8, 8, 3))
+    params = jax.jit(IN_FLAX[name].init)(jax.random.key(0), images[0])
+    loss_fn = loss_of(IN_FLAX[name].apply)
+    check_against_the_loop(loss_fn, params, images, labels, 0.2)
+
+
+@hypothesis.given(
+    num_records=st.integers(0, 5),
+    set_size=st.integers(1, 20),
+    clip_norm=st.sampled_from([1e-3, 0.1, 0.5, 10.0]),
+    seed=st.integers(0, 99),
+)
+@hypothesis.settings(max_examples=6)
+def test_any_size(num_records, set_size, clip_norm, seed):
+    """Both sides of the choice: 2 K^2 against 1152 and 96."""
+    images, labels = sets(num_records, set_size, seed)
+    check_against_the_loop(loss_of(dense), DENSE, images, labels, clip_norm)
+
+
+def largest_array(function, *args):
+    """Elements of the largest array in a traced function, bodies included."""
+
+    def sizes(jaxpr):
+        for equation in jaxpr.eqns:
+            yield from (var.aval.size for var in equation.outvars)
+            for inner in conv.inner_jaxprs(equation.params):
+                yield from sizes(inner)
+
+    return max(sizes(jax.make_jaxpr(function)(*args).jaxpr))
+
+
+@pytest.mark.parametrize("name", ["dense", "remat", "scan", "strided", "experts"])
+def test_forms_no_gradient_of_a_record_where_a_ghost_norm_is_cheaper(name):
+    """The largest array is smaller than one matrix for each of 64 records."""
+    logits_fn, params = PLAIN[name]
+    images, labels = sets(64, 1)
+    matrices = [leaf.size for leaf in jax.tree.leaves(params) if leaf.ndim > 1]
+    used = {"remat": 32 * 32, "scan": 3 * 32 * 32}.get(name, max(matrices))
+    arrays = {}
+    for transform in (clipped_gradient, ghost_clipped_gradient):
+        function = transform(loss_of(logits_fn), l2_clip_norm=0.1)
+        arrays[transform] = largest_array(function, params, images, labels)
+    assert arrays[clipped_gradient] >= 64 * used
+    assert arrays[ghost_clipped_gradient] < 64 * used
+
+
+@pytest.mark.parametrize(("set_size", "is_ghost"), [(24, True), (25, False)])
+def test_the_cheaper_of_the_two_is_chosen(set_size, is_ghost):
+    """For 36 x 32 up to 24 positions, 2 T^2 = 1152 (Bu et al., 2022)."""
+    images, labels = sets(64, set_size)
+
+    def loss_fn(params, images, labels):
+        return jnp.square(flattened(images) @ params).sum() + labels.sum()
+
+    gradient_fn = ghost_clipped_gradient(loss_fn, l2_clip_norm=0.1)
+    formed = largest_array(gradient_fn, DENSE["in"], images, labels) >= 64 * 36 * 32
+    assert formed != is_ghost
+
+
+LOSSES = {"conv": (toy.loss_fn, toy.init_params()), "dense": (loss_of(dense), DENSE)}
+
+
+@pytest.mark.proves("ghost.ghost_clipped_gradient", 4)
+@pytest.mark.parametrize("name", LOSSES)
+def test_padding_counts_exactly_nothing(name):
+    loss_fn, params = LOSSES[name]
+    images, labels = sets(4, 2)
+    gradient_fn = jax.jit(ghost_clipped_gradient(loss_fn, l2_clip_norm=0.3))
+    padding = jnp.array([False, True, False, True])
+    padded, _ = gradient_fn(params, images, labels, is_padding_example=padding)
+    for bad in (jnp.nan, 7.0, 3e38):
+        other = images.at[1].set(bad).at[3].set(7.0)
+        repadded, _ = gradient_fn(params, other, labels, is_padding_example=padding)
+        np.testing.assert_array_equal(toy.flat(padded), toy.flat(repadded))
+    assert toy.flat(padded).any()
+    for whole in (images, other, images * jnp.nan):
+        none, _ = gradient_fn(
+            params, whole, labels, is_padding_example=jnp.ones(4, bool)
+        )
+        assert not toy.flat(none).any()
+
+
+@pytest.mark.proves("ghost.ghost_clipped_gradient", 1)
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_record_is_blind_to_the_others(name):
+    """Its term, the sum less the sum without it, is the same whatever they are."""
+    loss_fn, params = LOSSES[name]
+    images, labels = sets(4, 2)
+    gradient_fn = ghost_clipped_gradient(loss_fn, l2_clip_norm=0.3)
+    total = jax.jit(lambda *args: toy_sum(gradient_fn, *args))
+    one = jax.jit(jax.grad(loss_fn))
+    expected, _ = oracle(params, images[:1], labels[:1], 0.3, one)
+    for others in (images, images.at[1:].set(5.0), images.at[1:].set(jnp.nan)):
+        whole = total(params, others.at[0].set(images[0]), labels, jnp.zeros(4, bool))
+        without = total(params, others, labels, jnp.arange(4) == 0)
+        np.testing.assert_allclose(whole - without, expected, atol=1e-6)
+    _, before = gradient_fn(params, images, labels)
+    _, after = gradient_fn(params, images.at[2].set(5.0), labels)
+    others = np.arange(4) != 2
+    np.testing.assert_array_equal(before.grad_norms[others], after.grad_norms[others])
+
+
+@functools.cache
+def compiled(name, clip_norm):
+    """The transformed loss, its flat sum, and the gradient of one image."""
+    loss_fn, _ = LOSSES[name]
+    gradient_fn = ghost_clipped_gradient(loss_fn, l2_clip_norm=clip_norm)
+    total = jax.jit(lambda *args: toy_sum(gradient_fn, *args))
+    return gradient_fn, total, jax.jit(jax.grad(loss_fn))
+
+
+@pytest.mark.proves("ghost.ghost_clipped_gradient", 2, 3)
+@hypothesis.given(
+    name=st.sampled_from(sorted(LOSSES)),
+    bad=st.sampled_from([0.0, 3.0, np.nan, np.inf, -np.inf, 1e30, 3e38, 1e-38]),
+    share=st.sampled_from([0.03, 1.0]),
+    clip_norm=st.sampled_from([0.01, 1.0]),
+)
+@hypothesis.settings(max_examples=16)
+def test_a_changed_record_moves_the_sum_by_the_sensitivity(name, bad, share, clip_norm):
+    """Removed, added or replaced, also by pixels that are no numbers."""
+    loss_fn, params = LOSSES[name]
+    images, labels = sets(4, 3)
+    gradient_fn, total, one = compiled(name, clip_norm)
+    spoiled = images.at[2, :, : max(1, int(6 * share)), :, :].set(bad)
+    whole, without, replaced = (
+        total(params, images, labels, jnp.zeros(4, bool)),
+        total(params, images, labels, jnp.arange(4) == 2),
+        total(params, spoiled, labels, jnp.zeros(4, bool)),
+    )
+    slack = 1 + 1e-5
+    add_remove = gradient_fn.sensitivity(NeighboringRelation.ADD_OR_REMOVE_ONE)
+    replace = gradient_fn.sensitivity(NeighboringRelation.REPLACE_ONE)
+    peer = clipped_gradient(loss_fn, l2_clip_norm=clip_norm)
+    assert peer.sensitivity(NeighboringRelation.ADD_OR_REMOVE_ONE) == add_remove
+    assert peer.sensitivity(NeighboringRelation.REPLACE_ONE) == replace
+    assert np.linalg.norm(whole - without) <= add_remove * slack
+    _, norms = oracle(params, images[2:3], labels[2:3], clip_norm, one)
+    length = min(norms[0], clip_norm)  # no slack is wasted
+    assert np.linalg.norm(whole - without) == pytest.approx(length, rel=1e-3)
+    assert np.linalg.norm(replaced - without) <= add_remove * slack
+    assert np.linalg.norm(replaced - whole) <= replace * slack
+    if not np.isfinite(bad):
+        np.testing.assert_array_equal(replaced, without)
+
+
+@pytest.mark.proves("ghost.ghost_clipped_gradient", 3)
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf, 1e30, 0.0])
+def test_a_bad_record_spoils_no_other_where_zeros_are_bad_too(bad):
+    """A model that is NaN at zeros, and positions that no gradient reaches."""
+
+    def loss_fn(params, images, labels):
+        x = flattened(images)
+        x = x / jnp.sqrt(jnp.square(x).sum(1, keepdims=True))
+        logits = jnp.tanh(x @ params["in"]) @ params["out"]
+        return optax.softmax_cross_entropy(logits[:1], labels[:1]).mean()
+
+    images, labels = sets(4, 3)
+    gradient_fn = ghost_clipped_gradient(loss_fn, l2_clip_norm=0.1)
+    total = jax.jit(lambda *args: toy_sum(gradient_fn, *args))
+    without = total(DENSE, images, labels, jnp.arange(4) == 2)
+    assert np.linalg.norm(without) > 0.05
+    for spoiled in (images.at[2].set(bad), images.at[2, 1].set(bad)):
+        found = total(DENSE, spoiled, labels, jnp.zeros(4, bool))
+        assert np.linalg.norm(found - without) <= 0.1 * (1 + 1e-5)
+
+
+@pytest.mark.proves("ghost.ghost_clipped_gradient", 5)
+def test_everything_is_float32():
+    images, labels = sets(600, 1)
+    gradient_fn = ghost_clipped_gradient(loss_of(dense), l2_clip_norm=1e-3)
+    total, _ = gradient_fn(DENSE, images, labels)
+    assert {leaf.dtype for leaf in jax.tree.leaves(total)} == {jnp.dtype("float32")}
+    half = jax.tree.map(lambda p: p.astype(jnp.bfloat16), (DENSE, images, labels))
+    with pytest.raises(UserError, match="the loss computes in bfloat16"):
+        gradient_fn(*half)
+
+    @jax.checkpoint
+    def inside(params, images):
+        halves = [x.astype(jnp.bfloat16) for x in (images, params["in"])]
+        hidden = jnp.tanh((flattened(halves[0]) @ halves[1]).astype(jnp.float32))
+        return hidden @ params["out"]
+
+    with pytest.raises(UserError, match="the loss computes in bfloat16"):
+        ghost_clipped_gradient(loss_of(inside), l2_clip_norm=1.0)(DENSE, images, labels)
+    text = str(jax.make_jaxpr(gradient_fn)(DENSE, images, labels))
+    products = text.count("dot_general[")
+    assert text.count("(Precision.HIGHEST, Precision.HIGHEST)") == products > 0
+
+
+@pytest.mark.proves("ghost.ghost_clipped_gradient", 6)
+@hypothesis.given(
+    positions=st.sampled_from([1, 2, 50, 784]),
+    width=st.sampled_from([3, 64, 2000]),
+    offset=st.sampled_from([0.0, 1.0, 1e2, 1e4, 1e6]),
+    scale=st.sampled_from([1e-18, 1.0, 1e15]),
+    centred=st.booleans(),
+    seed=st.integers(0, 9),
+)
+def test_a_ghost_norm_is_never_too_small(
+    positions, width, offset, scale, centred, seed
+):
+    """Gradients that sum to 0 over a large common offset cancel nearly everything."""
+    rng = np.random.default_rng(seed)
+    a = (rng.normal(size=(positions, width)) + offset) * scale
+    g = rng.normal(size=(positions, 20)) / scale
+    if centred and positions > 1:
+        g -= g.mean(0)
+    a, g = a.astype(np.float32), g.astype(np.float32)
+    true = np.linalg.norm(a.T.astype(np.float64) @ g.astype(np.float64))
+    found = np.sqrt(np.float64(jax.jit(_squared_norm)([a], g)))
+    lengths = np.linalg.norm(a.astype(np.float64), axis=1) * np.linalg.norm(
+        g.astype(np.float64), axis=1
+    )
+    assert found >= true * (1 - 1e-6)
+    assert found <= np.hypot(true * (1 + 1e-6), 1e-3 * lengths.sum())
+
+
+@pytest.mark.proves("ghost.ghost_clipped_gradient", 6)
+def test_no_square_vanishes():
+    """One position large against small, another small against large."""
+    a = jnp.array([[1e19, 0.0], [0.0, 1e-22]], jnp.float32)
+    g = jnp.array([[1e-23, 0.0], [0.0, 1e19]], jnp.float32)
+    true = np.linalg.norm(np.float64(a).T @ np.float64(g))
+    assert float(jnp.sqrt(_squared_norm([a], g))) == pytest.approx(true, rel=1e-5)
+    assert not np.isfinite(_squared_norm([a.at[0].set(jnp.nan)], g.at[0].set(0.0)))
+    assert not np.isfinite(_squared_norm([a.at[0].set(0.0)], g.at[0].set(jnp.inf)))
+
+
+@pytest.mark.proves("ghost.ghost_clipped_gradient", 2)
+@pytest.mark.parametrize("offset", [1.0, 1e2, 1e4])
+def test_the_bound_holds_where_nearly_everything_cancels(offset):
+    def loss_fn(params, images, labels):
+        """Of what is left of the outputs without their mean over 36 positions."""
+        out = images.reshape(-1, 6) @ params
+        wave = jnp.sin(jnp.arange(36.0)) * labels.sum()
+        return wave @ (out - out.mean(0, keepdims=True)).sum(1)
+
+    images, labels = sets(3, 6)
+    params = draw(0, 6, 2000)
+    clip_norm = 1e-2
+    gradient_fn = ghost_clipped_gradient(loss_fn, l2_clip_norm=clip_norm)
+    total = jax.jit(lambda *args: toy_sum(gradient_fn, *args))
+    for i in range(3):
+        alone = total(params, images + offset, labels, jnp.arange(3) != i)
+        assert np.linalg.norm(alone) <= clip_norm * (1 + 1e-5)
+        if offset <= 100:  # beyond that rounding might hide the gradient
+            assert np.linalg.norm(alone) > 0.5 * clip_norm
+
+
+def test_what_jax_cannot_do_is_formed_and_said(monkeypatch):
+    monkeypatch.setattr("dpmix_jax.ghost._source", {}.__getitem__)
+    with pytest.warns(UserWarning, match="every per-record gradient is formed"):
+        check_against_the_loop(loss_of(dense), DENSE, *sets(3, 2), 0.2)
+
+
+def test_a_users_own_error_passes_through():
+    def loss_fn(params, images):
+        raise TypeError("theirs")
+
+    with pytest.raises(TypeError, match="theirs"):
+        ghost_clipped_gradient(loss_fn, l2_clip_norm=1.0)(DENSE, jnp.ones((2, 3)))
+
+
+@pytest.mark.parametrize("clip_norm", [0.0, 1e-22, 1e39, float("nan")])
+def test_refuses(clip_norm):
+    with pytest.raises(UserError, match=r"l2_clip_norm is .*: it must be in \[1e-10"):
+        ghost_clipped_gradient(toy.loss_fn, l2_clip_norm=clip_norm)
+
+
+def test_a_run_takes_the_same_way_as_by_default():
+    """Three noisy updates on digits, through the config."""
+    params = {}
+    for clipping in ("instantiate", "ghost"):
+        values = load_config()
+        changes = {
+            "model.features": (4, 8),
+            "model.groups": 2,
+            "method.k_base": 2,
+            "method.k_self": 1,
+            "performance.clipping": clipping,
+        }
+        values.update_from_flattened_dict(changes)
+        config = from_config_dict(values)
+        records = data.load(config.data).train
+        mechanism = Mechanism(sampling_prob=0.02, num_updates=3, noise_multiplier=0.5)
+        pipeline = Pipeline(
+            config, Model(config, records), records, mechanism=mechanism, seed=1
+        )
+        states = training.train(
+            pipeline.state,
+            pipeline.accumulate,
+            pipeline.update,
+            mesh=pipeline.mesh,
+            seed=1,
+            num_records=len(records),
+            sampling_prob=0.02,
+            num_updates=3,
+            microbatch_size=16,
+        )
+        *_, (state, sums) = states
+        assert sums["records"] > 0
+        params[clipping] = toy.flat(state.params)
+        moved = np.abs(params[clipping] - toy.flat(pipeline.state.params)).max()
+        assert moved > 1e-2
+    np.testing.assert_allclose(params["ghost"], params["instantiate"], atol=1e-5)
+    assert not np.array_equal(params["ghost"], params["instantiate"])  # two ways
