@@ -76,11 +76,12 @@ def pretrain(
     Args:
       state: `training.init_state` with the optimizer of `config.build()`, or that of a
         checkpoint: updates are a pure function of it and of the key.
-      loss_fn: `f(params, images [B, H, W, C], labels [B, O], frozen) -> scalar`.
+      loss_fn: `f(params, images [B, H, W, C], labels [B, O]) -> scalar`, with `frozen`
+        as one more argument if there is any.
       config: how long and how fast.
       augmentation: how a view is drawn.
       bank: the public images.
-      frozen: what the loss needs and is not trained.
+      frozen: what the loss needs and is not trained, or None.
       normalize: brings them to the scale that the loss expects.
       key: scalar key, of a stream that nothing private is drawn from.
     """
@@ -104,7 +105,8 @@ def pretrain(
         )(jax.random.split(view_key, config.batch_size), images)
         labels = jnp.take(bank.labels, rows, mode="clip")
         targets = jax.nn.one_hot(labels, num_classes, dtype=views.dtype)
-        return jax.value_and_grad(loss_fn)(params, views, targets, frozen)
+        rest = () if frozen is None else (frozen,)
+        return jax.value_and_grad(loss_fn)(params, views, targets, *rest)
 
     for _ in range(int(state.step), config.num_updates):
         loss, gradients = gradient(state.params, frozen, state.step, bank, words)
