@@ -9,7 +9,10 @@ import pytest
 from dpmix_jax import UserError
 from dpmix_jax.command_line import default_workdir, load_experiment
 from dpmix_jax.config import check_flags, choose, from_config_dict, to_dict
+from dpmix_jax.data.sources import blank
+from dpmix_jax.mixup import METHODS
 from dpmix_jax.privacy import Mechanism
+from dpmix_jax.sweep import from_config_dict as sweep_config
 from tests.conftest import ROOT
 
 NUM_RECORDS = {
@@ -73,6 +76,15 @@ CONFIGS = {
     for path in sorted((ROOT / "configs").glob("*.py"))
     if hasattr(loaded := module(path), "ROWS")
 }
+# The same for the fine-tuning configs, at epsilon 1, 2, 4 and 8.
+OF_TOWERS = {
+    "cifar10": (1.8786, 1.1854, 0.85104, 0.65513),
+    "eurosat": (2.7388, 1.6206, 1.0686, 0.77341),
+    "caltech256": (2.5852, 1.5417, 1.0292, 0.75262),
+    "sun397": (1.4943, 0.99738, 0.75494, 0.59863),
+    "oxford_iiit_pet": (6.3973, 3.5453, 2.0562, 1.271),
+}
+OF_TOWERS["cifar100"] = OF_TOWERS["cifar10"]
 POINTS = [(name, epsilon) for name, rows in CONFIGS.items() for epsilon in rows]
 
 
@@ -114,6 +126,69 @@ def test_round_trips_and_keeps_its_budget(name, epsilon):
     )
     assert 0.99 * target < mechanism.epsilon(delta) <= target
     assert delta < 1 / num_records
+
+
+@pytest.mark.parametrize("name", ["vit_b16", "convnext_base"])
+def test_fine_tuning_has_every_dataset_and_epsilon(name):
+    found = module(ROOT / f"configs/{name}.py")
+    assert set(found.POINTS) == {
+        f"{data}-{epsilon}" for data in OF_TOWERS for epsilon in (1, 2, 4, 8)
+    }
+    for words in (f"--config=configs/{name}.py", "Hardware", "Hours", "Accuracy"):
+        assert words in found.__doc__
+    for point, (data, epsilon) in found.POINTS.items():
+        config = load(name, point)
+        assert to_dict(from_config_dict(to_dict(config))) == to_dict(config)
+        assert (config.data.name, config.privacy.epsilon) == (data, epsilon)
+        assert max(config.data.image_size, config.data.resize) == found.SIZE
+        assert config.privacy.expected_batch_size == 1000
+        records = blank(config.data.name, found.SIZE)
+        epochs = config.privacy.num_updates * 1000 / len(records)
+        assert 10 <= epochs < 10.5
+        assert config.finetune.trainable == "head"
+
+
+@pytest.mark.parametrize("data", [name for name in OF_TOWERS if name != "cifar100"])
+def test_fine_tuning_keeps_its_budget(data):
+    for epsilon, noise_multiplier in zip((1, 2, 4, 8), OF_TOWERS[data], strict=True):
+        config = load("vit_b16", f"{data}-{epsilon}")
+        num_records = len(blank(data, 224))
+        mechanism = Mechanism(
+            sampling_prob=config.privacy.sampling_prob(num_records),
+            num_updates=config.privacy.num_updates,
+            noise_multiplier=noise_multiplier,
+        )
+        assert 0.99 * epsilon < mechanism.epsilon(1e-5) <= epsilon
+
+
+def test_rates_are_those_of_the_config():
+    found = module(ROOT / "configs/rates.py")
+    grid = sweep_config(found.get_config("vit_b16:eurosat-4"))
+    assert grid.columns == {"optimizer.learning_rate": (0.5, 1.0, 2.0, 4.0, 8.0)}
+    assert len(grid.runs()) == 2 * 5 * 3
+    config = load_experiment([*grid.runs()[0].flags])
+    assert config.data.validation_size == 2160
+    assert config.privacy.epsilon == 4.0
+    assert grid.metric == "nonprivate/validation/accuracy_ema"
+    with pytest.raises(UserError, match="base is 'digits': it must be a config with"):
+        found.get_config("digits")
+
+
+@pytest.mark.parametrize("name", ["baselines", "table10"])
+def test_every_run_of_the_tables_has_a_config(name):
+    found = module(ROOT / f"configs/{name}.py")
+    for data in found.BASES:
+        grid = sweep_config(found.get_config(data))
+        built = [load_experiment([*run.flags]) for run in grid.runs()]
+        methods = {config.method.name for config in built}
+        assert methods >= {"self_aug", "dp_mix_self", "dp_mix_diff"}
+        if name == "table10":
+            assert {config.data.half for config in built} == {1}
+            assert {c.public and c.public.half for c in built} == {None, 2}
+            assert {c.privacy.epsilon for c in built} == {2.0}
+        else:
+            assert methods == set(METHODS)
+            assert len(built) == 10 * 2 * 5
 
 
 def test_an_epsilon_without_a_row_is_one_line():
