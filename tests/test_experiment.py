@@ -257,9 +257,9 @@ def test_resuming_on_other_data_is_refused(tmp_path):
 
     options = {"data__name": "npz", "data__path": tmp_path / "data.npz"}
     workdir = tmp_path / "run"
-    write(300)
+    write(1437)  # as many as digits: the noise is calibrated already
     kill_when(start(workdir, **options), "update  4/12", signal.SIGTERM)
-    write(300)
+    write(1437)
     refused = run(workdir, **options)
     assert refused.returncode == 2
     assert "holds a run that began with other data: put those back" in refused.stderr

@@ -11,7 +11,14 @@ import pytest
 import safetensors.numpy
 from PIL import Image
 
-from dpmix_jax import UserError, clipped_gradient, data, experiment, models
+from dpmix_jax import (
+    UserError,
+    clipped_gradient,
+    data,
+    experiment,
+    ghost_clipped_gradient,
+    models,
+)
 from dpmix_jax.command_line import load_experiment
 from dpmix_jax.data import images
 from dpmix_jax.finetune import FinetuneConfig, join
@@ -66,8 +73,17 @@ def sets(count=3):
     return pictures, labels
 
 
-@pytest.mark.parametrize("trainable", ["head", "head,proj"])
-def test_the_gradient_is_that_of_the_loop_and_of_named_modules_only(params, trainable):
+@pytest.mark.parametrize(
+    ("trainable", "transform"),
+    [
+        ("head", clipped_gradient),
+        ("head", ghost_clipped_gradient),
+        ("head,proj", clipped_gradient),
+    ],
+)
+def test_the_gradient_is_that_of_the_loop_and_of_named_modules_only(
+    params, trainable, transform
+):
     """A loop over records takes all gradients, and keeps the trained ones to clip."""
     config, (pictures, labels) = FinetuneConfig(trainable=trainable), sets()
     trained, frozen = config.split(params)
@@ -77,7 +93,7 @@ def test_the_gradient_is_that_of_the_loop_and_of_named_modules_only(params, trai
         gradient = toy.flat(config.split(everything(params, *record, {}))[0])
         norms.append(np.linalg.norm(gradient))
         expected = expected + gradient * min(1.0, 0.1 / norms[-1])
-    gradient_fn = clipped_gradient(loss_fn, l2_clip_norm=0.1)
+    gradient_fn = transform(loss_fn, l2_clip_norm=0.1)
     total, aux = jax.jit(gradient_fn)(trained, pictures, labels, frozen=frozen)
     assert paths(total) == paths(trained)
     np.testing.assert_allclose(toy.flat(total), expected, atol=1e-5)
