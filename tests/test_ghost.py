@@ -204,7 +204,13 @@ def test_jit_equals_eager():
 
 
 @jax.numpy_dtype_promotion("standard")  # Flax relies on it
-@pytest.mark.parametrize("name", IN_FLAX)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] if name == "wrn" else [])
+        for name in IN_FLAX
+    ],
+)
 def test_equals_a_loop_in_flax(name):
     images, labels = sets(2, 2)
     if name != "tokens":
@@ -214,6 +220,7 @@ def test_equals_a_loop_in_flax(name):
     check_against_the_loop(loss_fn, params, images, labels, 0.2)
 
 
+@pytest.mark.slow
 @hypothesis.given(
     num_records=st.integers(0, 5),
     set_size=st.integers(1, 20),
@@ -502,11 +509,8 @@ def test_a_run_takes_the_same_way_as_by_default():
             pipeline.accumulate,
             pipeline.update,
             mesh=pipeline.mesh,
-            seed=1,
-            num_records=len(records),
-            sampling_prob=0.02,
+            draw=pipeline.batches(16),
             num_updates=3,
-            microbatch_size=16,
         )
         *_, (state, sums) = states
         assert sums["records"] > 0
