@@ -99,8 +99,10 @@ class ExperimentConfig:
             )
 
 
-# What may differ between two runs into one workdir without changing what comes out.
+# What may differ between two runs into one workdir without changing what comes out, but
+# for two settings that change the sum which the same noise would meet again.
 _FREE_SECTIONS = ("performance", "logging")
+_FIXED = ("performance.clipping", "performance.precision")
 
 
 def from_config_dict(values: Mapping[str, Any]) -> ExperimentConfig:
@@ -131,7 +133,7 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     return [
         f"{key} ({flat[0].get(key)} there, {flat[1].get(key)} here)"
         for key in keys
-        if key.split(".")[0] not in _FREE_SECTIONS
+        if (key in _FIXED or key.split(".")[0] not in _FREE_SECTIONS)
         and flat[0].get(key) != flat[1].get(key)
     ]
 

@@ -5,7 +5,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
@@ -26,7 +26,6 @@ from dpmix_jax.checkpoint import Checkpoints, export_weights
 from dpmix_jax.config import ExperimentConfig, to_dict
 from dpmix_jax.data.public import describe, load_public
 from dpmix_jax.errors import UserError
-from dpmix_jax.finetune import FinetuneConfig
 from dpmix_jax.pipeline import Model, Pipeline
 from dpmix_jax.progress import Progress, say
 from dpmix_jax.workdir import Workdir
@@ -116,7 +115,7 @@ def _mechanism(
 def data_digest(
     train: data.Records,
     public: data.Records | None,
-    weights: FinetuneConfig | None = None,
+    weights: Iterable[str] = (),
 ) -> str:
     """Returns a checksum of everything that noise is added to the gradients of.
 
@@ -124,8 +123,7 @@ def data_digest(
     sum, and its difference would be free of noise.
     """
     digests = [records.digest() for records in (train, public) if records is not None]
-    files = {} if weights is None else weights.checksums()
-    return "+".join([*digests, *files.values()])
+    return "+".join([*digests, *weights])
 
 
 def final_line(results: dict[str, Any]) -> str:
@@ -173,9 +171,10 @@ class _Run:
     ):
         self.config, self.workdir, self.dataset = config, workdir, dataset
         self.public, self.mechanism, self.started = public, mechanism, started
+        self.weights = config.finetune.checksums()
         workdir.begin(
             config.seed,
-            data=data_digest(dataset.train, public, config.finetune),
+            data=data_digest(dataset.train, public, self.weights),
             noise_multiplier=mechanism.noise_multiplier,
         )
         kept = workdir.kept()
@@ -332,6 +331,8 @@ class _Run:
             images_per_record=config.method.set_size,
             secret_seed=config.seed is None,
             sensitivity=self.pipeline.sensitivity,
+            clipping=config.performance.clipping,
+            precision=config.performance.precision,
             num_groups=self.pipeline.num_groups,
             public_data=self._public_data(),
         )
@@ -376,7 +377,8 @@ class _Run:
             checked=not (config.public and config.public.is_other_half(config.data)),
         )
         said = [images] if config.public else []
-        return "; ".join([*said, config.finetune.describe()]).strip("; ") or "none"
+        said.append(config.finetune.describe(self.weights))
+        return "; ".join(filter(None, said)) or "none"
 
     def _sheet(self) -> np.ndarray:
         """Makes the set of the first test image, or images, with pixels in [0, 1]."""

@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 from flax import traverse_util
@@ -25,10 +26,12 @@ class FinetuneConfig:
       weights: path of the `model.safetensors` of a run with the same model, of which
         the averaged weights are taken.
       skip: modules that `weights` does not bring, separated by commas: the last layer,
-        for other classes.
+        for other classes, or what that run had frozen.
       trainable: `all`, or names of modules separated by commas, such as `head` (a
         linear classifier on a frozen encoder) or `head,ln_post,block_11`. Everything
         else is frozen: it runs forward only, without noise, clipping or gradient.
+        What is frozen and in no file is drawn from a public key, so that anybody can
+        draw it again.
     """
 
     encoder: str | None = None
@@ -71,14 +74,25 @@ class FinetuneConfig:
             params = {"params": {**inner, "encoder": encoder}}
         return params
 
-    def checksums(self) -> dict[str, str]:
-        """Returns the SHA-256 of the files by their names, none without files."""
-        files = [path for path in (self.weights, self.encoder) if path is not None]
-        return {pathlib.Path(path).name: pretrained.checksum(path) for path in files}
+    def checksums(self) -> list[str]:
+        """Returns the SHA-256 of each file that weights come from, none without."""
+        return [pretrained.checksum(path) for path in self._files]
 
-    def describe(self) -> str:
-        """Says in a privacy statement which weights were there before; "" for none."""
-        files = [f"{name} (sha256 {s[:16]})" for name, s in self.checksums().items()]
+    @property
+    def _files(self) -> list[str]:
+        return [path for path in (self.weights, self.encoder) if path is not None]
+
+    def describe(self, checksums: Sequence[str]) -> str:
+        """Says in a privacy statement which weights were there before; "" for none.
+
+        Args:
+          checksums: of the files as they were when training began.
+        """
+        # Not the whole paths: the statement is released.
+        files = [
+            f"{pathlib.Path(path).name} (sha256 {checksum[:16]})"
+            for path, checksum in zip(self._files, checksums, strict=True)
+        ]
         if not files:
             return ""
         return (

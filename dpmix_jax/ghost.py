@@ -78,7 +78,13 @@ def ghost_clipped_gradient(
     private.
 
     The default, `gradients.clipped_gradient`, clips the very numbers it has measured,
-    so its bound does not rest on two passes that round alike.
+    so its bound does not rest on two passes that round alike. How far these differ is a
+    matter of the model: where it amplifies rounding without bound (normalisation with
+    an epsilon of 1e-12 of an image of one colour, before a kink) the bound is gone;
+    with those of the models here terms were seen at 1.000004 C at most.
+
+    `jax.custom_vjp` is refused: its backward rule need not be linear, so that a
+    weighted loss need not have the weighted gradient.
 
     Args:
       loss_fn: `loss_fn(params, *record) -> scalar` of one record, in any library. Its
@@ -92,7 +98,7 @@ def ghost_clipped_gradient(
 
     Raises:
       UserError: if `l2_clip_norm` is out of that range, and when called with a loss
-        that computes in less than float32.
+        that computes in less than float32 or has a `custom_vjp`.
     """
     check_clip_norm(l2_clip_norm)
 
@@ -170,6 +176,7 @@ def _value_and_norm(loss_fn: Callable[..., jax.Array]):
     """Returns `f(params, *record) -> (loss, norm of its gradient)`."""
 
     def value_and_norm(params, *record):
+        _refuse_custom_vjp(jax.make_jaxpr(loss_fn)(params, *record).jaxpr)
         closed = jax.make_jaxpr(jax.value_and_grad(loss_fn))(params, *record)
         _check_width(closed.jaxpr)
         args = jax.tree.leaves((params, record))
@@ -177,6 +184,17 @@ def _value_and_norm(loss_fn: Callable[..., jax.Array]):
         return value, jnp.sqrt(sum(squares, start=jnp.float32(0)))
 
     return value_and_norm
+
+
+def _refuse_custom_vjp(jaxpr: core.Jaxpr) -> None:
+    for equation in jaxpr.eqns:
+        if equation.primitive.name.startswith("custom_vjp"):
+            raise UserError(
+                "the loss has a custom_vjp, whose rule need not be linear: ghost"
+                " clipping needs gradients by JAX's own rules or custom_jvp"
+            )
+        for inner in conv.inner_jaxprs(equation.params):
+            _refuse_custom_vjp(inner)
 
 
 def _check_width(jaxpr: core.Jaxpr) -> None:

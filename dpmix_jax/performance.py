@@ -36,6 +36,8 @@ class PerformanceConfig:
         `conv.fast_convolutions`.
       clipping: `instantiate` forms every record's gradient, `ghost` the norms only and
         then one gradient of all, see `ghost.ghost_clipped_gradient`; in float32 only.
+        It treats records that are not finite, or cancel, differently, so a run cannot
+        go on with another one; nor with another precision.
       dataset_on: where the training set lives: `device`, `host` (records are read
         ahead, a few microbatches at a time), or `auto`, on the device if, with the
         public images, it takes no more than a quarter of its memory. Public images

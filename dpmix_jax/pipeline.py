@@ -132,6 +132,9 @@ class Pipeline:
 
         params = model.params(sampling.stream_key(seed, "init"))
         trained, frozen = config.finetune.split(params)
+        if frozen:  # the seed is forgotten, and released weights need these
+            known = sampling.stream_key(0, "init")
+            _, frozen = config.finetune.split(model.params(known))
 
         def loss_fn(params, images, labels, frozen):
             logits = model.logits(finetune.join(params, frozen), images)

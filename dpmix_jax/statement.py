@@ -17,6 +17,8 @@ def privacy_report(
     public_data: str = "none",
     sensitivity: float,
     num_groups: int | None = None,
+    clipping: str = "instantiate",
+    precision: str = "float32",
 ) -> dict[str, Any]:
     """Collects what `statement` must say, as JSON-ready values (`privacy.json`).
 
@@ -29,6 +31,8 @@ def privacy_report(
       public_data: what else entered, and why it may be called public.
       sensitivity: of the clipped sum, by which the noise was scaled.
       num_groups: expected groups of a batch, for `microbatch_mixup`.
+      clipping: see `PerformanceConfig`.
+      precision: of the model, see `PerformanceConfig`.
     """
     rdp = mechanism.epsilon(config.delta, accountant="rdp")
     return {
@@ -46,6 +50,8 @@ def privacy_report(
         "public_data": public_data,
         "sensitivity": sensitivity,
         "num_groups": num_groups,
+        "clipping": clipping,
+        "precision": precision,
         "secret_seed": secret_seed,
         "accountant": accountant_version(),
     }
@@ -61,6 +67,14 @@ _RELATIONS = {
     "add_or_remove_one": "one record is added or removed",
     "replace_one": "one record is replaced by another",
     "replace_special": "one record is replaced by an empty one",
+}
+
+_CLIPPING = {
+    "instantiate": "what is clipped is the gradient whose norm was measured",
+    "ghost": (
+        "norms are measured in one pass and gradients clipped by them in another (mixed"
+        " ghost clipping), so the clip is as exact as the two round alike"
+    ),
 }
 
 _SEEDS = {
@@ -135,8 +149,9 @@ def statement(report: dict[str, Any]) -> str:
         "Public data used": report["public_data"],
         "Seed": _SEEDS[report["secret_seed"]],
         "Arithmetic": (
-            "sums and noise are float32 from a pseudorandom generator; the proof is for"
-            " real numbers and ideal randomness"
+            f"the model computes in {report['precision']}, sums and noise are float32"
+            f" from a pseudorandom generator; {_CLIPPING[report['clipping']]}; the"
+            " proof is for real numbers and ideal randomness"
         ),
     }
     headline = (

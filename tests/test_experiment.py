@@ -122,7 +122,7 @@ def test_the_report_stands_alone_and_keeps_secrets(finished):
     page = (workdir / "report.html").read_text()
     assert page.count('src="data:image/png;base64,') == 2
     assert not re.search(r'(src|href)="(?!data:)', page)
-    for words in ("Privacy statement", "EMA", "view(s) and 1 mix(es)", "k_self"):
+    for words in ("Privacy statement", "EMA", "view(s), 1 mix(es)", "k_self"):
         assert words in page
     for secret in ("nonprivate/loss", "nonprivate/clipped", '"seed"'):
         assert secret not in page.replace("&quot;", '"')

@@ -22,7 +22,8 @@ from dpmix_jax import (
 from dpmix_jax.command_line import load_experiment
 from dpmix_jax.data import images
 from dpmix_jax.finetune import FinetuneConfig, join
-from dpmix_jax.pipeline import Model
+from dpmix_jax.pipeline import Model, Pipeline
+from dpmix_jax.privacy import Mechanism
 from dpmix_jax.workdir import Workdir
 from tests import files, towers, toy
 
@@ -202,11 +203,45 @@ def test_a_head_on_a_frozen_convnext_learns_digits(tmp_path, encoder):
     assert "began from the weights in tower.safetensors (sha256" in said
     assert "of which head were trained" in said
     # Other weights must not meet the same noise.
+    train, before = data.load(config.data).train, config.finetune.checksums()
     state = {k: v * 2 for k, v in safetensors.numpy.load_file(encoder).items()}
-    before = experiment.data_digest(data.load(config.data).train, None, config.finetune)
     safetensors.numpy.save_file(state, encoder)
-    after = experiment.data_digest(data.load(config.data).train, None, config.finetune)
-    assert before != after
+    digests = [
+        experiment.data_digest(train, None, sums)
+        for sums in (before, config.finetune.checksums())
+    ]
+    assert digests[0] != digests[1]
+
+
+def test_frozen_weights_without_a_file_are_known_to_all(tmp_path):
+    """Not the secret seed's: it is forgotten, and the released head needs them."""
+    flags = {"model.features": "4,8", "model.groups": 2, "privacy.num_updates": 3}
+    config = load("configs/digits.py", flags | {"finetune.trainable": "Dense_0"})
+    train = data.load(config.data).train
+    mechanism = Mechanism(sampling_prob=0.1, num_updates=3, noise_multiplier=3.0)
+    first, second = (
+        Pipeline(config, Model(config, train), train, mechanism=mechanism, seed=seed)
+        for seed in (1, 2)
+    )
+    frozen = [toy.flat(pipeline.accumulate.frozen) for pipeline in (first, second)]
+    np.testing.assert_array_equal(*frozen)
+    trained = [toy.flat(pipeline.state.params) for pipeline in (first, second)]
+    assert (trained[0] != trained[1]).any()
+    whole = first.all_params(first.state.params)
+    assert paths(whole) == paths(Model(config, train).params(jax.random.key(0)))
+
+
+def test_two_files_of_one_name_are_two_files(tmp_path):
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "model.safetensors").write_text(folder)
+    config = FinetuneConfig(
+        weights=str(tmp_path / "a/model.safetensors"),
+        encoder=str(tmp_path / "b/model.safetensors"),
+    )
+    sums = config.checksums()
+    assert len(set(sums)) == 2
+    assert config.describe(sums).count("model.safetensors (sha256") == 2
 
 
 def random_vit(path, size, options):

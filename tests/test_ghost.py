@@ -519,3 +519,22 @@ def test_a_run_takes_the_same_way_as_by_default():
         assert moved > 1e-2
     np.testing.assert_allclose(params["ghost"], params["instantiate"], atol=1e-5)
     assert not np.array_equal(params["ghost"], params["instantiate"])  # two ways
+
+
+def test_rules_that_need_not_be_linear_are_refused():
+    """A backward rule that clips would make the second pass another gradient."""
+
+    @jax.custom_vjp
+    def clipped(x):
+        return x
+
+    clipped.defvjp(
+        lambda x: (x, None), lambda _, g: (g / jnp.maximum(jnp.abs(g).max(), 1e-9),)
+    )
+
+    def logits_fn(params, images):
+        return dense(params, clipped(images))
+
+    gradient_fn = ghost_clipped_gradient(loss_of(logits_fn), l2_clip_norm=0.1)
+    with pytest.raises(UserError, match="the loss has a custom_vjp"):
+        gradient_fn(DENSE, *sets(2, 1))

@@ -293,7 +293,7 @@ def test_a_run_says_what_was_public(finished):
         assert words in facts["public_data"] or words in text, words
     assert max(map(len, statement({**facts, "public_data": "x"}).splitlines())) <= 88
     page = (workdir / "report.html").read_text()
-    assert "The 2 view(s), 2 public image(s) and 1 mix(es)" in page
+    assert "in one update: 2 view(s), 2 public image(s), 1 mix(es)" in page
 
 
 def test_a_run_does_not_go_on_with_other_public_images(tmp_path):

@@ -42,8 +42,8 @@ class DataConfig:
         become RGB, their shortest side becomes this (bicubic), and the centre is
         cropped, as CLIP does it.
       resize: 0, or the side that images are brought to on the device, by the same
-        bicubic interpolation and crop: small images are stored and moved as they are
-        and enlarged for a pretrained encoder where they are used.
+        bicubic interpolation and crop: small images are stored as they are, enlarged
+        for a pretrained encoder when drawn, and then augmented.
       normalization: by the constants of the `dataset`, or those of `clip`, which its
         encoders want.
       half: 0 for all training records, 1 or 2 for one of two disjoint halves of equal
