@@ -21,6 +21,7 @@ from dpmix_jax.domain_gap import Encoder, compare, frechet_distance
 from dpmix_jax.synthetic import Plan, fill
 from dpmix_jax.synthetic.render import Render
 from dpmix_jax.workdir import Workdir
+from tests import towers
 from tests.conftest import ROOT
 
 SCRIPT = ROOT / "experiments/domain_gap.py"
@@ -195,6 +196,8 @@ def test_no_gap_looks_like_halves_and_a_gap_does_not():
 OPTIONS = {
     "cnn": {"features": (4, 8), "groups": 2},
     "wrn": {"depth": 10, "width": 1, "groups": 4},
+    "vit": {**towers.OPTIONS["vit"], "depth": 1},
+    "convnext": {**towers.OPTIONS["convnext"], "depths": (1,), "features": (8,)},
 }
 
 
@@ -222,7 +225,7 @@ def test_features_are_what_the_last_layer_is_given(name):
     )
     assert found.dtype == jnp.float32
     assert found.ndim == 2
-    last = max(key for key in params["params"] if key.startswith("Dense"))
+    last = max(key for key in params["params"] if key.startswith(("Dense", "head")))
     layer = params["params"][last]
     np.testing.assert_allclose(
         found @ layer["kernel"] + layer["bias"][None],
