@@ -148,7 +148,7 @@ def largest_microbatch(
     fit = 1 + math.floor((budget - one) / each)
     if fit < 1:
         raise UserError(
-            f"{step} record(s) a device need {one / _GIB:.2f} GiB, the budget is"
+            f"{step} record(s) for each device need {one / _GIB:.2f} GiB, the budget is"
             f" {budget / _GIB:.2f} GiB: use a smaller model or fewer images a record,"
             " or raise performance.memory_gib"
         )

@@ -97,6 +97,9 @@ def sums(methods: Sequence[str] = METHODS) -> dict[str, np.ndarray]:
             found[f"{name}/{prefix}removed"] = run(accumulate, without)
             found[f"{name}/{prefix}replaced"] = run(make(other, drawn_from), everyone)
 
+        if jax.process_count() > 1:  # what follows was compiled for devices already
+            continue
+
         def float_sum(shared, records, record_set=record_set):
             params, bank = shared
             images, labels, words = records

@@ -189,6 +189,7 @@ def encoder(tmp_path):
     return path
 
 
+@pytest.mark.slow
 def test_a_head_on_a_frozen_convnext_learns_digits(tmp_path, encoder):
     """From a file of open_clip, end to end; the statement names it."""
     flags = CONVNEXT_FLAGS | {"finetune.encoder": encoder}

@@ -32,7 +32,7 @@ def test_the_largest_microbatch_that_fits(budget, devices, expected):
 
 
 def test_nothing_fits():
-    with pytest.raises(UserError, match=r"one record a device needs 0.51 GiB"):
+    with pytest.raises(UserError, match=r"1 record\(s\) for each device need 0.51"):
         largest_microbatch(
             memory(0.5 * GIB, 0.01 * GIB),
             expected_batch_size=10,

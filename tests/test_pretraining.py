@@ -174,6 +174,7 @@ OPTIONS = {
 }
 
 
+@pytest.mark.slow
 def test_a_run_stopped_while_it_pretrains_ends_with_the_same_bits(tmp_path):
     done = run(tmp_path / "whole", **OPTIONS)
     assert done.returncode == 0, done.stderr
