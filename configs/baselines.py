@@ -8,9 +8,9 @@ generate_synthetic.py). Self-Aug at K = 34 and 36 does the work of DP-Mix_self a
 DP-Mix_diff without mixing. The last row trains on the public images first, without
 noise; the poster says that mixing them in helps and this does not.
 
-Hardware: as for the config of one run. Hours: on digits, two CPU cores, see
-docs/results/baselines_digits.md; on CIFAR-10 not measured. Accuracy: there; the paper
-has no such row, its Tables 11 and 12 have some of these on other data.
+Hardware: as for the config of one run. Hours: on digits 1.7 on two CPU cores beside
+other jobs; on CIFAR-10 not measured. Accuracy: docs/results/baselines_digits.md; the
+paper has no such row, its Tables 11 and 12 have some of these on other data.
 
 Learning rates are those of the base config but for `microbatch_mixup`, whose noise is
 2 m times larger for the same mean: on digits chosen among 0.03, 0.1 and 0.3 on

@@ -10,9 +10,8 @@ S1 with as many images, tells what mixing adds.
 The argument is the data: digits (if none is given, with synthetic digits drawn from
 fonts) or cifar10 (WRN-16-4 from scratch, with a bank in banks/cifar10).
 
-Hardware: as for the config of one run. Hours: not measured but for digits, see
-docs/results/baselines_digits.md. Accuracy: there; the paper's row is of ViT-B-16 and
-ConvNeXt, fine-tuned, and is not comparable.
+Hardware: as for the config of one run. Hours, Accuracy: not measured. The paper's row
+is of ViT-B-16 and ConvNeXt, fine-tuned, and is not comparable.
 """
 
 import ml_collections
