@@ -17,6 +17,7 @@ def key(seed=0):
 @hypothesis.given(
     height=st.integers(2, 9), width=st.integers(2, 9), reach=st.integers(0, 4)
 )
+@hypothesis.settings(max_examples=10)
 def test_whole_shifts_are_reflect_padded_crops(height, width, reach):
     """Every view is one of the crops of `np.pad(..., "reflect")`, maybe mirrored."""
     reach = min(reach, height - 1, width - 1)
