@@ -273,6 +273,7 @@ def test_one_workdir_one_run(tmp_path):
     assert second.stderr == f"error: workdir {workdir} is in use by another run\n"
 
 
+@pytest.mark.slow
 def test_a_kill_while_the_results_are_written(finished, tmp_path, monkeypatch):
     """Between any two files: the same command ends with the same bits, nothing left."""
     expected = outcome(finished[0])

@@ -485,6 +485,7 @@ def test_refuses(clip_norm):
         ghost_clipped_gradient(toy.loss_fn, l2_clip_norm=clip_norm)
 
 
+@pytest.mark.slow
 def test_a_run_takes_the_same_way_as_by_default():
     """Three noisy updates on digits, through the config."""
     params = {}
