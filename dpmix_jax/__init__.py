@@ -21,7 +21,7 @@ from dpmix_jax.bank import Bank, make_bank
 from dpmix_jax.conv import fast_convolutions
 from dpmix_jax.errors import UserError
 from dpmix_jax.ghost import ghost_clipped_gradient
-from dpmix_jax.gradients import clipped_gradient
+from dpmix_jax.gradients import clipped_gradient, with_shared_terms
 from dpmix_jax.mixup import (
     MethodConfig,
     augmentation_set,
@@ -71,4 +71,5 @@ __all__ = [
     "record_keys",
     "stream_key",
     "views",
+    "with_shared_terms",
 ]

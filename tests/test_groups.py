@@ -20,9 +20,9 @@ from dpmix_jax import (
     group_set,
     poisson_batch,
     random_groups,
+    with_shared_terms,
 )
 from dpmix_jax.command_line import load_experiment
-from dpmix_jax.gradients import with_shared_terms
 from dpmix_jax.pipeline import Model, Pipeline
 from dpmix_jax.sampling import batches
 from dpmix_jax.statement import privacy_report, statement

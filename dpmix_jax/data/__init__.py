@@ -7,6 +7,7 @@ folder      files that are images, labelled by where they are; official layouts
 bank        banks: public images in class folders, all of them one set
 tfds        prepared TensorFlow Datasets, read and written without TensorFlow
 trees images splits cache    what those are made of
+preprocess  resizing on the device
 """
 
 import dataclasses
