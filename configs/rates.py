@@ -8,7 +8,12 @@ argument. Self-Aug and DP-Mix_self try each rate with 3 seeds; the table shows a
 on validation records, a tenth of the training set, that no run trains on.
 
 All runs look at the same private records. The epsilon of a model trained with the rate
-that comes out covers its own run and not this search, as its privacy statement says.
+that comes out, `choice.json`, covers its own run and not this search, as its privacy
+statement says. For a search that epsilon covers, at the price of more noise, add
+
+    --set=privacy.selection=geometric --set=privacy.expected_candidates=10
+
+which trains a random number of candidates, 10 on average, and leaves the best.
 
 Hardware, Hours: those of the config, 30 times. Accuracy: there. The paper searched too
 and gives no row of it.

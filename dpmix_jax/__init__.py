@@ -11,6 +11,7 @@ labels)`. Axes: B records, K members of an augmentation set, H W C image, O clas
     ghost      the same from norms alone, without per-record gradients
     privacy    (epsilon, delta) <-> noise multiplier, and the noise
     sampling   the Poisson batch of a step, and keys
+    selection  the best of many runs, with the choice accounted for
 
 `training` puts them together, `experiment` runs a config, `statement` says what is
 promised.
@@ -43,6 +44,7 @@ from dpmix_jax.sampling import (
     record_keys,
     stream_key,
 )
+from dpmix_jax.selection import Selection
 
 __version__ = "0.1.0"
 
@@ -53,6 +55,7 @@ __all__ = [
     "MethodConfig",
     "NeighboringRelation",
     "PrivacyConfig",
+    "Selection",
     "UserError",
     "augmentation_set",
     "calibrate",

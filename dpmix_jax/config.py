@@ -82,6 +82,11 @@ class ExperimentConfig:
     def __post_init__(self):
         if self.seed is not None and self.seed < 0:
             raise UserError(f"seed is {self.seed}: it must be at least 0, or None")
+        if self.privacy.selection is not None and not self.data.validation_size:
+            raise UserError(
+                "data.validation_size is 0: it must be positive for privacy.selection,"
+                " which compares runs by validation records"
+            )
         name, updates = self.method.name, self.pretrain.num_updates
         if self.public is None and (name in WITH_PUBLIC or updates):
             needs = (

@@ -37,6 +37,7 @@ def dry_run(config: ExperimentConfig) -> str:
         sampling_prob=q,
         num_updates=config.privacy.num_updates,
         neighboring_relation=config.privacy.relation,
+        selection=config.privacy.private_selection,
     )
     pipeline = Pipeline(
         config, model, records, mechanism=mechanism, seed=0, public=public

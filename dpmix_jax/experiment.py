@@ -1,6 +1,7 @@
 """One experiment from a config to a workdir: train, survive, evaluate, report."""
 
 import contextlib
+import secrets
 import shutil
 import signal
 import sys
@@ -96,12 +97,14 @@ def _mechanism(
             sampling_prob=sampling_prob,
             num_updates=config.num_updates,
             neighboring_relation=config.relation,
+            selection=config.private_selection,
         )
     mechanism = privacy.Mechanism(
         sampling_prob=sampling_prob,
         num_updates=config.num_updates,
         noise_multiplier=kept["noise_multiplier"],
         neighboring_relation=config.relation,
+        selection=config.private_selection,
     )
     # Not to the last bit: accountants differ in it between processors.
     if mechanism.epsilon(config.delta) > config.epsilon * (1 + 1e-6):
@@ -342,13 +345,15 @@ class _Run:
             "test_accuracy_ema": evaluate.accuracy(ema),
             "per_class_accuracy_ema": evaluate.per_class_accuracy(ema).tolist(),
             "confusion_ema": ema.tolist(),
-            "epsilon": facts["epsilon_pld"],
+            "epsilon": facts["epsilon"],
             "delta": facts["delta"],
             "noise_multiplier": facts["noise_multiplier"],
             "device": f"{self.pipeline.mesh.size} x {jax.devices()[0].device_kind}",
             "jax": jax.__version__,
             "seconds": time.time() - self.started,
         }
+        if facts["selection"]:
+            results["score"] = self._score(facts["selection"]["score_noise"])
         page = report.render(
             title=f"{config.method.name} on {config.data.name}",
             results=results,
@@ -365,6 +370,15 @@ class _Run:
         self.workdir.write("report.html", page)
         self.checkpoints.close()
         self.workdir.end(results)
+
+    def _score(self, noise: float) -> float:
+        """Returns what a private selection compares this run with others by."""
+        params = self.pipeline.all_params(self.state.ema_params)
+        correct = np.trace(self.confusions["nonprivate/validation"](params))
+        # Not from the seed of the run, which is forgotten by now.
+        seed = self.config.seed
+        rng = np.random.default_rng(secrets.randbits(128) if seed is None else seed)
+        return float(correct + rng.normal(0.0, noise))
 
     def _public_data(self) -> str:
         """Says what else entered than private records."""

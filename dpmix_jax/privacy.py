@@ -2,7 +2,8 @@
 
 The mechanism is T updates, each a Gaussian mechanism on a Poisson sample. Accounting is
 dp_accounting's: privacy loss distributions (PLD) decide, Renyi DP (RDP) is shown beside
-them. Results are cached on disk (`DPMIX_JAX_CACHE`, by default `~/.cache/dpmix_jax`).
+them; for private selection, which PLD cannot compose, RDP decides. Results are cached
+on disk (`DPMIX_JAX_CACHE`, by default `~/.cache/dpmix_jax`).
 """
 
 import contextlib
@@ -24,10 +25,12 @@ from jax_privacy import clipping, noise_addition
 
 from dpmix_jax.errors import UserError
 from dpmix_jax.places import cache_folder
+from dpmix_jax.selection import Selection
 
 RELATIONS = {relation.name.lower(): relation for relation in NeighboringRelation}
+_ACCOUNTANTS = {"pld": pld.PLDAccountant, "rdp": rdp.RdpAccountant}
 _MIN_NOISE, _MAX_NOISE = 2.0**-3, 2.0**14
-_OWN_VERSION = 1  # of what is cached: raise it when `Mechanism` changes
+_OWN_VERSION = 2  # of what is cached: raise it when `Mechanism` changes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,6 +45,11 @@ class PrivacyConfig:
       l2_clip_norm: C, the bound on a record's averaged gradient.
       neighboring_relation: `add_or_remove_one`, `replace_one` or `replace_special`
         (one record becomes an empty one).
+      selection: None for a run that is released whatever comes out. Otherwise the run
+        is a candidate of a private selection, and this is the distribution of the
+        number of candidates, see `Selection`: then epsilon is what all of them and the
+        choice spend together, and the noise of each is larger.
+      expected_candidates: mean of that number; None without selection.
     """
 
     epsilon: float
@@ -50,6 +58,8 @@ class PrivacyConfig:
     num_updates: int
     l2_clip_norm: float = 1.0
     neighboring_relation: str = "add_or_remove_one"
+    selection: str | None = None
+    expected_candidates: float | None = None
 
     def __post_init__(self):
         for name, allowed in (
@@ -73,10 +83,30 @@ class PrivacyConfig:
                 f"privacy.neighboring_relation is {self.neighboring_relation!r}: it"
                 f" must be one of {', '.join(RELATIONS)}"
             )
+        if (self.selection is None) != (self.expected_candidates is None):
+            raise UserError(
+                f"privacy.expected_candidates is {self.expected_candidates}: it must be"
+                f" {'None without' if self.selection is None else 'a number for'}"
+                " privacy.selection"
+            )
+        if self.private_selection and self.neighboring_relation == "replace_one":
+            raise UserError(
+                "privacy.selection must be None for privacy.neighboring_relation"
+                " 'replace_one', for which nothing bounds it"
+            )
 
     @property
     def relation(self) -> NeighboringRelation:
         return RELATIONS[self.neighboring_relation]
+
+    @property
+    def private_selection(self) -> Selection | None:
+        """Returns how the released run is chosen, or None if there is no choice."""
+        if self.selection is None or self.expected_candidates is None:
+            return None
+        return Selection(
+            distribution=self.selection, expected_candidates=self.expected_candidates
+        )
 
     def sampling_prob(self, num_records: int) -> float:
         """Returns q = B / N, or raises `UserError` if that is no probability."""
@@ -98,12 +128,20 @@ class Mechanism:
       noise_multiplier: standard deviation of the noise on the sum, over the sensitivity
         of the sum under `neighboring_relation` (so over 2 C for `REPLACE_ONE`).
       neighboring_relation: which datasets count as neighbours.
+      selection: of a private selection, in which the T updates are those of each
+        candidate; or None.
     """
 
     sampling_prob: float
     num_updates: int
     noise_multiplier: float
     neighboring_relation: NeighboringRelation = NeighboringRelation.ADD_OR_REMOVE_ONE
+    selection: Selection | None = None
+
+    @property
+    def accountant(self) -> str:
+        """Returns the accountant that decides: `pld`, or `rdp` for a selection."""
+        return "pld" if self.selection is None else "rdp"
 
     def event(self) -> dp_accounting.DpEvent:
         """Returns the event to compose, whose noise is in units of the clip norm C."""
@@ -111,28 +149,34 @@ class Mechanism:
         # doubles the sensitivity of REPLACE_ONE itself; ours is already over 2 C there.
         unit = clipping.BoundedSensitivityCallable(lambda: None, 1.0, False)
         noise = self.noise_multiplier * unit.sensitivity(self.neighboring_relation)
-        return dp_accounting.SelfComposedDpEvent(
+        updates = dp_accounting.SelfComposedDpEvent(
             dp_accounting.PoissonSampledDpEvent(
                 self.sampling_prob, dp_accounting.GaussianDpEvent(noise)
             ),
             self.num_updates,
         )
+        return updates if self.selection is None else self.selection.event(updates)
 
-    def epsilon(self, delta: float, *, accountant: str = "pld") -> float:
-        """Returns the epsilon of all T updates at this delta.
+    def epsilon(self, delta: float, *, accountant: str | None = None) -> float:
+        """Returns the epsilon of all T updates at this delta, for training records.
 
         Args:
           delta: in (0, 1).
-          accountant: `pld` (tight) or `rdp` (looser; infinite for `REPLACE_ONE`, which
-            it cannot bound under Poisson sampling).
+          accountant: `pld` (tight; infinite for a selection, which it cannot compose)
+            or `rdp` (looser; infinite for `REPLACE_ONE`, which it cannot bound under
+            Poisson sampling). By default the one that decides.
         """
         if self.num_updates == 0:
             return 0.0
-        make = {"pld": pld.PLDAccountant, "rdp": rdp.RdpAccountant}[accountant]
-        relation = self.neighboring_relation
-        if accountant == "rdp" and relation == NeighboringRelation.REPLACE_ONE:
+        accountant, relation = accountant or self.accountant, self.neighboring_relation
+        bounds_nothing = {
+            "pld": self.selection is not None,
+            "rdp": relation == NeighboringRelation.REPLACE_ONE,
+        }
+        if bounds_nothing[accountant]:
             return float("inf")
         with _quiet():
+            make = _ACCOUNTANTS[accountant]
             ledger = make(neighboring_relation=relation).compose(self.event())
             return float(ledger.get_epsilon(delta))
 
@@ -168,38 +212,23 @@ def accountant_version() -> str:
     return f"dp_accounting {importlib.metadata.version('dp-accounting')}"
 
 
-def _epsilon(sampling_prob, num_updates, noise_multiplier, relation, delta, version):
+def _epsilon(mechanism, delta, version):
     del version  # part of the cache's key
-    return Mechanism(
-        sampling_prob=sampling_prob,
-        num_updates=num_updates,
-        noise_multiplier=noise_multiplier,
-        neighboring_relation=NeighboringRelation[relation],
-    ).epsilon(delta)
+    return mechanism.epsilon(delta)
 
 
 def epsilon_after(mechanism: Mechanism, num_updates: int, delta: float) -> float:
-    """Returns the epsilon (PLD) of the first `num_updates` updates, cached on disk."""
-    return _cached(
-        _epsilon,
-        mechanism.sampling_prob,
-        num_updates,
-        mechanism.noise_multiplier,
-        mechanism.neighboring_relation.name,
-        delta,
-    )
+    """Returns the epsilon of the first `num_updates` updates, cached on disk."""
+    first = dataclasses.replace(mechanism, num_updates=num_updates)
+    return _cached(_epsilon, first, delta)
 
 
-def _calibrate(epsilon, delta, sampling_prob, num_updates, relation, version):
+def _calibrate(epsilon, delta, silent, version):
     del version  # part of the cache's key
+    relation, updates = silent.neighboring_relation, silent.num_updates
 
     def mechanism(noise_multiplier):
-        return Mechanism(
-            sampling_prob=sampling_prob,
-            num_updates=num_updates,
-            noise_multiplier=noise_multiplier,
-            neighboring_relation=NeighboringRelation[relation],
-        )
+        return dataclasses.replace(silent, noise_multiplier=noise_multiplier)
 
     # RDP is quick and bounds the search roughly; PLD, whose cost grows with epsilon, is
     # then asked only near the target.
@@ -218,12 +247,14 @@ def _calibrate(epsilon, delta, sampling_prob, num_updates, relation, version):
     if not enough or low == high:
         raise UserError(
             f"no noise multiplier from {_MIN_NOISE:g} to {_MAX_NOISE:g} spends epsilon"
-            f" {epsilon:g} at delta {delta:g} in {num_updates} updates with sampling"
-            f" probability {sampling_prob:.4g}: ask for another epsilon, batch size or"
-            " number of updates"
+            f" {epsilon:g} at delta {delta:g} in {updates} updates with sampling"
+            f" probability {silent.sampling_prob:.4g}: ask for another epsilon, batch"
+            " size or number of updates"
         )
     return dp_accounting.calibrate_dp_mechanism(
-        make_fresh_accountant=lambda: pld.PLDAccountant(NeighboringRelation[relation]),
+        make_fresh_accountant=lambda: _ACCOUNTANTS[silent.accountant](
+            neighboring_relation=relation
+        ),
         make_event_from_param=lambda noise: mechanism(noise).event(),
         target_epsilon=epsilon,
         target_delta=delta,
@@ -239,12 +270,13 @@ def calibrate(
     sampling_prob: float,
     num_updates: int,
     neighboring_relation: NeighboringRelation = NeighboringRelation.ADD_OR_REMOVE_ONE,
+    selection: Selection | None = None,
 ) -> Mechanism:
     """Finds the least noise with which T updates stay within (epsilon, delta).
 
     Formal guarantees:
-      - The epsilon of the returned mechanism, by the PLD accountant and computed anew
-        whatever the cache says, is at most `epsilon`.
+      - The epsilon of the returned mechanism, by the PLD accountant (for a selection by
+        RDP) and computed anew whatever the cache says, is at most `epsilon`.
 
     Args:
       epsilon: the budget, positive.
@@ -252,24 +284,20 @@ def calibrate(
       sampling_prob: q in (0, 1].
       num_updates: T, at least 1.
       neighboring_relation: which datasets count as neighbours.
+      selection: of a private selection in which each candidate does these T updates.
 
     Raises:
       UserError: if no noise multiplier in a sane range meets the budget.
     """
-    noise_multiplier = _cached(
-        _calibrate,
-        float(epsilon),
-        float(delta),
-        float(sampling_prob),
-        int(num_updates),
-        neighboring_relation.name,
-    )
-    mechanism = Mechanism(
-        sampling_prob=sampling_prob,
-        num_updates=num_updates,
-        noise_multiplier=noise_multiplier,
+    silent = Mechanism(
+        sampling_prob=float(sampling_prob),
+        num_updates=int(num_updates),
+        noise_multiplier=0.0,
         neighboring_relation=neighboring_relation,
+        selection=selection,
     )
+    noise_multiplier = _cached(_calibrate, float(epsilon), float(delta), silent)
+    mechanism = dataclasses.replace(silent, noise_multiplier=noise_multiplier)
     spent = mechanism.epsilon(delta)
     if not spent <= epsilon:
         raise UserError(

@@ -29,7 +29,7 @@ figcaption { color: #555; }
 
 
 def plot_progress(metrics: Sequence[Mapping[str, Any]]) -> matplotlib.figure.Figure:
-    """Plots test accuracy (raw and EMA) and epsilon (PLD) against updates.
+    """Plots test accuracy (raw and EMA) and epsilon against updates.
 
     Args:
       metrics: lines of `metrics.jsonl`: dictionaries with `step`, `epsilon` and, where
@@ -52,7 +52,7 @@ def plot_progress(metrics: Sequence[Mapping[str, Any]]) -> matplotlib.figure.Fig
         [0] + [line["step"] for line in metrics],
         [0] + [line["epsilon"] for line in metrics],
     )
-    right.set(xlabel="updates", ylabel="epsilon spent (PLD)")
+    right.set(xlabel="updates", ylabel="epsilon spent")
     for axes in (left, right):
         axes.grid(alpha=0.3)
     return figure
@@ -145,7 +145,7 @@ def render(
     summary = [
         ("test accuracy, EMA weights", f"{100 * results['test_accuracy_ema']:.2f} %"),
         ("test accuracy, raw weights", f"{100 * results['test_accuracy']:.2f} %"),
-        ("epsilon (PLD)", round_up(results["epsilon"])),
+        ("epsilon", round_up(results["epsilon"])),
         ("delta", round_up(results["delta"])),
         ("sigma", f"{results['noise_multiplier']:.4g}"),
     ]

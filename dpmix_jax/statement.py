@@ -24,7 +24,8 @@ def privacy_report(
 
     Args:
       config: the budget and the algorithm.
-      mechanism: from `calibrate`; its epsilons are computed here, by both accountants.
+      mechanism: from `calibrate`; its epsilons are computed here, by both accountants,
+        and for a private selection that of the validation records.
       num_records: N.
       images_per_record: K.
       secret_seed: whether the randomness came from a seed that nobody knows.
@@ -34,10 +35,19 @@ def privacy_report(
       clipping: see `PerformanceConfig`.
       precision: of the model, see `PerformanceConfig`.
     """
-    rdp = mechanism.epsilon(config.delta, accountant="rdp")
+    by = {
+        name: mechanism.epsilon(config.delta, accountant=name)
+        for name in ("pld", "rdp")
+    }
+    selection = _selection(config)
     return {
-        "epsilon_pld": mechanism.epsilon(config.delta),
-        "epsilon_rdp": rdp if rdp < float("inf") else None,
+        # One record is in the training set or among those that candidates are compared
+        # by: see `selection`.
+        "epsilon": max(
+            by[mechanism.accountant], selection["score_epsilon"] if selection else 0.0
+        ),
+        **{f"epsilon_{k}": v if v < float("inf") else None for k, v in by.items()},
+        "selection": selection,
         "delta": config.delta,
         "neighboring_relation": config.neighboring_relation,
         "noise_multiplier": mechanism.noise_multiplier,
@@ -54,6 +64,20 @@ def privacy_report(
         "precision": precision,
         "secret_seed": secret_seed,
         "accountant": accountant_version(),
+    }
+
+
+def _selection(config: PrivacyConfig) -> dict[str, Any] | None:
+    """Returns what there is to say about a private selection, or None without one."""
+    selection = config.private_selection
+    if selection is None:
+        return None
+    noise = selection.score_noise(config.epsilon, config.delta, config.relation)
+    return {
+        "distribution": selection.distribution,
+        "expected_candidates": selection.expected_candidates,
+        "score_noise": noise,
+        "score_epsilon": selection.score_epsilon(noise, config.delta, config.relation),
     }
 
 
@@ -77,6 +101,38 @@ _CLIPPING = {
     ),
 }
 
+# What is released and covered, without and with a private selection.
+_RELEASED = {
+    False: (
+        "the final weights, raw and EMA (`model.safetensors`), and what is computed"
+        " from them. The accountant covers the weights after every update, so"
+        " intermediate ones too"
+    ),
+    True: (
+        "of the selected candidate the weights, raw and EMA (`model.safetensors`), and"
+        " its `score`, and what is computed from them. Of no other candidate anything"
+    ),
+}
+
+_COVERED = {
+    False: (
+        "every access of this one run to the training records. Not covered: other"
+        " runs on these records, hyperparameters chosen by looking at them, values"
+        " named `nonprivate/...`, logs, timings, checkpoints and the rest of the"
+        " workdir. Test and validation records, from which accuracies and pictures"
+        " come, are not protected at all"
+    ),
+    True: (
+        "every access of all candidates to the training records, and that of the"
+        " choice among them to the validation records, so that tuning is covered."
+        " Not covered: how many candidates there were, how long they took, what they"
+        " left, the grid itself where it was made by looking at these records; other"
+        " runs, values named `nonprivate/...`, logs, checkpoints and the rest of the"
+        " workdir. Test records, from which accuracies and pictures come, are not"
+        " protected at all"
+    ),
+}
+
 _SEEDS = {
     True: (
         "all randomness comes from 64-bit keys derived from 128 secret bits of the"
@@ -93,8 +149,8 @@ _SEEDS = {
 
 def statement(report: dict[str, Any]) -> str:
     """Writes the privacy statement of a run in Markdown from its `privacy_report`."""
-    epsilon, delta = report["epsilon_pld"], report["delta"]
-    relation, rdp = report["neighboring_relation"], report["epsilon_rdp"]
+    epsilon, delta = report["epsilon"], report["delta"]
+    relation, selection = report["neighboring_relation"], report["selection"]
     terms, brings = "per-record gradients", "that stand for it in an update"
     if report["num_groups"]:
         batch, groups = report["expected_batch_size"], report["num_groups"]
@@ -103,8 +159,11 @@ def statement(report: dict[str, Any]) -> str:
             " the group of a record drawn for it alone)"
         )
         brings = "that it brings into its group, mixed or not"
-    rdp_text = (
-        f"{round_up(rdp, 7)} by RDP" if rdp else "RDP bounds nothing for this relation"
+    found = (
+        f"epsilon = {round_up(report[f'epsilon_{name}'], 7)} by {name.upper()}"
+        if report[f"epsilon_{name}"]
+        else f"{name.upper()} bounds nothing here"
+        for name in ("pld", "rdp")
     )
     items = {
         "Unit of privacy": (
@@ -117,17 +176,22 @@ def statement(report: dict[str, Any]) -> str:
             " is taken as given: where one random split was made of all of them,"
             " another record would have changed it"
         ),
-        "What is released": (
-            "the final weights, raw and EMA (`model.safetensors`), and what is computed"
-            " from them. The accountant covers the weights after every update, so"
-            " intermediate ones too"
-        ),
-        "What is covered": (
-            "every access of this one run to the training records. Not covered: other"
-            " runs on these records, hyperparameters chosen by looking at them, values"
-            " named `nonprivate/...`, logs, timings, checkpoints and the rest of the"
-            " workdir. Test and validation records, from which accuracies and pictures"
-            " come, are not protected at all"
+        "What is released": _RELEASED[selection is not None],
+        "What is covered": _COVERED[selection is not None],
+        "Selection": (
+            selection
+            and (
+                "this is one of a random number of candidate runs"
+                f" ({selection['distribution']} distribution, mean"
+                f" {selection['expected_candidates']:g}), each with hyperparameters"
+                " drawn for it alone. Released is the one with the highest score: its"
+                " number of correctly classified validation records plus Gaussian"
+                f" noise of standard deviation {selection['score_noise']:.6g}. The"
+                " guarantee holds for that one only, and only if the candidates were"
+                " drawn and compared so (Papernot and Steinke, 2022), which is what"
+                " `experiments/sweep.py` does; epsilon ="
+                f" {round_up(selection['score_epsilon'], 7)} for a validation record"
+            )
         ),
         "Mechanism": (
             f"Gaussian noise on the sum of {terms} clipped to C ="
@@ -143,8 +207,8 @@ def statement(report: dict[str, Any]) -> str:
             " probability, nothing is truncated. q and N are treated as public"
         ),
         "Accountant": (
-            f"{report['accountant']}: epsilon = {round_up(epsilon, 7)} by PLD,"
-            f" {rdp_text}, at delta = {round_up(delta, 7)}"
+            f"{report['accountant']}: {', '.join(found)}, at delta ="
+            f" {round_up(delta, 7)}"
         ),
         "Public data used": report["public_data"],
         "Seed": _SEEDS[report["secret_seed"]],
@@ -156,7 +220,7 @@ def statement(report: dict[str, Any]) -> str:
     }
     headline = (
         f"The released weights are ({round_up(epsilon)}, {round_up(delta)})-"
-        "differentially private."
+        f"differentially private{', tuning included' if selection else ''}."
     )
     return "\n".join(
         ["# Privacy statement", "", headline, ""]
@@ -169,6 +233,7 @@ def statement(report: dict[str, Any]) -> str:
                 break_on_hyphens=False,
             )
             for title, text in items.items()
+            if text
         ]
         + [""]
     )

@@ -1,4 +1,4 @@
-"""Grids of runs over paired seeds: which runs there are, and tables of what came out.
+"""Grids of runs over paired seeds: which runs there are.
 
 A sweep's config is plain data. Rows are settings to compare, columns what to compare
 them at: a column that is `{named}` in `base` fills it in, any other is a setting. This
@@ -9,27 +9,21 @@ one chooses a learning rate on validation records:
      "columns": {"epsilon": ("1", "8"), "optimizer": {"learning_rate": (0.5, 1.0)}},
      "common": {"data": {"validation_size": 288}},
      "metric": "nonprivate/validation/accuracy_ema"}
+
+With `privacy.selection` set, its cells are the candidates of a private selection.
 """
 
-import csv
 import dataclasses
-import io
 import itertools
-import math
 import pathlib
 import re
-import statistics
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import scipy.stats
-
-from dpmix_jax.config import check_keys, flatten
+from dpmix_jax.config import ExperimentConfig, check_keys, flatten
 from dpmix_jax.errors import UserError
-from dpmix_jax.workdir import Workdir
 
 Point = tuple[Any, ...]  # a value of each column
-Cells = Mapping[tuple[str, Point], Mapping[int, float]]  # the values by seed
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,14 +33,15 @@ class Run:
     Attributes:
       row: its name.
       point: value of each column.
-      seed: the same seed draws the same weights and batches in every row.
+      seed: the same seed draws the same weights and batches in every row; None for a
+        candidate of a private selection, whose seed is secret.
       flags: for `experiments/run.py`, without `--workdir`.
       folder: relative to the sweep's.
     """
 
     row: str
     point: Point
-    seed: int
+    seed: int | None
     flags: tuple[str, ...]
     folder: pathlib.Path
 
@@ -108,6 +103,11 @@ class SweepConfig:
         return list(itertools.product(*self.columns.values()))
 
     @property
+    def chooses(self) -> bool:
+        """Whether it is there to choose settings, not to report test accuracies."""
+        return self.metric.startswith("nonprivate/validation/")
+
+    @property
     def unit(self) -> str:
         return " %" if "accuracy" in self.metric else ""
 
@@ -128,14 +128,20 @@ class SweepConfig:
             for point in self.points
         ]
 
-    def _run(self, row: str, point: Point, seed: int) -> Run:
+    def candidates(self) -> list[Run]:
+        """Lists the points of a private selection, whose runs have secret seeds."""
+        return [self._run(row, at, None) for row in self.rows for at in self.points]
+
+    def _run(self, row: str, point: Point, seed: int | None) -> Run:
         base, settings = self.base, dict(self.common)
         for key, value in zip(self.columns, point, strict=True):
             if f"{{{key}}}" in base:
                 base = base.replace(f"{{{key}}}", str(value))
             else:
                 settings[key] = value
-        settings |= {**self.rows[row], "seed": seed}
+        settings |= self.rows[row]
+        if seed is not None:
+            settings["seed"] = seed
         flags = (f"--config.{key}={value}" for key, value in settings.items())
         column = _slug(self.label(point).replace(" = ", "="))
         row_folder = _slug(row.replace("=", " ")).lower()
@@ -204,153 +210,29 @@ def from_config_dict(config: Any, settings: Iterable[str] = ()) -> SweepConfig:
     )
 
 
-def read_record(sweep: SweepConfig, run: Run, workdir: Workdir) -> dict[str, Any]:
-    """Returns a finished run as one line of the CSV.
+def check_candidates(configs: Sequence[ExperimentConfig]) -> None:
+    """Raises `UserError` unless these can be candidates of one private selection.
 
-    What was measured under the name of a column, as the epsilon that was spent, is
-    named `measured_<name>`.
+    The accountant takes them for the same mechanism, so they must not differ in what it
+    sees, nor in their records.
     """
-    results = workdir.results()
-    assert results is not None
-    found = {
-        key: value for line in workdir.metrics()[-1:] for key, value in line.items()
-    }
-    found.update(results)
-    columns = dict(zip(sweep.columns, run.point, strict=True))
-    keys = {"row": run.row, **columns, "seed": run.seed}
-    measured = {
-        f"measured_{key}" if key in keys else key: value
-        for key, value in found.items()
-        if isinstance(value, int | float | str)
-    }
-    if not isinstance(measured.get(sweep.metric), int | float):
-        numbers = [key for key, value in measured.items() if not isinstance(value, str)]
-        raise UserError(
-            f"metric is {sweep.metric!r}: it must be one of {', '.join(numbers)}"
-        )
-    return {**keys, **measured, "workdir": str(run.folder)}
-
-
-def to_csv(records: Iterable[Mapping[str, Any]]) -> str:
-    """Returns a tidy CSV: one line for each run."""
-    records = list(records)
-    names = list(dict.fromkeys(key for record in records for key in record))
-    buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, names, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(records)
-    return buffer.getvalue()
-
-
-# The tables. None says which row or column is best: that would be choosing by the test
-# set.
-
-
-def to_markdown(sweep: SweepConfig, records: Iterable[Mapping[str, Any]]) -> str:
-    """Returns the tables of a sweep, of the runs that have finished."""
-    records = list(records)
-    cells: dict[tuple[str, Point], dict[int, float]] = {
-        (row, point): {} for row in sweep.rows for point in sweep.points
-    }
-    for record in records:
-        point = tuple(record[key] for key in sweep.columns)
-        cells[record["row"], point][record["seed"]] = record[sweep.metric]
-    total = len(cells) * sweep.seeds
-    blocks = [
-        [f"# {sweep.title}"],
-        [
-            f"`{sweep.metric}`{sweep.unit and ' in' + sweep.unit}, at the last update:"
-            f" median (standard deviation) over {sweep.seeds} paired seeds."
-        ],
-        _table(*_summary(sweep, cells)),
-        _notes(sweep, records),
-        ["## Each cell"],
-        _table(
-            ("row", "column", "n", "median", "sd", "least", "greatest"),
-            [
-                [row, sweep.label(point), *_spread(sweep, by_seed.values())]
-                for (row, point), by_seed in cells.items()
-            ],
-        ),
-        ["## Paired differences"],
-        _table(("", "column", "n", "mean", "sd", "p", "d"), _differences(sweep, cells)),
-        [
-            "Over runs of the same seed, which share initial weights and batches. p: of"
-            " the two-sided paired t-test, not corrected for the number of differences."
-            " d: Cohen's, mean over standard deviation of the differences."
-        ],
-    ]
-    if len(records) < total:
-        blocks.insert(2, [f"**{len(records)} of {total} runs have finished.**"])
-    return "\n\n".join("\n".join(block) for block in blocks if block) + "\n"
-
-
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    lines = [header, ["---"] * len(header), *rows]
-    return ["| " + " | ".join(line).strip() + " |" for line in lines]
-
-
-def _summary(sweep: SweepConfig, cells: Cells) -> tuple[list[str], list[list[str]]]:
-    """Returns the table as a paper prints it, the paper's numbers beside ours."""
-    cited = (sweep.paper or {}).get("cells", ())
-    theirs = {tuple(map(str, cell[:-1])): cell[-1] for cell in cited}
-    header, rows = [""], [[row] for row in sweep.rows]
-    for point in sweep.points:
-        header.append(", ".join(filter(None, (sweep.label(point), "ours"))))
-        if theirs:
-            header.append("paper")
-        for line in rows:
-            n, median, sd, *_ = _spread(sweep, cells[line[0], point].values())
-            cell = "-" if n == "0" else f"{median} ({sd})"
-            line.append(cell if n in ("0", str(sweep.seeds)) else f"{cell}, n = {n}")
-            if theirs:
-                line.append(theirs.get((line[0], *map(str, point)), "-"))
-    return header, rows
-
-
-def _notes(sweep: SweepConfig, records: Sequence[Mapping[str, Any]]) -> list[str]:
-    places = sorted({f"{r.get('device')}, jax {r.get('jax')}" for r in records})
-    lines = [f"- ours: run here, on {'; '.join(places)}."] if places else []
-    if sweep.paper:
-        lines.append(f"- paper: as printed, not run here. {sweep.paper['source']}")
-    lines.append("- Known seeds: runs to be compared, not to be released.")
-    lines.append("- Choosing among these runs is not covered by their epsilon.")
-    return lines
-
-
-def _spread(sweep: SweepConfig, values: Collection[float]) -> list[str]:
-    """Returns n, median, standard deviation, least and greatest."""
-    if not values:
-        return ["0", "-", "-", "-", "-"]
-    median, sd = sweep.show(statistics.median(values)), _sd(sweep, values)
-    ends = [sweep.show(end) for end in (min(values), max(values))]
-    return [str(len(values)), median, sd, *ends]
-
-
-def _sd(sweep: SweepConfig, values: Collection[float]) -> str:
-    return sweep.show(statistics.stdev(values)) if len(values) > 1 else "-"
-
-
-def _differences(sweep: SweepConfig, cells: Cells) -> Iterator[list[str]]:
-    for second, first in itertools.combinations(sweep.rows, 2):
-        for point in sweep.points:
-            a, b = cells[first, point], cells[second, point]
-            values = [a[seed] - b[seed] for seed in a if seed in b]
-            mean = sweep.show(statistics.fmean(values), "+") if values else "-"
-            tests = ["-" if x is None else f"{x:.2g}" for x in paired_test(values)]
-            names = [f"{first} less {second}", sweep.label(point)]
-            yield [*names, str(len(values)), mean, _sd(sweep, values), *tests]
-
-
-def paired_test(differences: Sequence[float]) -> tuple[float | None, float | None]:
-    """Returns p of the two-sided paired t-test and Cohen's d of pairs.
-
-    Args:
-      differences: of pairs; for fewer than two, or all equal, neither is defined.
-    """
-    n = len(differences)
-    # Accuracies are multiples of 1 / (number of test images): less is rounding.
-    if n < 2 or (sd := statistics.stdev(differences)) < 1e-9:
-        return None, None
-    d = statistics.fmean(differences) / sd
-    return float(2 * scipy.stats.t.sf(abs(d) * math.sqrt(n), n - 1)), d
+    for config in configs:
+        if config.seed is not None:
+            raise UserError(
+                f"seed is {config.seed}: it must be None for privacy.selection, whose"
+                " runs are released"
+            )
+        seen = [
+            {
+                "privacy": dataclasses.replace(c.privacy, l2_clip_norm=1.0),
+                "data": c.data,
+                "method.group_size": c.method.mixes_records and c.method.group_size,
+            }
+            for c in (configs[0], config)
+        ]
+        for key, value in seen[0].items():
+            if seen[1][key] != value:
+                raise UserError(
+                    f"{key} is {seen[1][key]} in one row or column and {value} in"
+                    " another: it must be the same in all of privacy.selection"
+                )

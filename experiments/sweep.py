@@ -6,29 +6,41 @@
 own, with its log beside its workdir: one that fails is reported, and the rest go on.
 Started again with the same command, a sweep that was stopped goes on where it was;
 finished runs are not repeated. `runs.csv` and `table.md` in the workdir are rewritten
-after each run.
+after each run; where the metric is of validation records, `choice.json` says which
+settings come out.
+
+    python experiments/sweep.py --config=configs/rates.py:vit_b16:cifar10-1 \
+        --set=privacy.selection=geometric --set=privacy.expected_candidates=10
+
+makes a private selection of the same grid: it runs a random number of candidates, keeps
+the best by a noisy count of correct validation records in `selected/`, deletes all
+others, and the epsilon of the model that is left covers the whole search.
 """
 
-import contextlib
-import fcntl
-import os
+import json
 import pathlib
-import signal
-import subprocess
+import secrets
+import shutil
 import sys
 import time
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from absl import app, flags, logging
 
-from dpmix_jax import command_line, sweep
+from dpmix_jax import command_line, selection, sweep, tables
 from dpmix_jax.errors import UserError
-from dpmix_jax.experiment import caught_signals
+from dpmix_jax.experiment import caught_signals, final_line
+from dpmix_jax.files import write_atomically
+from dpmix_jax.processes import attempt
 from dpmix_jax.progress import duration, say
 from dpmix_jax.workdir import Workdir
 
 RUN = pathlib.Path(__file__).with_name("run.py")
+NOT_COVERED = {
+    "privacy": "this choice looked at the private records, and no epsilon covers it"
+}
 
 _CONFIG = command_line.define_config()
 _WORKDIR = flags.DEFINE_string(
@@ -96,13 +108,15 @@ class Sweep:
         except UserError as error:
             self.failures[i] = str(error)
         else:
-            self.records[i] = sweep.read_record(self.config, self.runs[i], workdir)
+            self.records[i] = tables.read_record(self.config, self.runs[i], workdir)
 
     def _tabulate(self) -> str:
         records = [self.records[i] for i in sorted(self.records)]
-        table = sweep.to_markdown(self.config, records)
-        self.folder.write("runs.csv", sweep.to_csv(records))
+        table = tables.to_markdown(self.config, records)
+        self.folder.write("runs.csv", tables.to_csv(records))
         self.folder.write("table.md", table)
+        if chosen := tables.choices(self.config, records):
+            self.folder.write_json("choice.json", {"choices": chosen, **NOT_COVERED})
         return table
 
     def _tell(self, i: int) -> None:
@@ -123,69 +137,116 @@ class Sweep:
 
     def _attempt(self, i: int, signals: Sequence[int]) -> str | None:
         """Runs one run in a process of its own; returns why it failed, if it did."""
-        workdir = self._workdir(i).path
-        wait_until_free(workdir, signals)
-        if signals:
-            return None
-        log = workdir.with_name(f"{workdir.name}.log")
-        log.parent.mkdir(parents=True, exist_ok=True)
-        cache = str(self.folder.path.resolve() / ".jax_cache")
-        with open(log, "a") as file:
-            # Its own process group: Ctrl-C reaches it once, from here.
-            process = subprocess.Popen(
-                [sys.executable, RUN, *self.runs[i].flags, f"--workdir={workdir}"],
-                stdin=subprocess.DEVNULL,
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                process_group=0,
-                env={"JAX_COMPILATION_CACHE_DIR": cache, **os.environ},
+        return attempt(
+            RUN,
+            self.runs[i].flags,
+            self._workdir(i).path,
+            cache=self.folder.path / ".jax_cache",
+            signals=signals,
+        )
+
+
+class Selection:
+    """A private selection: candidates drawn at random, of which the best stays.
+
+    Which candidates there are is decided, and kept, before the first begins: a
+    selection that is stopped goes on with the same ones.
+    """
+
+    def __init__(
+        self,
+        config: sweep.SweepConfig,
+        folder: Workdir,
+        selection: selection.Selection,
+    ):
+        self.folder, self.selection = folder, selection
+        self.points = [run.flags for run in config.candidates()]
+        self.expected = [command_line.load_experiment(flags) for flags in self.points]
+        sweep.check_candidates(self.expected)
+
+    def run(self, signals: Sequence[int]) -> int:
+        """Does what is left; returns the exit status, 128 + n after signal n."""
+        selected = Workdir(self.folder.path / "selected")
+        if selected.results() is None:
+            plan = self._plan()
+            status = self._run_candidates(plan, signals)
+            if status or not plan:
+                return status
+            best = self._workdir(max(range(len(plan)), key=self._score))
+            best.path.rename(selected.path)
+        # The others are not covered by what the statement of the best one says.
+        shutil.rmtree(self.folder.path / "candidates", ignore_errors=True)
+        (self.folder.path / "plan.json").unlink(missing_ok=True)
+        say(f"selected: {selected.path}; what the other candidates left is deleted")
+        results = selected.results()
+        assert results is not None
+        say(final_line(results), file=sys.stdout)
+        return 0
+
+    def _score(self, n: int) -> float:
+        results = self._workdir(n).results()
+        assert results is not None
+        return results["score"]
+
+    def _workdir(self, n: int) -> Workdir:
+        return Workdir(self.folder.path / "candidates" / str(n))
+
+    def _plan(self) -> list[int]:
+        """Returns the point of each candidate, drawn once and for all."""
+        path, points = self.folder.path / "plan.json", [[*p] for p in self.points]
+        if path.exists():
+            kept = json.loads(path.read_text())
+            if kept["points"] != points:
+                raise UserError(
+                    f"workdir {self.folder.path} holds a selection among other"
+                    " settings, use another --workdir"
+                )
+            return kept["drawn"]
+        strange = [file.name for file in self.folder.path.iterdir()]
+        if [name for name in strange if name[0] != "."]:
+            raise UserError(f"workdir {self.folder.path} is not empty: use another")
+        rng = np.random.default_rng(secrets.randbits(128))
+        drawn = self.selection.draw(len(points), rng)
+        text = json.dumps({"points": points, "drawn": drawn})
+        write_atomically(path, text, mode=0o600)
+        return drawn
+
+    def _run_candidates(self, plan: Sequence[int], signals: Sequence[int]) -> int:
+        """Runs those that have not finished; returns the exit status."""
+        if not plan:
+            say("the number of candidates was drawn as 0: nothing is released")
+        started, done = time.time(), 0
+        for n, point in enumerate(plan):
+            workdir = self._workdir(n)
+            if workdir.results() is not None:
+                continue
+            error = attempt(
+                RUN,
+                self.points[point],
+                workdir.path,
+                cache=self.folder.path / ".jax_cache",
+                signals=signals,
             )
-        status = wait(process, log, signals)
-        if status == 0:
-            return None
-        how = f"exit status {status}"
-        if status < 0:
-            how = f"killed by {signal.Signals(-status).name}"
-        return f"{how}: {last_line(log).removeprefix('error: ')} ({log})"
+            if signals:
+                say("stopped: the same command goes on from there")
+                return 128 + signals[0]
+            if error is not None:
+                say(f"failed: candidate {n + 1}: {error}")
+                say("a selection needs them all: the same command tries again")
+                return 1
+            done += 1
+            left = (len(plan) - n - 1) * (time.time() - started) / done
+            say(f"nonprivate candidate {n + 1}/{len(plan)}; ETA {duration(left)}")
+        return 0
 
 
-def wait_until_free(workdir: pathlib.Path, signals: Sequence[int]) -> None:
-    """Waits for a run that a killed sweep has left running, so as not to lose it."""
-    with contextlib.suppress(FileNotFoundError), open(workdir / ".lock") as lock:
-        told = False
-        while not signals:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return
-            except BlockingIOError:
-                if not told:
-                    say(f"waiting for the process that is still running {workdir}")
-                told = True
-                time.sleep(0.5)
-
-
-def wait(process: subprocess.Popen, log: pathlib.Path, signals: Sequence[int]) -> int:
-    """Waits for a run, hands it the first signal, and shows its progress."""
-    live, handed_on = sys.stderr.isatty(), False
-    while True:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            status = process.wait(timeout=0.2)
-            print("\r\033[K" if live else "", end="", file=sys.stderr)
-            return status
-        if signals and not handed_on:
-            process.send_signal(signals[0])
-            handed_on = True
-        if live:
-            columns = os.get_terminal_size(sys.stderr.fileno()).columns
-            print(f"\r\033[K{last_line(log)[: columns - 1]}\r", end="", file=sys.stderr)
-
-
-def last_line(log: pathlib.Path) -> str:
-    """Returns the last line of a log, of which nothing but the end is read."""
-    with open(log, "rb") as file:
-        file.seek(max(0, log.stat().st_size - 4096))
-        lines = file.read().decode(errors="replace").strip().splitlines()
-    return lines[-1] if lines else "it printed nothing"
+def make_job(config: sweep.SweepConfig, folder: Workdir) -> Sweep | Selection:
+    """Returns a private selection if the first run asks for one, else a sweep."""
+    first = command_line.load_experiment(config.candidates()[0].flags)
+    chosen_by = first.privacy.private_selection
+    if chosen_by is None:
+        return Sweep(config, folder)
+    return Selection(config, folder, chosen_by)
 
 
 def main(argv: list[str]) -> None:
@@ -195,7 +256,7 @@ def main(argv: list[str]) -> None:
         named = command_line.config_file()
         config = sweep.from_config_dict(_CONFIG.value, _SET.value)
         path = pathlib.Path(_WORKDIR.value or command_line.default_workdir(*named))
-        job = Sweep(config, Workdir(path))
+        job = make_job(config, Workdir(path))
         with job.folder.locked(), caught_signals() as signals:
             status = job.run(signals)
     except UserError as error:

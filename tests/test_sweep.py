@@ -14,9 +14,10 @@ import ml_collections
 import pytest
 import scipy.stats
 
-from dpmix_jax import UserError, sweep
+from dpmix_jax import UserError, tables
 from dpmix_jax.command_line import load_experiment
-from dpmix_jax.sweep import from_config_dict, paired_test, to_csv, to_markdown
+from dpmix_jax.sweep import from_config_dict
+from dpmix_jax.tables import paired_test, to_csv, to_markdown
 from dpmix_jax.workdir import Workdir
 from tests.conftest import ROOT
 from tests.test_configs import module
@@ -191,6 +192,42 @@ def test_table_by_hand():
     names = "| K = 1, half less DP-SGD | epsilon = 3 |"
     assert f"{names} 2 | +2.00 | 1.41 | {p:.2g} | 1.4 |" in text
     assert "best" not in text
+
+
+def test_settings_are_chosen_by_the_median_on_validation_records():
+    metric = "nonprivate/validation/accuracy_ema"
+    rates = (0.5, 1.0, 2.0)
+    columns = {"epsilon": ("1", "8"), "optimizer": {"learning_rate": rates}}
+    grid = config(metric=metric, seeds=3, columns=columns, rows=ROWS[:1], paper=None)
+    values = {0.5: (0.5, 0.5, 0.5), 1.0: (0.9, 0.1, 0.2), 2.0: (0.5, 0.6, 0.1)}
+    records = [
+        {
+            **{"row": "DP-SGD", "epsilon": epsilon, "optimizer.learning_rate": rate},
+            **{"seed": seed, metric: value + (epsilon == "8" and rate == 2.0)},
+        }
+        for epsilon in ("1", "8")
+        for rate, line in values.items()
+        for seed, value in enumerate(line)
+    ]
+    first, second = tables.choices(grid, records)
+    assert first == {
+        "row": "DP-SGD",
+        "given": {"epsilon": "1"},
+        "settings": {"method.name": "dp_sgd", "optimizer.learning_rate": 0.5},
+        "median": 0.5,  # of equal ones the first, and not the best of all runs
+    }
+    assert second["settings"]["optimizer.learning_rate"] == 2.0
+    chosen = "epsilon = 1, method.name = dp_sgd, optimizer.learning_rate = 0.5"
+    assert (
+        f"## Chosen\n\n| row | settings | median |\n| --- | --- | --- |\n| DP-SGD |\
+ {chosen} | 50.00 |\n"
+        in to_markdown(grid, records)
+    )
+    assert tables.choices(grid, records[1:]) == []  # nor before all have finished
+    tested = config(metric="test_accuracy_ema", seeds=1, columns={"epsilon": ("3",)})
+    results = [record(row, "3", 0, 0.5) for row in tested.rows]
+    assert tables.choices(tested, results) == []
+    assert "Chosen" not in to_markdown(tested, results)
 
 
 def test_a_metric_that_is_no_accuracy_is_no_percentage():
@@ -411,13 +448,15 @@ def test_the_validation_accuracy_can_be_the_metric(tmp_path):
     workdir = Workdir(tmp_path)
     workdir.add_metrics({"step": 3, "nonprivate/validation/accuracy_ema": 0.25})
     workdir.end({"test_accuracy": 0.5, "confusion_ema": [[1]]})
-    found = sweep.read_record(grid, grid.runs()[0], workdir)
+    found = tables.read_record(grid, grid.runs()[0], workdir)
     assert found["nonprivate/validation/accuracy_ema"] == 0.25
-    assert found["test_accuracy"] == 0.5
+    assert "test_accuracy" not in found  # it must not play a part in the choice
     assert "confusion_ema" not in found
+    grid = config(metric="test_accuracy")
+    assert tables.read_record(grid, grid.runs()[0], workdir)["test_accuracy"] == 0.5
     grid = config(metric="confusion_ema")
     with pytest.raises(UserError) as error:
-        sweep.read_record(grid, grid.runs()[0], workdir)
+        tables.read_record(grid, grid.runs()[0], workdir)
     assert str(error.value) == (
         "metric is 'confusion_ema': it must be one of step,"
         " nonprivate/validation/accuracy_ema, test_accuracy"

@@ -1,0 +1,221 @@
+"""What came out of a sweep: a tidy CSV, the table, and the settings that it chooses."""
+
+import csv
+import io
+import itertools
+import math
+import statistics
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import scipy.stats
+
+from dpmix_jax.errors import UserError
+from dpmix_jax.sweep import Point, Run, SweepConfig
+from dpmix_jax.workdir import Workdir
+
+Cells = Mapping[tuple[str, Point], Mapping[int, float]]  # the values by seed
+
+
+def read_record(sweep: SweepConfig, run: Run, workdir: Workdir) -> dict[str, Any]:
+    """Returns a finished run as one line of the CSV.
+
+    What was measured under the name of a column, as the epsilon that was spent, is
+    named `measured_<name>`. A sweep that chooses does not see test accuracies.
+    """
+    results = workdir.results()
+    assert results is not None
+    found = {
+        key: value for line in workdir.metrics()[-1:] for key, value in line.items()
+    }
+    found.update(results)
+    columns = dict(zip(sweep.columns, run.point, strict=True))
+    keys = {"row": run.row, **columns, "seed": run.seed}
+    measured = {
+        f"measured_{key}" if key in keys else key: value
+        for key, value in found.items()
+        if isinstance(value, int | float | str)
+        and not (sweep.chooses and key.startswith("test"))
+    }
+    if not isinstance(measured.get(sweep.metric), int | float):
+        numbers = [key for key, value in measured.items() if not isinstance(value, str)]
+        raise UserError(
+            f"metric is {sweep.metric!r}: it must be one of {', '.join(numbers)}"
+        )
+    return {**keys, **measured, "workdir": str(run.folder)}
+
+
+def to_csv(records: Iterable[Mapping[str, Any]]) -> str:
+    """Returns a tidy CSV: one line for each run."""
+    records = list(records)
+    names = list(dict.fromkeys(key for record in records for key in record))
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, names, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(records)
+    return buffer.getvalue()
+
+
+def choices(
+    sweep: SweepConfig, records: Iterable[Mapping[str, Any]]
+) -> list[dict[str, Any]]:
+    """Chooses settings by the median over seeds, for each row.
+
+    Columns in braces in `base`, such as epsilon, are given: there is a choice for each.
+
+    Returns:
+      `row`, what is `given`, the `settings` and their `median`, for each choice; of
+      equal ones the first in the config. Nothing if the sweep does not choose, or while
+      runs are missing.
+    """
+    cells = _cells(sweep, records)
+    if not sweep.chooses or any(len(c) < sweep.seeds for c in cells.values()):
+        return []
+    best: dict[Any, dict[str, Any]] = {}
+    for (row, point), by_seed in cells.items():
+        named = dict(zip(sweep.columns, point, strict=True))
+        given = {k: v for k, v in named.items() if f"{{{k}}}" in sweep.base}
+        settings = {k: v for k, v in named.items() if k not in given}
+        median = statistics.median(by_seed.values())
+        key = (row, *given.values())
+        if key not in best or median > best[key]["median"]:
+            best[key] = {
+                "row": row,
+                "given": given,
+                "settings": {**sweep.rows[row], **settings},
+                "median": median,
+            }
+    return list(best.values())
+
+
+# The tables. Of sweeps that report test accuracies none says which row or column is
+# best: that would be choosing by the test set.
+
+
+def to_markdown(sweep: SweepConfig, records: Iterable[Mapping[str, Any]]) -> str:
+    """Returns the tables of a sweep, of the runs that have finished."""
+    records = list(records)
+    cells, chosen = _cells(sweep, records), choices(sweep, records)
+    total = len(cells) * sweep.seeds
+    blocks = [
+        [f"# {sweep.title}"],
+        [
+            f"`{sweep.metric}`{sweep.unit and ' in' + sweep.unit}, at the last update:"
+            f" median (standard deviation) over {sweep.seeds} paired seeds."
+        ],
+        _table(*_summary(sweep, cells)),
+        _notes(sweep, records),
+        ["## Chosen"] if chosen else [],
+        _table(("row", "settings", "median"), _choice_lines(sweep, chosen)),
+        ["## Each cell"],
+        _table(
+            ("row", "column", "n", "median", "sd", "least", "greatest"),
+            [
+                [row, sweep.label(point), *_spread(sweep, by_seed.values())]
+                for (row, point), by_seed in cells.items()
+            ],
+        ),
+        ["## Paired differences"],
+        _table(("", "column", "n", "mean", "sd", "p", "d"), _differences(sweep, cells)),
+        [
+            "Over runs of the same seed, which share initial weights and batches. p: of"
+            " the two-sided paired t-test, not corrected for the number of differences."
+            " d: Cohen's, mean over standard deviation of the differences."
+        ],
+    ]
+    if len(records) < total:
+        blocks.insert(2, [f"**{len(records)} of {total} runs have finished.**"])
+    return "\n\n".join("\n".join(block) for block in blocks if block) + "\n"
+
+
+def _cells(sweep: SweepConfig, records: Iterable[Mapping[str, Any]]) -> Cells:
+    cells: dict[tuple[str, Point], dict[int, float]] = {
+        (row, point): {} for row in sweep.rows for point in sweep.points
+    }
+    for record in records:
+        point = tuple(record[key] for key in sweep.columns)
+        cells[record["row"], point][record["seed"]] = record[sweep.metric]
+    return cells
+
+
+def _choice_lines(
+    sweep: SweepConfig, chosen: Iterable[Mapping[str, Any]]
+) -> Iterator[list[str]]:
+    for choice in chosen:
+        named = {**choice["given"], **choice["settings"]}.items()
+        settings = ", ".join(f"{key} = {value}" for key, value in named)
+        yield [choice["row"], settings, sweep.show(choice["median"])]
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    rows = list(rows)
+    if not rows:
+        return []
+    lines = [header, ["---"] * len(header), *rows]
+    return ["| " + " | ".join(line).strip() + " |" for line in lines]
+
+
+def _summary(sweep: SweepConfig, cells: Cells) -> tuple[list[str], list[list[str]]]:
+    """Returns the table as a paper prints it, the paper's numbers beside ours."""
+    cited = (sweep.paper or {}).get("cells", ())
+    theirs = {tuple(map(str, cell[:-1])): cell[-1] for cell in cited}
+    header, rows = [""], [[row] for row in sweep.rows]
+    for point in sweep.points:
+        header.append(", ".join(filter(None, (sweep.label(point), "ours"))))
+        if theirs:
+            header.append("paper")
+        for line in rows:
+            n, median, sd, *_ = _spread(sweep, cells[line[0], point].values())
+            cell = "-" if n == "0" else f"{median} ({sd})"
+            line.append(cell if n in ("0", str(sweep.seeds)) else f"{cell}, n = {n}")
+            if theirs:
+                line.append(theirs.get((line[0], *map(str, point)), "-"))
+    return header, rows
+
+
+def _notes(sweep: SweepConfig, records: Sequence[Mapping[str, Any]]) -> list[str]:
+    places = sorted({f"{r.get('device')}, jax {r.get('jax')}" for r in records})
+    lines = [f"- ours: run here, on {'; '.join(places)}."] if places else []
+    if sweep.paper:
+        lines.append(f"- paper: as printed, not run here. {sweep.paper['source']}")
+    lines.append("- Known seeds: runs to be compared, not to be released.")
+    lines.append("- Choosing among these runs is not covered by their epsilon.")
+    return lines
+
+
+def _spread(sweep: SweepConfig, values: Collection[float]) -> list[str]:
+    """Returns n, median, standard deviation, least and greatest."""
+    if not values:
+        return ["0", "-", "-", "-", "-"]
+    median, sd = sweep.show(statistics.median(values)), _sd(sweep, values)
+    ends = [sweep.show(end) for end in (min(values), max(values))]
+    return [str(len(values)), median, sd, *ends]
+
+
+def _sd(sweep: SweepConfig, values: Collection[float]) -> str:
+    return sweep.show(statistics.stdev(values)) if len(values) > 1 else "-"
+
+
+def _differences(sweep: SweepConfig, cells: Cells) -> Iterator[list[str]]:
+    for second, first in itertools.combinations(sweep.rows, 2):
+        for point in sweep.points:
+            a, b = cells[first, point], cells[second, point]
+            values = [a[seed] - b[seed] for seed in a if seed in b]
+            mean = sweep.show(statistics.fmean(values), "+") if values else "-"
+            tests = ["-" if x is None else f"{x:.2g}" for x in paired_test(values)]
+            names = [f"{first} less {second}", sweep.label(point)]
+            yield [*names, str(len(values)), mean, _sd(sweep, values), *tests]
+
+
+def paired_test(differences: Sequence[float]) -> tuple[float | None, float | None]:
+    """Returns p of the two-sided paired t-test and Cohen's d of pairs.
+
+    Args:
+      differences: of pairs; for fewer than two, or all equal, neither is defined.
+    """
+    n = len(differences)
+    # Accuracies are multiples of 1 / (number of test images): less is rounding.
+    if n < 2 or (sd := statistics.stdev(differences)) < 1e-9:
+        return None, None
+    d = statistics.fmean(differences) / sd
+    return float(2 * scipy.stats.t.sf(abs(d) * math.sqrt(n), n - 1)), d
