@@ -24,7 +24,8 @@ class FinetuneConfig:
       encoder: path of a pretrained image tower for `vit` or `convnext`, see
         `pretrained.load_encoder`.
       weights: path of the `model.safetensors` of a run with the same model, of which
-        the averaged weights are taken.
+        the averaged weights are taken, or for `wrn` of De et al.'s, see
+        `pretrained.load_weights`.
       skip: modules that `weights` does not bring, separated by commas: the last layer,
         for other classes, or what that run had frozen.
       trainable: `all`, or names of modules separated by commas, such as `head` (a
@@ -47,7 +48,8 @@ class FinetuneConfig:
             )
         if self.skip and self.weights is None:
             raise UserError(
-                f"finetune.skip is {self.skip!r}: it needs finetune.weights"
+                f"finetune.weights is None: it must be a file for finetune.skip"
+                f" {self.skip!r}"
             )
 
     def load(self, params: PyTree) -> PyTree:

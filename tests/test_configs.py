@@ -161,6 +161,35 @@ def test_fine_tuning_keeps_its_budget(data):
         assert 0.99 * epsilon < mechanism.epsilon(1e-5) <= epsilon
 
 
+def test_fine_tuning_of_de_et_al_keeps_its_budget():
+    found, file = module(ROOT / "configs/wrn28_10.py"), "--config.finetune.weights=w"
+    noise = {1: 19.411, 2: 14.673, 4: 11.255, 8: 8.8385}
+    assert len(found.POINTS) == 8
+    for words in ("--config=configs/wrn28_10.py", "Hardware", "Hours", "Accuracy"):
+        assert words in found.__doc__
+    for point, (data, epsilon, updates) in found.POINTS.items():
+        flags = [f"--config={ROOT}/configs/wrn28_10.py:{point}"]
+        config = load_experiment([*flags, file])
+        assert to_dict(from_config_dict(to_dict(config))) == to_dict(config)
+        assert (config.data.name, config.privacy.epsilon) == (data, epsilon)
+        if data == "cifar10":
+            mechanism = Mechanism(
+                sampling_prob=config.privacy.sampling_prob(NUM_RECORDS[data]),
+                num_updates=updates,
+                noise_multiplier=noise[epsilon],
+            )
+            assert 0.99 * epsilon < mechanism.epsilon(1e-5) <= epsilon
+        with pytest.raises(UserError) as error:
+            load_experiment(flags)
+        assert str(error.value) == (
+            "finetune.weights is None: it must be a file for finetune.skip 'Dense_0'"
+        )
+    rates = module(ROOT / "configs/rates.py").get_config("wrn28_10:cifar100-8")
+    grid = sweep_config(rates, ["finetune.weights=w"])
+    assert len(grid.runs()) == 2 * 5 * 3
+    assert load_experiment([*grid.runs()[0].flags]).data.validation_size == 5_000
+
+
 def test_rates_are_those_of_the_config():
     found = module(ROOT / "configs/rates.py")
     grid = sweep_config(found.get_config("vit_b16:eurosat-4"))

@@ -59,7 +59,7 @@ def test_names_divide_the_parameters(params):
         FinetuneConfig(trainable="hed").split(params)
     with pytest.raises(UserError, match=r"finetune.trainable is ' ': it must be 'all'"):
         FinetuneConfig(trainable=" ")
-    with pytest.raises(UserError, match=r"finetune.skip is 'head': it needs finetune."):
+    with pytest.raises(UserError, match=r"finetune.weights is None: it must be"):
         FinetuneConfig(skip="head")
 
 

@@ -2,7 +2,9 @@
 
 import importlib.util
 import io
+import json
 import pickle
+import re
 import sys
 import time
 import types
@@ -13,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
+from flax import traverse_util
 from PIL import Image
 
 from dpmix_jax import UserError, checkpoint, models
@@ -22,6 +25,7 @@ from dpmix_jax.models import dialects, pretrained
 from dpmix_jax.models.pretrained import load_encoder, load_weights
 from dpmix_jax.models.tensor_files import StoredArray, open_arrays
 from tests import towers
+from tests.conftest import ROOT
 
 SIZE = (12, 8)  # of the images of the tiny ViT
 
@@ -405,6 +409,81 @@ def test_weights_of_a_run(tmp_path):
             load_weights(path, like_, skip=skip)
     with pytest.raises(UserError, match=r"it must be a file, the model\.safetensors"):
         load_weights(tmp_path / "nothing", params)
+
+
+# De et al.'s names. Keys and shapes (of 1,000 classes) and logits are those of
+# WideResNet in jax_privacy at commit 5a35a95, with dm-haiku 0.0.17 and jax 0.10.2:
+# experiments/image_classification/models/cifar.py.
+DE_ET_AL = ROOT / "tests/fixtures/jax_privacy_wrn28_10.json"
+LOGITS = (
+    (-1.84472334, 0.70145869, 2.32618237, -2.4880302, 0.37377828),
+    (-1.89856279, 0.07351178, 2.10931015, -1.78740311, -0.44733045),
+)
+
+
+def test_keys_of_de_et_al_at_full_size():
+    model = models.create("wrn", 1000, depth=28, width=10)
+    like = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
+    flat = {"/".join(k): v for k, v in traverse_util.flatten_dict(like).items()}
+    keys = dialects.jax_privacy_keys(flat)
+    found = {keys[path]: list(leaf.shape) for path, leaf in flat.items()}
+    assert found == json.loads(DE_ET_AL.read_text())
+    vit = {"params/encoder/norm/scale", "params/head/kernel"}
+    assert dialects.jax_privacy_keys(vit) is None
+
+
+def wrn_of_de_et_al(classes=5):
+    """Returns arrays of a small network by their names, and two images."""
+    layers = {
+        key: shape
+        for key, shape in json.loads(DE_ET_AL.read_text()).items()
+        if not re.search(r"(Conv|norm)_[1-3]_", key)
+    }
+    small = {16: 16, 160: 16, 320: 32, 640: 64, 1000: classes, 3: 3, 1: 1}
+    rng = np.random.default_rng(0)
+    arrays = {}
+    for key, shape in sorted(layers.items()):
+        values = 0.3 * rng.standard_normal([small[side] for side in shape])
+        ones = key.endswith(("/gain", "/scale"))
+        arrays[key] = (values + ones).astype(np.float32)
+    return arrays, rng.standard_normal((2, 16, 16, 3)).astype(np.float32)
+
+
+def test_weights_of_de_et_al(tmp_path):
+    arrays, images = wrn_of_de_et_al()
+    path = tmp_path / "wrn.safetensors"
+    safetensors.numpy.save_file(arrays, path)
+
+    def like(classes, **options):
+        model = models.create("wrn", classes, **{"depth": 10, "width": 1, **options})
+        return model, jax.eval_shape(model.init, jax.random.key(0), images)
+
+    model, wanted = like(5)
+    logits = model.apply(load_weights(path, wanted), images)
+    np.testing.assert_allclose(logits, LOGITS, atol=1e-5)
+    # For other classes all but the last layer, as De et al. fine-tune.
+    _, other = like(3)
+    found = load_weights(path, other, skip=("Dense_0",))["params"]
+    assert found["Dense_0"]["kernel"].shape == (64, 3)
+    assert isinstance(found["Dense_0"]["kernel"], jax.ShapeDtypeStruct)
+    np.testing.assert_array_equal(
+        found["WSConv_0"]["kernel"], arrays["wide_res_net/First_conv/w"]
+    )
+    for (_, wrong), message in (
+        (like(3), r"jax_privacy names them; wide_res_net/Softmax/b is \(5,\), not"),
+        (like(5, order=3), r"Block_1_skip_norm/.* is \(16,\), not|_skip_norm/"),
+        (like(5, depth=16), r"Block_\d\w+_1_\d/\w+ is missing \(and 29 more\)"),
+    ):
+        with pytest.raises(UserError, match=message):
+            load_weights(path, wrong)
+    del arrays["wide_res_net/Final_norm/offset"]
+    arrays["wide_res_net/Extra/w"] = images
+    safetensors.numpy.save_file(arrays, path)
+    with pytest.raises(UserError) as error:
+        load_weights(path, wanted)
+    assert str(error.value).endswith(
+        "wide_res_net/Final_norm/offset is missing, wide_res_net/Extra/w is unexpected"
+    )
 
 
 # Preprocessing.

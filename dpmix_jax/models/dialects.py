@@ -175,3 +175,52 @@ CONVNEXT = (
     _convnext("open_clip", "trunk.", "head.proj", r"(?!)"),
     _convnext("timm", "", "head.fc", r"(?!)"),
 )
+
+
+def jax_privacy_wrn(depth: int) -> dict[str, str]:
+    """Returns what De et al. (2022) call each module of `wrn`, in the order of calls.
+
+    Args:
+      depth: of the network, which is also its number of convolutions.
+    """
+    convolutions, norms = ["First_conv"], []
+    for stage in (1, 2, 3):
+        for block in range((depth - 4) // 6):
+            names = [("_skip_norm", "_skip_conv")] if block == 0 else []
+            for step in (0, 1):
+                names.append((f"_norm_{block}_{step}", f"Conv_{block}_{step}"))
+            norms += [f"Block_{stage}{norm}" for norm, _ in names]
+            convolutions += [f"Block_{stage}{convolution}" for _, convolution in names]
+    norms.append("Final_norm")
+    return {
+        **{f"WSConv_{i}": name for i, name in enumerate(convolutions)},
+        **{f"GroupNorm_{i}": name for i, name in enumerate(norms)},
+        "Dense_0": "Softmax",
+    }
+
+
+_HAIKU = {  # leaves, by the kind of module
+    "WSConv": {"kernel": "w", "gain": "gain", "bias": "bias"},
+    "GroupNorm": {"scale": "scale", "bias": "offset"},
+    "Dense": {"kernel": "w", "bias": "b"},
+}
+
+
+def jax_privacy_keys(paths: Collection[str]) -> dict[str, str] | None:
+    """Returns the key of each parameter of `wrn` in a file of De et al.'s weights.
+
+    Args:
+      paths: of all parameters, `params/<module>/<leaf>`.
+
+    Returns:
+      Keys `wide_res_net/<module>/<leaf>` by path, or None for another model.
+    """
+    depth = sum(path.endswith("/gain") for path in paths)
+    modules, keys = jax_privacy_wrn(depth), {}
+    for path in paths:
+        _, module, *leaf = path.split("/")
+        if module not in modules or len(leaf) != 1:
+            return None
+        theirs = _HAIKU[module.partition("_")[0]][leaf[0]]
+        keys[path] = f"wide_res_net/{modules[module]}/{theirs}"
+    return keys

@@ -5,7 +5,16 @@ Nothing is downloaded here. For the towers of DP-Mix (Bao et al., 2023),
     hf download laion/CLIP-ViT-B-16-laion2B-s34B-b88K open_clip_model.safetensors
     hf download laion/CLIP-convnext_base_w-laion2B-s13B-b82K open_clip_model.safetensors
 
-print the path of a file each.
+print the path of a file each. The WRN-28-10 that De et al. (2022) pre-trained on 32x32
+ImageNet, dm_jax_privacy/models/WRN_28_10_IMAGENET32.dill in Google's storage, is a
+pickle, which runs whatever code it holds; where it is trusted,
+
+    params = dill.load(open("WRN_28_10_IMAGENET32.dill", "rb"))["params"]
+    leaves = [(m, n, numpy.asarray(v)) for m in params for n, v in params[m].items()]
+    arrays = {f"{module}/{name}": leaf for module, name, leaf in leaves}
+    safetensors.numpy.save_file(arrays, "wrn_28_10_imagenet32.safetensors")
+
+makes a file of it that `load_weights` reads.
 """
 
 import fcntl
@@ -97,6 +106,8 @@ def load_weights(
 ) -> PyTree:
     """Loads the `model.safetensors` of a run into the parameters of the same model.
 
+    For `wrn` a file with the names of De et al. (2022) will do as well.
+
     Args:
       path: of the file, see `checkpoint.export_weights`.
       like: parameters of the model, as `init` returns them.
@@ -122,22 +133,37 @@ def load_weights(
             f"weights are {path}: it must be a file, the model.safetensors of a run"
         )
     prefix = "ema_params/" if ema else "params/"
-
-    def skipped(key: str) -> bool:
-        return not set(skip).isdisjoint(key.split("/"))
-
-    shapes = {
-        prefix + key: leaf.shape for key, leaf in wanted.items() if not skipped(key)
-    }
     with open_arrays(path) as stored:
+        keys, what = {key: prefix + key for key in wanted}, "weights of the same model"
+        if any(key.startswith("wide_res_net/") for key in stored):
+            keys = dialects.jax_privacy_keys(wanted) or keys
+            prefix, what = "wide_res_net/", f"{what} as jax_privacy names them"
+        # Modules to skip go by our names, and in the file perhaps by others.
+        known = {
+            theirs.rsplit("/", 1)[0]: ours.split("/") for ours, theirs in keys.items()
+        }
+
+        def skipped(key: str) -> bool:
+            names = {*key.split("/"), *known.get(key.rsplit("/", 1)[0], ())}
+            return not names.isdisjoint(skip)
+
+        shapes = {
+            theirs: wanted[ours].shape
+            for ours, theirs in keys.items()
+            if not skipped(theirs)
+        }
         unexpected = [
             key
             for key in stored
             if key.startswith(prefix) and key not in shapes and not skipped(key)
         ]
-        _check(path, "weights of the same model", stored, shapes, unexpected)
-        found = {key: _read(path, key, stored[key]) for key in shapes}
-    return _unflat(like, {key.removeprefix(prefix): v for key, v in found.items()})
+        _check(path, what, stored, shapes, unexpected)
+        found = {
+            ours: _read(path, theirs, stored[theirs])
+            for ours, theirs in keys.items()
+            if theirs in shapes
+        }
+    return _unflat(like, found)
 
 
 # From a file to parameters by path.
