@@ -9,35 +9,28 @@ threads spin while they wait for each other, and with another program on their c
 rows were seen to take ten times as long, JAX's twice.
 """
 
-import collections
 import dataclasses
 import functools
-import glob
-import gzip
 import importlib.metadata
 import importlib.util
-import json
-import os
-import pathlib
-import platform
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import timing
 from absl import app, flags, logging
 from jax.sharding import NamedSharding, PartitionSpec
 from jax_privacy import clipping
+from timing import Ready, environment, measure, number, paired, profile, ratio
 
 from dpmix_jax import command_line, models, training
 from dpmix_jax.errors import UserError
-from dpmix_jax.files import write_atomically
 from dpmix_jax.ghost import ghost_clipped_gradient
 from dpmix_jax.gradients import clipped_gradient
 from dpmix_jax.performance import PRECISIONS, PerformanceConfig
@@ -54,7 +47,6 @@ IN_TORCH = (
     "Opacus ghost",
     "K-averaged hooks",
 )
-PACKAGES = ("jax", "jaxlib", "jax_privacy", "flax", "torch", "opacus")
 NUM_CLASSES = 10
 L2_CLIP_NORM = 0.1  # below every gradient's norm here, so that the clip is at work
 # Of the norm of a sum, between two ways to compute it.
@@ -88,20 +80,6 @@ _PEAK = flags.DEFINE_float(
     "Of the GPU at this precision; adds model FLOP utilisation to the table.",
     lower_bound=1e-9,
 )
-
-
-class Ready(NamedTuple):
-    """A compiled row.
-
-    Attributes:
-      call: does the work and returns the sum when it is done.
-      peak_bytes: arguments, outputs and temporaries, where the compiler tells.
-      flops: of one call, where the compiler tells.
-    """
-
-    call: Callable[[], Any]
-    peak_bytes: int | None = None
-    flops: float | None = None
 
 
 @dataclasses.dataclass
@@ -305,18 +283,6 @@ def rows_of_flags() -> list[Row]:
 # Measuring.
 
 
-def measure(rows: list[Row], rounds: int) -> None:
-    """Times the rows that have started, in rounds."""
-    able = [row for row in rows if row.ready]
-    for turn in range(rounds):
-        offset = turn % len(able)
-        for row in able[offset:] + able[:offset]:
-            assert row.ready is not None
-            begin = time.perf_counter()
-            row.ready.call()
-            row.seconds.append(time.perf_counter() - begin)
-
-
 def start(rows: list[Row]) -> None:
     """Calls every row for the first time; one of PyTorch's may fail."""
     for row in rows:
@@ -359,32 +325,6 @@ def relative_difference(found: Any, expected: Any) -> float:
     return float(gap / optax.tree.norm(expected))
 
 
-def profile(row: Row, calls: int = 3) -> list[tuple[str, float]]:
-    """Returns the operations of a row and their seconds in one call, longest first."""
-    assert row.ready is not None
-    spent: dict[str, float] = collections.defaultdict(float)
-    with tempfile.TemporaryDirectory() as folder:
-        with jax.profiler.trace(folder):
-            for _ in range(calls):
-                row.ready.call()
-        (path,) = glob.glob(f"{folder}/**/*.trace.json.gz", recursive=True)
-        with gzip.open(path) as file:
-            events = json.load(file)["traceEvents"]
-    for event in events:
-        if event.get("ph") == "X" and "hlo_op" in event.get("args", {}):
-            spent[event["name"]] += event["dur"] / 1e6 / calls
-    return sorted(spent.items(), key=lambda item: -item[1])
-
-
-def paired(row: Row, base: Row | None) -> dict[str, float] | None:
-    """Returns median, least and greatest ratio of two rows within rounds."""
-    if base is None or not row.seconds or not base.seconds:
-        return None
-    ratios = [a / b for a, b in zip(row.seconds, base.seconds, strict=True)]
-    middle = statistics.median(ratios)
-    return {"median": middle, "min": min(ratios), "max": max(ratios)}
-
-
 def summarize(row: Row, rows: dict[str, Row]) -> dict[str, Any]:
     """Returns everything about a row, as JSON takes it."""
     median = statistics.median(row.seconds) if row.seconds else None
@@ -414,37 +354,6 @@ def utilisation(seconds: float | None, flops: float | None) -> float | None:
 # What is printed.
 
 
-def environment(rows: list[Row]) -> dict[str, Any]:
-    """Returns hardware and versions."""
-    with_torch = any(row.in_torch for row in rows)
-    versions = {"python": platform.python_version()}
-    for package in PACKAGES:
-        if with_torch or package not in ("torch", "opacus"):
-            versions[package] = importlib.metadata.version(package)
-    found = {
-        "processor": processor(),
-        "cores": len(os.sched_getaffinity(0)),
-        "jax_device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-        "versions": versions,
-    }
-    if with_torch:
-        import torch
-
-        cuda = torch.cuda.is_available()
-        found["torch_device"] = torch.cuda.get_device_name() if cuda else "cpu"
-        found["torch_threads"] = torch.get_num_threads()
-    return found
-
-
-def processor() -> str:
-    """Returns the name of the CPU; `platform.processor` is empty on most Linuxes."""
-    cpuinfo = pathlib.Path("/proc/cpuinfo")
-    for line in cpuinfo.read_text().splitlines() if cpuinfo.exists() else ():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
 def table(summaries: list[dict[str, Any]]) -> str:
     """Returns the Markdown table, ratios first."""
     columns: dict[str, Callable[[dict[str, Any]], str]] = {
@@ -462,7 +371,7 @@ def table(summaries: list[dict[str, Any]]) -> str:
         columns["model FLOP utilisation"] = lambda s: number(
             s["model_flop_utilisation"], ".1%"
         )
-    lines = [list(columns), ["---"] * len(columns)]
+    lines = []
     for summary in summaries:
         if summary["error"]:
             reason = summary["error"].replace("|", "\\|")
@@ -470,30 +379,16 @@ def table(summaries: list[dict[str, Any]]) -> str:
             lines.append([summary["name"], f"cannot run: {reason}", *empty])
         else:
             lines.append([cell(summary) for cell in columns.values()])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def ratio(found: dict[str, float] | None) -> str:
-    if found is None:
-        return "-"
-    return f"{found['median']:.2f} ({found['min']:.2f} to {found['max']:.2f})"
-
-
-def number(value: float | None, spec: str) -> str:
-    return "-" if value is None else format(value, spec)
+    return timing.table(list(columns), lines)
 
 
 def benchmark() -> None:
     """Does what the flags say."""
-    path = pathlib.Path(_JSON.value) if _JSON.value else None
-    if path and (path.is_dir() or not path.parent.is_dir()):  # said before, not after
-        raise UserError(f"--json is {path}: it must be a file in a folder that exists")
+    path = timing.output_file(_JSON.value)
     rows = rows_of_flags()
-    result: dict[str, Any] = {"environment": environment(rows)}
-    for name, value in result["environment"].items():
-        if isinstance(value, dict):
-            value = ", ".join(" ".join(item) for item in value.items())
-        print(f"{name.replace('_', ' ')}: {value}")
+    with_torch = any(row.in_torch for row in rows)
+    result: dict[str, Any] = {"environment": environment(with_torch)}
+    timing.tell_environment(result["environment"])
     ks = " and ".join(str(k) for k in sorted({row.k for row in rows}))
     result["workload"] = (
         f"WRN-16-{_WIDTH.value}, 32x32x3, {_PRECISION.value}, {_RECORDS.value} records"
@@ -516,8 +411,7 @@ def benchmark() -> None:
         whole = sum(seconds for _, seconds in result["profile"])
         for name, seconds in result["profile"][:5]:
             print(f"{seconds / whole:6.1%} {seconds:.3g} s  {name}")
-    if path:
-        write_atomically(path, json.dumps(result, indent=2) + "\n")
+    timing.write(path, result)
 
 
 def main(argv: list[str]) -> None:
