@@ -59,6 +59,11 @@ def run(config: ExperimentConfig, workdir: Workdir) -> int:
             f"warning: privacy.delta is {config.privacy.delta:g}, not below 1/N ="
             f" {1 / num_records:.3g}: such a promise allows publishing a whole record"
         )
+    if config.privacy.selection is not None:
+        say(
+            "a candidate of a private selection: its guarantee holds only if"
+            " experiments/sweep.py has selected it"
+        )
     with workdir.locked(), caught_signals() as signals:
         performance.keep_compiled_code(workdir.path.parent / ".jax_cache")
         workdir.check(config)
@@ -371,14 +376,14 @@ class _Run:
         self.checkpoints.close()
         self.workdir.end(results)
 
-    def _score(self, noise: float) -> float:
+    def _score(self, noise: float) -> int:
         """Returns what a private selection compares this run with others by."""
         params = self.pipeline.all_params(self.state.ema_params)
         correct = np.trace(self.confusions["nonprivate/validation"](params))
         # Not from the seed of the run, which is forgotten by now.
         seed = self.config.seed
         rng = np.random.default_rng(secrets.randbits(128) if seed is None else seed)
-        return float(correct + rng.normal(0.0, noise))
+        return round(correct + rng.normal(0.0, noise))
 
     def _public_data(self) -> str:
         """Says what else entered than private records."""

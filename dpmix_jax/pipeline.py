@@ -36,7 +36,7 @@ CLIPPED_GRADIENTS = {
 
 
 class Model:
-    """A Flax model for the images of a dataset, as two pure functions.
+    """A Flax model for the images of a dataset, as pure functions.
 
     Raises:
       UserError: for options that do not fit the images, or a model that keeps anything
@@ -93,6 +93,33 @@ class Model:
         with self._precision():
             return self._module.apply(params, images)
 
+    def is_head(self, trained: PyTree) -> bool:
+        """Whether these are the parameters of the head on a frozen encoder alone."""
+        return hasattr(self._module, "encode") and set(trained["params"]) == {"head"}
+
+    def encode(self, params: PyTree, images: jax.Array) -> jax.Array:
+        """[N, H, W, C] -> embeddings [N, E], without gradients in mind."""
+
+        def encoded(images):
+            with self._precision():
+                return self._module.apply(params, images, method="encode")
+
+        size = self._module.CPU_IMAGES if jax.default_backend() == "cpu" else None
+        if size is None or len(images) <= size:
+            return encoded(images)
+        whole = len(images) // size * size
+        chunks = images[:whole].reshape(-1, size, *images.shape[1:])
+        first = jax.lax.map(encoded, chunks).reshape(whole, -1)
+        rest = [encoded(images[whole:])] if whole < len(images) else []
+        return jnp.concatenate([first, *rest])
+
+    def classify(self, params: PyTree, embeddings: jax.Array) -> jax.Array:
+        """Embeddings [B, E] -> logits [B, O], by the parameters of the head."""
+        with self._precision():
+            return self._module.apply(
+                params, embeddings, method=lambda module, x: module.head(x)
+            )
+
 
 class Pipeline:
     """The compiled parts of one run and its first state.
@@ -140,10 +167,15 @@ class Pipeline:
             logits = model.logits(finetune.join(params, frozen), images)
             return optax.softmax_cross_entropy(logits, labels).mean()
 
+        def head_loss_fn(params, embeddings, labels):
+            logits = model.classify(params, embeddings)
+            return optax.softmax_cross_entropy(logits, labels).mean()
+
         self._loss_fn, self._normalize = loss_fn, records.normalize
+        is_head = model.is_head(trained)
         transform = CLIPPED_GRADIENTS[config.performance.clipping]
         gradient_fn = transform(
-            loss_fn,
+            head_loss_fn if is_head else loss_fn,
             l2_clip_norm=config.privacy.l2_clip_norm,
             convolutions=config.performance.convolutions,
         )
@@ -172,6 +204,7 @@ class Pipeline:
             l2_clip_norm=config.privacy.l2_clip_norm,
             bank=drawn_from,
             frozen=frozen,
+            encode=model.encode if is_head else None,
             on_device=config.performance.keeps_on_device(num_bytes, self.mesh.size),
         )
         self.sensitivity = gradient_fn.sensitivity(config.privacy.relation)

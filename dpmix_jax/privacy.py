@@ -298,6 +298,8 @@ def calibrate(
     )
     noise_multiplier = _cached(_calibrate, float(epsilon), float(delta), silent)
     mechanism = dataclasses.replace(silent, noise_multiplier=noise_multiplier)
+    if selection is not None:  # or else it would fail after the training
+        selection.score_noise(epsilon, delta, neighboring_relation)
     spent = mechanism.epsilon(delta)
     if not spent <= epsilon:
         raise UserError(

@@ -11,7 +11,12 @@ that a model classifies correctly, plus Gaussian noise: an output of the run lik
 weights. Two neighbouring datasets differ in one record, which is either a training
 record, and then only the weights differ and all that follows is post-processing, or a
 validation record, and then only that number does. So the choice is as private as the
-weaker of the two, each repeated and selected; neither is added to the other.
+weaker of the two, each repeated and selected; neither is added to the other. (Which
+records are for validation is taken as given: neighbours are pairs of a training and a
+validation set that differ in one record.)
+
+The theorems need the number of candidates that was drawn. Who starts over because it
+was small or large has made another, unaccounted for selection.
 """
 
 import dataclasses
@@ -41,7 +46,7 @@ class Selection:
       distribution: of their number: `logarithmic`, which needs the least noise but
         often draws few, `geometric`, or `poisson`, which needs the most noise, keeps
         nearest to its mean, and may draw none.
-      expected_candidates: its mean, more than 1.
+      expected_candidates: its mean, more than 1 and at most 1,000,000.
     """
 
     distribution: str
@@ -53,10 +58,10 @@ class Selection:
                 f"privacy.selection is {self.distribution!r}: it must be None or one of"
                 f" {', '.join(SHAPES)}"
             )
-        if not 1 < self.expected_candidates < math.inf:
+        if not 1 < self.expected_candidates <= 1e6:
             raise UserError(
                 f"privacy.expected_candidates is {self.expected_candidates}: it must be"
-                " more than 1"
+                " more than 1 and at most 1,000,000"
             )
 
     def event(self, candidate: dp_accounting.DpEvent) -> dp_accounting.DpEvent:
@@ -93,7 +98,7 @@ class Selection:
           noise: standard deviation on the number of correctly classified records,
             which one record changes by at most 1.
           delta: in (0, 1).
-          relation: not `REPLACE_ONE`, for which there is no bound.
+          relation: not `REPLACE_ONE`, for which RDP has no bound on training.
         """
         ledger = rdp.RdpAccountant(neighboring_relation=relation)
         ledger.compose(self.event(dp_accounting.GaussianDpEvent(noise)))
@@ -102,19 +107,29 @@ class Selection:
     def score_noise(
         self, epsilon: float, delta: float, relation: NeighboringRelation
     ) -> float:
-        """Returns the least noise with which choosing stays within (epsilon, delta)."""
-        return dp_accounting.calibrate_dp_mechanism(
-            make_fresh_accountant=lambda: rdp.RdpAccountant(
-                neighboring_relation=relation
-            ),
-            make_event_from_param=lambda noise: self.event(
-                dp_accounting.GaussianDpEvent(noise)
-            ),
-            target_epsilon=epsilon,
-            target_delta=delta,
-            bracket_interval=dp_accounting.LowerEndpointAndGuess(1e-2, 10.0),
-            tol=1e-4,
-        )
+        """Returns the least noise with which choosing stays within (epsilon, delta).
+
+        Raises:
+          UserError: if no noise does.
+        """
+        try:
+            return dp_accounting.calibrate_dp_mechanism(
+                make_fresh_accountant=lambda: rdp.RdpAccountant(
+                    neighboring_relation=relation
+                ),
+                make_event_from_param=lambda noise: self.event(
+                    dp_accounting.GaussianDpEvent(noise)
+                ),
+                target_epsilon=epsilon,
+                target_delta=delta,
+                bracket_interval=dp_accounting.ExplicitBracketInterval(0.05, 1e6),
+                tol=1e-4,
+            )
+        except ValueError:
+            raise UserError(
+                f"privacy.expected_candidates is {self.expected_candidates:g}: no noise"
+                f" makes a choice among so many ({epsilon:g}, {delta:g})-DP"
+            ) from None
 
 
 def _log_series_parameter(mean: float) -> float:

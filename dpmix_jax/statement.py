@@ -35,11 +35,13 @@ def privacy_report(
       clipping: see `PerformanceConfig`.
       precision: of the model, see `PerformanceConfig`.
     """
+    selection = _selection(config)
+    if mechanism.selection != config.private_selection:
+        raise ValueError("mechanism and config must agree on the selection")
     by = {
         name: mechanism.epsilon(config.delta, accountant=name)
         for name in ("pld", "rdp")
     }
-    selection = _selection(config)
     return {
         # One record is in the training set or among those that candidates are compared
         # by: see `selection`.
@@ -109,8 +111,10 @@ _RELEASED = {
         " intermediate ones too"
     ),
     True: (
-        "of the selected candidate the weights, raw and EMA (`model.safetensors`), and"
-        " its `score`, and what is computed from them. Of no other candidate anything"
+        "of the selected candidate the weights, raw and EMA (`model.safetensors`),"
+        " its settings and its `score`, and what is computed from them. The accountant"
+        " covers its weights after every update, so intermediate ones too. Of no other"
+        " candidate anything"
     ),
 }
 
@@ -126,10 +130,10 @@ _COVERED = {
         "every access of all candidates to the training records, and that of the"
         " choice among them to the validation records, so that tuning is covered."
         " Not covered: how many candidates there were, how long they took, what they"
-        " left, the grid itself where it was made by looking at these records; other"
-        " runs, values named `nonprivate/...`, logs, checkpoints and the rest of the"
-        " workdir. Test records, from which accuracies and pictures come, are not"
-        " protected at all"
+        " left; another selection, as one made because of the number drawn; the grid"
+        " itself where it was made by looking at these records; other runs, values"
+        " named `nonprivate/...`, logs, checkpoints and the rest of the workdir. Test"
+        " records, from which accuracies and pictures come, are not protected at all"
     ),
 }
 
@@ -165,13 +169,16 @@ def statement(report: dict[str, Any]) -> str:
         else f"{name.upper()} bounds nothing here"
         for name in ("pld", "rdp")
     )
+    record, sets = "training", "training sets"
+    if selection:
+        record, sets = "training or validation", "pairs of training and validation set"
     items = {
         "Unit of privacy": (
-            "one training record: an image with its label, and all of the"
+            f"one {record} record: an image with its label, and all of the"
             f" {report['images_per_record']} image(s) {brings}"
         ),
         "Neighbouring relation": (
-            f"{relation}: two training sets are neighbours if {_RELATIONS[relation]}."
+            f"{relation}: two {sets} are neighbours if {_RELATIONS[relation]}."
             " How records were divided into halves, training, validation and test set"
             " is taken as given: where one random split was made of all of them,"
             " another record would have changed it"
@@ -189,8 +196,9 @@ def statement(report: dict[str, Any]) -> str:
                 f" noise of standard deviation {selection['score_noise']:.6g}. The"
                 " guarantee holds for that one only, and only if the candidates were"
                 " drawn and compared so (Papernot and Steinke, 2022), which is what"
-                " `experiments/sweep.py` does; epsilon ="
-                f" {round_up(selection['score_epsilon'], 7)} for a validation record"
+                " `experiments/sweep.py` does, with randomness of the operating system;"
+                f" epsilon = {round_up(selection['score_epsilon'], 7)} for a validation"
+                " record, at the same delta"
             )
         ),
         "Mechanism": (
@@ -220,7 +228,10 @@ def statement(report: dict[str, Any]) -> str:
     }
     headline = (
         f"The released weights are ({round_up(epsilon)}, {round_up(delta)})-"
-        f"differentially private{', tuning included' if selection else ''}."
+        "differentially private"
+        + ", tuning included, if `experiments/sweep.py` has selected this run"
+        * bool(selection)
+        + "."
     )
     return "\n".join(
         ["# Privacy statement", "", headline, ""]

@@ -10,7 +10,8 @@ one chooses a learning rate on validation records:
      "common": {"data": {"validation_size": 288}},
      "metric": "nonprivate/validation/accuracy_ema"}
 
-With `privacy.selection` set, its cells are the candidates of a private selection.
+With `privacy.selection` set, its cells are the points that candidates of a private
+selection are drawn from; then `metric` and `seeds` play no part.
 """
 
 import dataclasses
@@ -20,7 +21,13 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from dpmix_jax.config import ExperimentConfig, check_keys, flatten
+from dpmix_jax.config import (
+    ExperimentConfig,
+    check_keys,
+    differences,
+    flatten,
+    to_dict,
+)
 from dpmix_jax.errors import UserError
 
 Point = tuple[Any, ...]  # a value of each column
@@ -210,11 +217,17 @@ def from_config_dict(config: Any, settings: Iterable[str] = ()) -> SweepConfig:
     )
 
 
+# What candidates must have in common: all that the accountant sees, the records, and
+# what counts as public. C is no part of it: noise is a multiple of the sensitivity.
+_SHARED = ("privacy.", "data.", "public", "finetune.encoder", "finetune.weights")
+_NOT_SHARED = "privacy.l2_clip_norm"
+
+
 def check_candidates(configs: Sequence[ExperimentConfig]) -> None:
     """Raises `UserError` unless these can be candidates of one private selection.
 
-    The accountant takes them for the same mechanism, so they must not differ in what it
-    sees, nor in their records.
+    The accountant takes them for the same mechanism, and the statement of the one that
+    is selected speaks for all of them.
     """
     for config in configs:
         if config.seed is not None:
@@ -222,17 +235,13 @@ def check_candidates(configs: Sequence[ExperimentConfig]) -> None:
                 f"seed is {config.seed}: it must be None for privacy.selection, whose"
                 " runs are released"
             )
-        seen = [
-            {
-                "privacy": dataclasses.replace(c.privacy, l2_clip_norm=1.0),
-                "data": c.data,
-                "method.group_size": c.method.mixes_records and c.method.group_size,
-            }
-            for c in (configs[0], config)
+        apart = [
+            text
+            for text in differences(to_dict(configs[0]), to_dict(config))
+            if text.startswith(_SHARED) and not text.startswith(_NOT_SHARED)
         ]
-        for key, value in seen[0].items():
-            if seen[1][key] != value:
-                raise UserError(
-                    f"{key} is {seen[1][key]} in one row or column and {value} in"
-                    " another: it must be the same in all of privacy.selection"
-                )
+        if apart:
+            raise UserError(
+                "privacy.selection: candidates must not differ in what the accountant"
+                f" sees, in records or in public data; these do: {', '.join(apart)}"
+            )

@@ -154,6 +154,8 @@ class Accumulate:
       - The sum over a batch depends on microbatch size, devices and where the dataset
         lives in float rounding only.
       - Compiles once, whatever batch sizes are drawn (of groups, once for each c).
+      - With `encode`, the sum is that of the loss of `encode`'s embeddings, to which no
+        record but their own contributes.
 
     Args:
       gradient_fn: from `clipped_gradient`, of a loss over (images, labels) of one set.
@@ -164,6 +166,9 @@ class Accumulate:
       l2_clip_norm: C, to count clipped records (not private).
       bank: the public images that `record_set` draws from, if it does.
       frozen: what the loss needs besides parameters, see `clipped_gradient`, or None.
+      encode: `f(frozen, images [N, H, W, C]) -> [N, E]`, each from its image alone. The
+        loss then takes embeddings in place of images, and nothing frozen: forward
+        passes are made for all sets at once, before any gradient.
       on_device: whether the dataset lives on the devices, or on the host.
     """
 
@@ -178,6 +183,7 @@ class Accumulate:
         l2_clip_norm: float,
         bank: Bank | None = None,
         frozen: PyTree | None = None,
+        encode: Callable[[PyTree, jax.Array], jax.Array] | None = None,
         on_device: bool = True,
     ):
         everywhere = NamedSharding(mesh, PartitionSpec())
@@ -205,11 +211,20 @@ class Accumulate:
             members = present.reshape(present.shape[0], -1).sum(axis=1)
             key = jax.random.wrap_key_data(words)
             keys = sampling.record_keys(key, step, indices)
-            sets = jax.vmap(record_set, in_axes=(0, 0, 0, None))(
+            images, targets = jax.vmap(record_set, in_axes=(0, 0, 0, None))(
                 keys, records.normalize(images), targets, bank
             )
+            if encode is not None:
+                *sets, height, width, channels = images.shape
+                flat = images.reshape(-1, height, width, channels)
+                images = encode(frozen, flat).reshape(*sets, -1)
+                frozen = None
             gradients, aux = gradient_fn(
-                params, *sets, is_padding_example=members == 0, frozen=frozen
+                params,
+                images,
+                targets,
+                is_padding_example=members == 0,
+                frozen=frozen,
             )
             clipped = aux.grad_norms > l2_clip_norm
             nonprivate = {

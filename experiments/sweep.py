@@ -29,7 +29,8 @@ from typing import Any
 import numpy as np
 from absl import app, flags, logging
 
-from dpmix_jax import command_line, selection, sweep, tables
+from dpmix_jax import command_line, data, sweep, tables
+from dpmix_jax.config import ExperimentConfig, to_dict
 from dpmix_jax.errors import UserError
 from dpmix_jax.experiment import caught_signals, final_line
 from dpmix_jax.files import write_atomically
@@ -115,8 +116,11 @@ class Sweep:
         table = tables.to_markdown(self.config, records)
         self.folder.write("runs.csv", tables.to_csv(records))
         self.folder.write("table.md", table)
-        if chosen := tables.choices(self.config, records):
+        chosen = tables.choices(self.config, records)
+        if chosen:
             self.folder.write_json("choice.json", {"choices": chosen, **NOT_COVERED})
+        else:
+            (self.folder.path / "choice.json").unlink(missing_ok=True)
         return table
 
     def _tell(self, i: int) -> None:
@@ -153,72 +157,102 @@ class Selection:
     selection that is stopped goes on with the same ones.
     """
 
-    def __init__(
-        self,
-        config: sweep.SweepConfig,
-        folder: Workdir,
-        selection: selection.Selection,
-    ):
-        self.folder, self.selection = folder, selection
-        self.points = [run.flags for run in config.candidates()]
+    def __init__(self, config: sweep.SweepConfig, folder: Workdir):
+        self.folder, self.points = folder, [run.flags for run in config.candidates()]
         self.expected = [command_line.load_experiment(flags) for flags in self.points]
         sweep.check_candidates(self.expected)
+        self.selected = Workdir(folder.path / "selected")
+        self.candidates = folder.path / "candidates"
 
     def run(self, signals: Sequence[int]) -> int:
         """Does what is left; returns the exit status, 128 + n after signal n."""
-        selected = Workdir(self.folder.path / "selected")
-        if selected.results() is None:
+        if self.selected.results() is None:
             plan = self._plan()
             status = self._run_candidates(plan, signals)
-            if status or not plan:
+            if status:
                 return status
             best = self._workdir(max(range(len(plan)), key=self._score))
-            best.path.rename(selected.path)
-        # The others are not covered by what the statement of the best one says.
-        shutil.rmtree(self.folder.path / "candidates", ignore_errors=True)
+            best.clean_up()
+            best.path.rename(self.selected.path)
+        if not any(self._is_of(self.selected, config) for config in self.expected):
+            raise UserError(
+                f"workdir {self.folder.path} holds a selection among other settings:"
+                " use another --workdir"
+            )
+        # The others are not covered by what the statement of the best one says, nor is
+        # which of them were compiled.
+        for path in (self.candidates, self.folder.path / ".jax_cache"):
+            if path.exists():
+                shutil.rmtree(path)
         (self.folder.path / "plan.json").unlink(missing_ok=True)
-        say(f"selected: {selected.path}; what the other candidates left is deleted")
-        results = selected.results()
+        say(f"selected: {self.selected.path}; nothing is left of other candidates")
+        results = self.selected.results()
         assert results is not None
         say(final_line(results), file=sys.stdout)
         return 0
 
-    def _score(self, n: int) -> float:
+    def _workdir(self, n: int) -> Workdir:
+        return Workdir(self.candidates / str(n))
+
+    def _score(self, n: int) -> int:
         results = self._workdir(n).results()
         assert results is not None
         return results["score"]
 
-    def _workdir(self, n: int) -> Workdir:
-        return Workdir(self.folder.path / "candidates" / str(n))
+    @staticmethod
+    def _is_of(workdir: Workdir, config: ExperimentConfig) -> bool:
+        try:
+            workdir.check(config)
+        except UserError:
+            return False
+        return True
 
     def _plan(self) -> list[int]:
         """Returns the point of each candidate, drawn once and for all."""
-        path, points = self.folder.path / "plan.json", [[*p] for p in self.points]
+        path = self.folder.path / "plan.json"
+        dataset = data.load(self.expected[0].data)
+        assert dataset.validation is not None  # the config has seen to it
+        among = {
+            "points": [to_dict(config) for config in self.expected],
+            "data": [dataset.train.digest(), dataset.validation.digest()],
+        }
+        among = json.loads(json.dumps(among))
         if path.exists():
             kept = json.loads(path.read_text())
-            if kept["points"] != points:
+            if kept["among"] != among:
                 raise UserError(
-                    f"workdir {self.folder.path} holds a selection among other"
-                    " settings, use another --workdir"
+                    f"workdir {self.folder.path} holds a selection that began with"
+                    " other settings or data: put those back, or use another --workdir"
                 )
             return kept["drawn"]
-        strange = [file.name for file in self.folder.path.iterdir()]
-        if [name for name in strange if name[0] != "."]:
-            raise UserError(f"workdir {self.folder.path} is not empty: use another")
+        found = sorted(file.name for file in self.folder.path.iterdir())
+        if strange := [name for name in found if name[0] != "."]:
+            raise UserError(
+                f"workdir {self.folder.path} holds {strange[0]}: use a new or empty"
+                " --workdir"
+            )
+        how = self.expected[0].privacy.private_selection
+        assert how is not None
         rng = np.random.default_rng(secrets.randbits(128))
-        drawn = self.selection.draw(len(points), rng)
-        text = json.dumps({"points": points, "drawn": drawn})
+        drawn = how.draw(len(self.points), rng)
+        text = json.dumps({"among": among, "drawn": drawn})
         write_atomically(path, text, mode=0o600)
         return drawn
 
     def _run_candidates(self, plan: Sequence[int], signals: Sequence[int]) -> int:
         """Runs those that have not finished; returns the exit status."""
         if not plan:
-            say("the number of candidates was drawn as 0: nothing is released")
+            say(
+                "nothing is released: the number of candidates was drawn as 0. To start"
+                " over because of that would be another selection, not covered by this"
+            )
+            return 1
+        self.candidates.mkdir(mode=0o700, exist_ok=True)
         started, done = time.time(), 0
         for n, point in enumerate(plan):
             workdir = self._workdir(n)
             if workdir.results() is not None:
+                workdir.check(self.expected[point])
                 continue
             error = attempt(
                 RUN,
@@ -241,12 +275,10 @@ class Selection:
 
 
 def make_job(config: sweep.SweepConfig, folder: Workdir) -> Sweep | Selection:
-    """Returns a private selection if the first run asks for one, else a sweep."""
-    first = command_line.load_experiment(config.candidates()[0].flags)
-    chosen_by = first.privacy.private_selection
-    if chosen_by is None:
-        return Sweep(config, folder)
-    return Selection(config, folder, chosen_by)
+    """Returns a private selection if a run asks for one, else a sweep."""
+    loaded = (command_line.load_experiment(run.flags) for run in config.candidates())
+    chosen = any(found.privacy.selection is not None for found in loaded)
+    return Selection(config, folder) if chosen else Sweep(config, folder)
 
 
 def main(argv: list[str]) -> None:

@@ -3,8 +3,9 @@
     python experiments/table13.py --config=configs/vit_b16.py:caltech256-2 --records=2
 
 Times what one update adds to its sum for `--records` records: sets, forward pass,
-gradients of what is trained, clip and sum. Beside it the forward pass of the model
-alone, on as many images: the rest is what privacy, augmentation and mixing cost. Each
+gradients of what is trained, clip and sum. Beside it the forward pass alone, of the
+model or of an encoder that is frozen, on as many images: the rest is what privacy,
+augmentation and mixing cost. Each
 method takes the sets of the paper, K = 16, 34 and 36. Hours are those of all updates of
 the config, reckoned from the time of a record.
 """
@@ -95,7 +96,8 @@ def rows_of(config: ExperimentConfig, name: str, records: data.Records) -> list[
 
     shape = (_RECORDS.value * k, *records.image_shape)
     images = jnp.asarray(np.random.default_rng(2).standard_normal(shape, np.float32))
-    forward = jax.jit(model.logits)
+    whole = not model.is_head(state.params)
+    forward = jax.jit(model.logits if whole else model.encode)
     params = pipeline.all_params(state.params)
     return [
         Row(f"{name}, K = {k}", k, timing.Ready(update)),

@@ -18,6 +18,7 @@ from dpmix_jax import (
     experiment,
     ghost_clipped_gradient,
     models,
+    training,
 )
 from dpmix_jax.command_line import load_experiment
 from dpmix_jax.data import images
@@ -230,6 +231,69 @@ def test_frozen_weights_without_a_file_are_known_to_all(tmp_path):
     assert (trained[0] != trained[1]).any()
     whole = first.all_params(first.state.params)
     assert paths(whole) == paths(Model(config, train).params(jax.random.key(0)))
+
+
+def tiny_pipeline(name, size, **changes):
+    """A head on a random, frozen encoder, on digits enlarged to `size` pixels."""
+    options = {
+        "vit": {
+            "model.patch_size": 8,
+            "model.width": 16,
+            "model.depth": 2,
+            "model.heads": 2,
+            "model.embedding_size": 8,
+        },
+        "convnext": {k: v for k, v in CONVNEXT_FLAGS.items() if k[:6] == "model."},
+    }[name]
+    config = {"vit": "vit_b16", "convnext": "convnext_base"}[name]
+    flags = SHORT | options | {"data.name": "digits", "data.image_size": size}
+    flags |= {"data.resize": 0, "method.k_base": 2} | changes
+    config = load(f"configs/{config}.py", flags)
+    train = data.load(config.data).train
+    mechanism = Mechanism(sampling_prob=0.1, num_updates=3, noise_multiplier=3.0)
+    model = Model(config, train)
+    return Pipeline(config, model, train, mechanism=mechanism, seed=3), model
+
+
+def accumulated(pipeline, batch=(5, 9, 700, -1)):
+    """The sum over a microbatch, of a head that is not zero."""
+    params = jax.tree.map(lambda p: p + 0.3, pipeline.state.params)
+    placed = pipeline.accumulate.place(np.array(batch))
+    totals = training.init_totals(params, pipeline.mesh)
+    return pipeline.accumulate(params, jnp.int32(2), placed, totals)
+
+
+@pytest.mark.proves("training.Accumulate", 4)
+@pytest.mark.parametrize(
+    "clipping", ["instantiate", pytest.param("ghost", marks=pytest.mark.slow)]
+)
+def test_a_head_on_embeddings_is_a_head_on_images(monkeypatch, clipping):
+    """Embeddings of all sets at once, in chunks, give the gradient of the whole loss.
+
+    Three images a record: the last chunk of nine is smaller than the others.
+    """
+    flags = {"performance.clipping": clipping}
+    pipeline, model = tiny_pipeline("vit", 16, **flags)
+    total = accumulated(pipeline)
+    assert paths(total.gradients) == {"params/head/kernel", "params/head/bias"}
+    assert float(total.nonprivate["records"]) == 3
+    # No image knows of the others, not even of one that is not finite.
+    images = jax.random.normal(jax.random.key(0), (7, 16, 16, 3))
+    frozen, encode = pipeline.accumulate.frozen, jax.jit(model.encode)
+    found = encode(frozen, images)
+    alone = [encode(frozen, image[None])[0] for image in images]
+    np.testing.assert_allclose(found, alone, atol=1e-5)
+    others = encode(frozen, images.at[1].set(jnp.nan))
+    assert np.isnan(others[1]).all()
+    np.testing.assert_array_equal(np.delete(others, 1, 0), np.delete(found, 1, 0))
+    monkeypatch.setattr(Model, "is_head", lambda *args: False)
+    expected = accumulated(tiny_pipeline("vit", 16, **flags)[0])
+    scale = np.abs(toy.flat(expected.gradients)).max()
+    np.testing.assert_allclose(
+        toy.flat(total.gradients), toy.flat(expected.gradients), atol=1e-5 * scale
+    )
+    for name, value in expected.nonprivate.items():
+        np.testing.assert_allclose(total.nonprivate[name], value, rtol=1e-5)
 
 
 def test_two_files_of_one_name_are_two_files(tmp_path):

@@ -1,5 +1,6 @@
 """Private selection: what it spends, what it draws, and what it leaves."""
 
+import dataclasses
 import importlib.util
 import json
 import math
@@ -20,10 +21,12 @@ from dpmix_jax import (
     Selection,
     UserError,
     calibrate,
+    dry_run,
     experiment,
     statement,
 )
 from dpmix_jax.command_line import load_experiment
+from dpmix_jax.config import to_dict
 from dpmix_jax.selection import SHAPES
 from dpmix_jax.sweep import from_config_dict
 from dpmix_jax.workdir import Workdir
@@ -253,15 +256,28 @@ def test_the_statement_covers_the_choice():
     assert facts["epsilon"] == max(spent) <= 2.0
     text = " ".join(statement.statement(facts).split())
     for words in (
-        "(2, 1e-05)-differentially private, tuning included.",
+        "(2, 1e-05)-differentially private, tuning included, if `experiments/sweep.py`"
+        " has selected this run.",
+        "one training or validation record: an image",
+        "two pairs of training and validation set are neighbours if",
         "Of no other candidate anything",
         "the choice among them to the validation records, so that tuning is covered",
         "Not covered: how many candidates there were",
         "(poisson distribution, mean 10)",
         f"of standard deviation {facts['selection']['score_noise']:.6g}",
         "PLD bounds nothing here, epsilon = ",
+        "for a validation record, at the same delta",
     ):
         assert words in text, words
+    with pytest.raises(ValueError, match="must agree on the selection"):
+        statement.privacy_report(
+            config,
+            dataclasses.replace(mechanism, selection=None),
+            num_records=2560,
+            images_per_record=8,
+            secret_seed=True,
+            sensitivity=1.0,
+        )
     assert "hyperparameters chosen by looking at them" not in text
 
 
@@ -290,11 +306,40 @@ def test_the_score_is_the_noisy_count():
             "nonprivate/validation": lambda p: confusion if p == "averaged" else None
         },
     )
-    scores = np.array([experiment._Run._score(run, 3.0) for _ in range(4000)])
-    assert abs(scores.mean() - 35) < 5 * 3.0 / math.sqrt(len(scores))
-    assert abs(scores.std() / 3.0 - 1) < 5 / math.sqrt(2 * len(scores))
+    scores = np.array([experiment._Run._score(run, 30.0) for _ in range(4000)])
+    assert scores.dtype == int
+    assert abs(scores.mean() - 35) < 5 * 30.0 / math.sqrt(len(scores))
+    assert abs(scores.std() / 30.0 - 1) < 5 / math.sqrt(2 * len(scores))
     run.config.seed = 7
     assert experiment._Run._score(run, 3.0) == experiment._Run._score(run, 3.0)
+
+
+def test_a_candidate_that_goes_on_is_accounted_for_as_before(tmp_path):
+    config = load_experiment(grid().candidates()[0].flags).privacy
+    began = experiment._mechanism(config, 0.1, Workdir(tmp_path))
+    assert began.selection == config.private_selection
+    Workdir(tmp_path).begin(None, data="", noise_multiplier=began.noise_multiplier)
+    assert experiment._mechanism(config, 0.1, Workdir(tmp_path)) == began
+
+
+def test_a_dry_run_calibrates_for_the_selection(monkeypatch):
+    class AskedError(Exception):
+        pass
+
+    def calibrate(**options):
+        assert options["selection"] == choose("geometric", 3.0)
+        raise AskedError
+
+    monkeypatch.setattr(dry_run.privacy, "calibrate", calibrate)
+    with pytest.raises(AskedError):
+        dry_run.dry_run(load_experiment(grid().candidates()[0].flags))
+
+
+def test_a_choice_that_no_noise_makes_private_is_one_line():
+    with pytest.raises(
+        UserError, match=r"privacy.expected_candidates is 100: no noise"
+    ):
+        choose("poisson", 100.0).score_noise(1e-4, 1e-5, ADD_OR_REMOVE)
 
 
 # All of them.
@@ -318,12 +363,9 @@ def grid(**changes):
     return from_config_dict(ml_collections.ConfigDict({**SMALL, **changes}))
 
 
-def plan_of(folder, drawn):
-    """What a selection that was stopped before its first candidate has left."""
-    folder.mkdir()
-    points = [list(run.flags) for run in grid().candidates()]
-    text = json.dumps({"points": points, "drawn": drawn})
-    (folder / "plan.json").write_text(text)
+def draws(monkeypatch, drawn):
+    """Selections draw these points."""
+    monkeypatch.setattr(Selection, "draw", lambda self, points, rng: drawn)
 
 
 def pretend(monkeypatch, program, scores, calls):
@@ -337,8 +379,13 @@ def pretend(monkeypatch, program, scores, calls):
         elif score is None:
             return "exit status 1: it broke"
         else:
-            workdir.mkdir(parents=True)
-            Workdir(workdir).end(
+            workdir.mkdir()
+            workdir.with_name(f"{workdir.name}.log").touch()
+            cache.mkdir(exist_ok=True)
+            folder = Workdir(workdir)
+            folder.write_json("config.json", to_dict(load_experiment(flags)))
+            folder.write("secret.json", "{}")  # as a kill may leave it
+            folder.end(
                 {
                     **dict.fromkeys(("test_accuracy", "test_accuracy_ema"), 0.5),
                     **{"epsilon": 2.0, "delta": 1e-5, "noise_multiplier": 1.0},
@@ -350,40 +397,50 @@ def pretend(monkeypatch, program, scores, calls):
     monkeypatch.setattr(program, "attempt", attempt)
 
 
+def select(program, folder, signals=None, **changes):
+    job = program.make_job(grid(**changes), Workdir(folder))
+    folder.mkdir(exist_ok=True)
+    return job.run([] if signals is None else signals)
+
+
 def test_the_best_score_is_kept_and_nothing_else(
     program, monkeypatch, tmp_path, capsys
 ):
-    folder, calls, scores = tmp_path / "out", [], [3.0, 9.5, None, 4.0]
-    plan_of(folder, [1, 0, 0, 1])
+    folder, calls, scores = tmp_path / "out", [], [30, 95, None, 40]
+    draws(monkeypatch, [1, 0, 0, 1])
     pretend(monkeypatch, program, scores, calls)
-
-    def run():
-        return program.make_job(grid(), Workdir(folder)).run([])
-
-    assert run() == 1  # candidate 3 fails: without it there is no selection
+    assert select(program, folder) == 1  # without candidate 3 there is no selection
     assert not (folder / "selected").exists()
+    assert (folder / "candidates").stat().st_mode & 0o777 == 0o700
     assert "failed: candidate 3: exit status 1: it broke" in capsys.readouterr().err
     scores[2] = -1
-    assert program.make_job(grid(), Workdir(folder)).run(caught := []) == 128 + 15
+    assert select(program, folder, caught := []) == 128 + signal.SIGTERM
     assert caught
-    scores[2] = 9.0
-    assert run() == 0
+    scores[2] = 90
+    assert select(program, folder) == 0
     assert [n for n, _ in calls] == [0, 1, 2, 2, 2, 3]  # the finished are not repeated
     rates = [f"--config.{RATE}={rate}" for rate in (1.0, 1e-6, 1e-6, 1.0)]
-    taken = {n: flags for n, flags in calls}
+    taken = dict(calls)
     assert [rate in taken[n] for n, rate in enumerate(rates)] == [True] * 4
     assert not any("seed" in flag for flags in taken.values() for flag in flags)
     assert [path.name for path in folder.iterdir()] == ["selected"]
-    assert Workdir(folder / "selected").results()["score"] == 9.5
+    assert {path.name for path in (folder / "selected").iterdir()} == {
+        "config.json",
+        "results.json",
+    }
+    assert Workdir(folder / "selected").results()["score"] == 95
     assert capsys.readouterr().out.startswith("test accuracy raw")
-    assert run() == 0
+    assert select(program, folder) == 0
     assert len(calls) == 6
+    common = {**SMALL["common"], "optimizer": {"momentum": 0.5}}
+    with pytest.raises(UserError, match="holds a selection among other settings"):
+        select(program, folder, common=common)
 
 
 def test_killed_after_the_choice_it_only_cleans_up(program, monkeypatch, tmp_path):
-    folder, calls = tmp_path / "out", []
-    plan_of(folder, [0, 1])
-    pretend(monkeypatch, program, [1.0, 2.0], calls)
+    folder = tmp_path / "out"
+    draws(monkeypatch, [0, 1])
+    pretend(monkeypatch, program, [10, 20], [])
     rename = program.pathlib.Path.rename
 
     def killed(path, target):
@@ -392,49 +449,88 @@ def test_killed_after_the_choice_it_only_cleans_up(program, monkeypatch, tmp_pat
 
     monkeypatch.setattr(program.pathlib.Path, "rename", killed)
     with pytest.raises(KeyboardInterrupt):
-        program.make_job(grid(), Workdir(folder)).run([])
+        select(program, folder)
     assert (folder / "plan.json").exists()
     monkeypatch.setattr(program.pathlib.Path, "rename", rename)
-    assert program.make_job(grid(), Workdir(folder)).run([]) == 0
+    assert select(program, folder) == 0
     assert [path.name for path in folder.iterdir()] == ["selected"]
-    assert Workdir(folder / "selected").results()["score"] == 2.0
+    assert Workdir(folder / "selected").results()["score"] == 20
 
 
 def test_none_drawn_is_none_released(program, monkeypatch, tmp_path, capsys):
-    plan_of(tmp_path / "out", [])
+    draws(monkeypatch, [])
     pretend(monkeypatch, program, [], calls := [])
-    for _ in range(2):  # nor is it drawn again
-        assert program.make_job(grid(), Workdir(tmp_path / "out")).run([]) == 0
-    assert "drawn as 0: nothing is released" in capsys.readouterr().err
+    for _ in range(2):
+        assert select(program, tmp_path / "out") == 1
+        assert "nothing is released" in capsys.readouterr().err
+        draws(monkeypatch, [0])  # it is not drawn again
     assert calls == []
 
 
 def test_the_plan_is_drawn_once_and_is_secret(program, monkeypatch, tmp_path):
-    folder = Workdir(tmp_path / "out")
-    folder.path.mkdir()
-    first = program.make_job(grid(), folder)._plan()
-    assert first
-    assert set(first) <= {0, 1}
-    assert (folder.path / "plan.json").stat().st_mode & 0o777 == 0o600
-    monkeypatch.setattr(Selection, "draw", None)
-    assert program.make_job(grid(), folder)._plan() == first
-    other = grid(rows=SMALL["rows"][:1])
-    with pytest.raises(UserError, match="holds a selection among other settings"):
-        program.make_job(other, folder).run([])
+    folder = tmp_path / "out"
+    pretend(monkeypatch, program, [None] * 100, [])
+    assert select(program, folder) == 1
+    path = folder / "plan.json"
+    drawn = json.loads(path.read_text())["drawn"]
+    assert drawn
+    assert set(drawn) <= {0, 1}
+    assert path.stat().st_mode & 0o777 == 0o600
+    draws(monkeypatch, [])
+    assert select(program, folder) == 1
+    assert json.loads(path.read_text())["drawn"] == drawn
+
+
+def test_a_selection_goes_on_with_what_it_began_with(program, monkeypatch, tmp_path):
+    """Neither other settings behind the same flags, nor other data, nor other runs."""
+    folder = tmp_path / "out"
+    draws(monkeypatch, [0, 1])
+    pretend(monkeypatch, program, [10, None], [])
+    assert select(program, folder) == 1
+    with pytest.raises(UserError, match="began with other settings or data"):
+        select(program, folder, rows=SMALL["rows"][:1])
+    load = program.data.load
+
+    def other(config):
+        dataset = load(config)
+        validation = dataset.validation
+        labels = validation.labels[::-1]
+        return dataset._replace(
+            validation=dataclasses.replace(validation, labels=labels)
+        )
+
+    monkeypatch.setattr(program.data, "load", other)
+    with pytest.raises(UserError, match="began with other settings or data"):
+        select(program, folder)
+    monkeypatch.setattr(program.data, "load", load)
+    first = Workdir(folder / "candidates/0")
+    config = json.loads((first.path / "config.json").read_text())
+    config["privacy"]["epsilon"] = 1000.0
+    first.write_json("config.json", config)
+    with pytest.raises(UserError, match=r"privacy.epsilon \(1000.0 there, 8.0 here\)"):
+        select(program, folder)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "notes.txt").touch()
-    with pytest.raises(UserError, match="is not empty: use another"):
-        program.make_job(grid(), Workdir(tmp_path / "other")).run([])
+    with pytest.raises(UserError, match=r"holds notes.txt: use a new or empty"):
+        select(program, tmp_path / "other")
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"privacy.num_updates": 9}, "privacy is "),
-        ({"privacy.epsilon": 3.0}, "privacy is "),
-        ({"data.half": 1}, "data is "),
+        ({"privacy.num_updates": 9}, "privacy.num_updates (160 there, 9 here)"),
+        ({"privacy.epsilon": 3.0}, "privacy.epsilon (8.0 there, 3.0 here)"),
+        ({"data.half": 1}, "data.half (0 there, 1 here)"),
         ({"seed": 3}, "seed is 3: it must be None for privacy.selection"),
-        ({"method.name": "microbatch_mixup"}, "method.group_size is "),
+        (
+            {"method.name": "dp_mix_diff", "public.name": "rendered_digits"},
+            "public.name (None there, rendered_digits here)",
+        ),
+        (
+            {"finetune.weights": "model.safetensors"},
+            "finetune.weights (None there, model.safetensors here)",
+        ),
+        ({"method.name": "microbatch_mixup"}, None),
         ({"privacy.l2_clip_norm": 0.5}, None),
         ({"method.name": "dp_mix_self"}, None),
     ],
@@ -460,10 +556,19 @@ def test_candidates_differ_in_nothing_the_accountant_sees(
         )
     with pytest.raises(UserError) as error:
         program.make_job(grid(**changes), Workdir(tmp_path))
-    assert str(error.value).startswith(message)
+    assert message in str(error.value)
 
 
-def test_a_selection_runs_from_the_command_line(tmp_path):
+def test_one_cell_with_a_selection_makes_it_one(program, tmp_path):
+    """Not a sweep whose runs with known seeds would claim to cover their choice."""
+    chosen = {"privacy.selection": "geometric", "privacy.expected_candidates": 3.0}
+    for rows in ((("A", {}), ("B", chosen)), (("B", chosen), ("A", {}))):
+        common = {"data": SMALL["common"]["data"]}
+        with pytest.raises(UserError, match=r"privacy.selection: candidates must not"):
+            program.make_job(grid(rows=rows, common=common), Workdir(tmp_path))
+
+
+def test_a_selection_runs_from_the_command_line(program, monkeypatch, tmp_path):
     """One candidate, as a selection would go on with it that was killed."""
     path = tmp_path / "grid.py"
     path.write_text(
@@ -471,7 +576,9 @@ def test_a_selection_runs_from_the_command_line(tmp_path):
         f"    return ml_collections.ConfigDict({SMALL!r})\n"
     )
     folder = tmp_path / "out"
-    plan_of(folder, [1])
+    draws(monkeypatch, [1])
+    pretend(monkeypatch, program, [None], [])
+    assert select(program, folder) == 1
     done = subprocess.run(
         [
             *(sys.executable, f"{ROOT}/experiments/sweep.py"),
@@ -483,9 +590,7 @@ def test_a_selection_runs_from_the_command_line(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "nonprivate candidate 1/1; ETA 0:00:00" in done.stderr
     assert done.stdout.startswith("test accuracy raw")
-    assert {path.name for path in folder.iterdir()} - {".lock", ".jax_cache"} == {
-        "selected"
-    }
+    assert {path.name for path in folder.iterdir()} - {".lock"} == {"selected"}
     selected = folder / "selected"
     facts = json.loads((selected / "privacy.json").read_text())
     results = json.loads((selected / "results.json").read_text())
@@ -495,6 +600,8 @@ def test_a_selection_runs_from_the_command_line(tmp_path):
     assert facts["secret_seed"]
     correct = last["nonprivate/validation/accuracy_ema"] * VALIDATION
     noise = facts["selection"]["score_noise"]
-    assert 0 < abs(results["score"] - correct) < 6 * noise
+    assert abs(results["score"] - correct) < 6 * noise + 1
     text = (selected / "PRIVACY.md").read_text()
-    assert "(8, 1e-05)-differentially private, tuning included." in text
+    assert "(8, 1e-05)-differentially private, tuning included, if" in text
+    for name in ("results.json", "privacy.json", "report.html"):
+        assert "validation/accuracy" not in (selected / name).read_text()

@@ -51,8 +51,9 @@ class DataConfig:
         size, the same for every run. The other may be declared public (DP-Mix, Table
         10).
       validation_size: records taken from the training set (the same for every run) for
-        choosing hyperparameters; they are neither trained on nor covered by the
-        guarantee, so what is measured on them is named `nonprivate/...`.
+        choosing hyperparameters; they are not trained on and, but for a private
+        selection, not covered by the guarantee, so what is measured on them is named
+        `nonprivate/...`.
     """
 
     name: str = "digits"

@@ -1,6 +1,7 @@
 """ConvNeXt as the image tower of CLIP, with a linear head."""
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +38,8 @@ class ConvNeXt(nn.Module):
         `features`.
       dtype: of the computation; parameters, embedding and logits are float32.
     """
+
+    CPU_IMAGES: ClassVar[int | None] = None  # XLA:CPU is slow at convolutions in loops
 
     num_classes: int | None = None
     depths: Sequence[int] = (3, 3, 27, 3)
