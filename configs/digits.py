@@ -25,6 +25,7 @@ ROWS = {
     "6": (140, 1.0),
     "8": (160, 1.0),
 }
+RATES = (0.25, 0.5, 1.0, 2.0, 4.0)
 
 
 def get_config(epsilon: str = "3") -> ml_collections.ConfigDict:

@@ -3,9 +3,10 @@
 python experiments/sweep.py --config=configs/rates.py:vit_b16:caltech256-2 \
     --set=finetune.encoder=open_clip_model.safetensors
 
-The argument is a config of this folder that names its RATES, and that config's own
-argument. Self-Aug and DP-Mix_self try each rate with 3 seeds; the table shows accuracy
-on validation records, a tenth of the training set, that no run trains on.
+The argument is a config of this folder that names its RATES (vit_b16, convnext_base,
+wrn28_10, digits), and that config's own argument. Self-Aug and DP-Mix_self try each
+rate with 3 seeds; the table shows accuracy on validation records, a tenth of the
+training set, that no run trains on.
 
 All runs look at the same private records. The epsilon of a model trained with the rate
 that comes out, `choice.json`, covers its own run and not this search, as its privacy
@@ -24,6 +25,7 @@ import runpy
 
 import ml_collections
 
+from dpmix_jax import data
 from dpmix_jax.errors import UserError
 
 FOLDER = pathlib.Path(__file__).parent
@@ -36,7 +38,7 @@ def get_config(base: str = "vit_b16:cifar10-1") -> ml_collections.ConfigDict:
     if "RATES" not in found:
         raise UserError(f"base is {base!r}: it must be a config with RATES")
     config = found["get_config"](*filter(None, [argument]))
-    records, _, _ = found["DATASETS"][config.data.name]
+    records = len(data.blank(data.DataConfig(**config.data.to_dict())))
     return ml_collections.ConfigDict(
         {
             "title": f"Learning rates, {base}",

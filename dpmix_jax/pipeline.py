@@ -29,6 +29,7 @@ from dpmix_jax.errors import UserError
 
 PyTree = Any
 
+_MOST_IMAGES = 64  # about, in a microbatch whose memory does not grow with it
 CLIPPED_GRADIENTS = {
     "instantiate": gradients.clipped_gradient,
     "ghost": ghost.ghost_clipped_gradient,
@@ -93,18 +94,32 @@ class Model:
         with self._precision():
             return self._module.apply(params, images)
 
-    def is_head(self, trained: PyTree) -> bool:
-        """Whether these are the parameters of the head on a frozen encoder alone."""
-        return hasattr(self._module, "encode") and set(trained["params"]) == {"head"}
+    def is_head(self, trained: PyTree, frozen: PyTree) -> bool:
+        """Whether these are a whole head, and the encoder that it classifies."""
+        return (
+            hasattr(self._module, "encode")
+            and set(trained["params"]) == {"head"}
+            and set(frozen["params"]) == {"encoder"}
+        )
+
+    @property
+    def images_at_once(self) -> int | None:
+        """Images that `encode` takes at a time here, or None for all."""
+        on_cpu = jax.default_backend() == "cpu"
+        return getattr(self._module, "CPU_IMAGES", None) if on_cpu else None
 
     def encode(self, params: PyTree, images: jax.Array) -> jax.Array:
-        """[N, H, W, C] -> embeddings [N, E], without gradients in mind."""
+        """[N, H, W, C] -> embeddings [N, E], without gradients in mind.
 
-        def encoded(images):
+        Each is of its image alone whatever the model does, for under `jax.vmap` the
+        model never sees two.
+        """
+
+        def embedding(image):
             with self._precision():
-                return self._module.apply(params, images, method="encode")
+                return self._module.apply(params, image[None], method="encode")[0]
 
-        size = self._module.CPU_IMAGES if jax.default_backend() == "cpu" else None
+        encoded, size = jax.vmap(embedding), self.images_at_once
         if size is None or len(images) <= size:
             return encoded(images)
         whole = len(images) // size * size
@@ -172,7 +187,8 @@ class Pipeline:
             return optax.softmax_cross_entropy(logits, labels).mean()
 
         self._loss_fn, self._normalize = loss_fn, records.normalize
-        is_head = model.is_head(trained)
+        is_head = bool(frozen) and model.is_head(trained, frozen)
+        self._in_chunks = is_head and model.images_at_once is not None
         transform = CLIPPED_GRADIENTS[config.performance.clipping]
         gradient_fn = transform(
             head_loss_fn if is_head else loss_fn,
@@ -282,9 +298,12 @@ class Pipeline:
         size = self._config.performance.microbatch_size
         if size != "auto":
             return int(size)
+        most = self._config.privacy.expected_batch_size
+        if self._in_chunks:  # memory would allow hours without a stop
+            most = max(1, _MOST_IMAGES // self._config.method.set_size)
         return performance.largest_microbatch(
             self.bytes_needed,
-            expected_batch_size=self._config.privacy.expected_batch_size,
+            expected_batch_size=most,
             num_devices=self.mesh.size,
             step=self._capacity,
             memory_gib=self._config.performance.memory_gib,

@@ -112,6 +112,9 @@ class Selection:
         Raises:
           UserError: if no noise does.
         """
+        least = 0.05
+        if self.score_epsilon(least, delta, relation) <= epsilon:
+            return least
         try:
             return dp_accounting.calibrate_dp_mechanism(
                 make_fresh_accountant=lambda: rdp.RdpAccountant(
@@ -122,7 +125,7 @@ class Selection:
                 ),
                 target_epsilon=epsilon,
                 target_delta=delta,
-                bracket_interval=dp_accounting.ExplicitBracketInterval(0.05, 1e6),
+                bracket_interval=dp_accounting.ExplicitBracketInterval(least, 1e6),
                 tol=1e-4,
             )
         except ValueError:

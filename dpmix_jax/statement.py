@@ -196,7 +196,7 @@ def statement(report: dict[str, Any]) -> str:
                 f" noise of standard deviation {selection['score_noise']:.6g}. The"
                 " guarantee holds for that one only, and only if the candidates were"
                 " drawn and compared so (Papernot and Steinke, 2022), which is what"
-                " `experiments/sweep.py` does, with randomness of the operating system;"
+                " `experiments/sweep.py` does, from seeds of the operating system;"
                 f" epsilon = {round_up(selection['score_epsilon'], 7)} for a validation"
                 " record, at the same delta"
             )

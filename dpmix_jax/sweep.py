@@ -219,7 +219,14 @@ def from_config_dict(config: Any, settings: Iterable[str] = ()) -> SweepConfig:
 
 # What candidates must have in common: all that the accountant sees, the records, and
 # what counts as public. C is no part of it: noise is a multiple of the sensitivity.
-_SHARED = ("privacy.", "data.", "public", "finetune.encoder", "finetune.weights")
+_SHARED = (
+    "privacy.",
+    "data.",
+    "public",
+    "finetune.encoder",
+    "finetune.weights",
+    "performance.",  # of it, what changes the sum
+)
 _NOT_SHARED = "privacy.l2_clip_norm"
 
 

@@ -154,8 +154,8 @@ class Accumulate:
       - The sum over a batch depends on microbatch size, devices and where the dataset
         lives in float rounding only.
       - Compiles once, whatever batch sizes are drawn (of groups, once for each c).
-      - With `encode`, the sum is that of the loss of `encode`'s embeddings, to which no
-        record but their own contributes.
+      - With `encode`, record i's term depends on the embeddings of its own images
+        alone, and each of them on its image and `frozen` alone.
 
     Args:
       gradient_fn: from `clipped_gradient`, of a loss over (images, labels) of one set.

@@ -30,9 +30,10 @@ import numpy as np
 from absl import app, flags, logging
 
 from dpmix_jax import command_line, data, sweep, tables
-from dpmix_jax.config import ExperimentConfig, to_dict
+from dpmix_jax.config import ExperimentConfig, differences, to_dict
+from dpmix_jax.data.public import load_public
 from dpmix_jax.errors import UserError
-from dpmix_jax.experiment import caught_signals, final_line
+from dpmix_jax.experiment import caught_signals, data_digest, final_line
 from dpmix_jax.files import write_atomically
 from dpmix_jax.processes import attempt
 from dpmix_jax.progress import duration, say
@@ -185,7 +186,7 @@ class Selection:
             if path.exists():
                 shutil.rmtree(path)
         (self.folder.path / "plan.json").unlink(missing_ok=True)
-        say(f"selected: {self.selected.path}; nothing is left of other candidates")
+        say(f"selected: {self.selected.path}; no other candidate is left there")
         results = self.selected.results()
         assert results is not None
         say(final_line(results), file=sys.stdout)
@@ -210,16 +211,12 @@ class Selection:
     def _plan(self) -> list[int]:
         """Returns the point of each candidate, drawn once and for all."""
         path = self.folder.path / "plan.json"
-        dataset = data.load(self.expected[0].data)
-        assert dataset.validation is not None  # the config has seen to it
-        among = {
-            "points": [to_dict(config) for config in self.expected],
-            "data": [dataset.train.digest(), dataset.validation.digest()],
-        }
-        among = json.loads(json.dumps(among))
+        points = [to_dict(config) for config in self.expected]
+        read = checksums(self.expected[0])
         if path.exists():
             kept = json.loads(path.read_text())
-            if kept["among"] != among:
+            same = len(kept["points"]) == len(points) and kept["read"] == read
+            if not same or any(map(differences, kept["points"], points)):
                 raise UserError(
                     f"workdir {self.folder.path} holds a selection that began with"
                     " other settings or data: put those back, or use another --workdir"
@@ -235,8 +232,8 @@ class Selection:
         assert how is not None
         rng = np.random.default_rng(secrets.randbits(128))
         drawn = how.draw(len(self.points), rng)
-        text = json.dumps({"among": among, "drawn": drawn})
-        write_atomically(path, text, mode=0o600)
+        plan = {"points": points, "read": read, "drawn": drawn}
+        write_atomically(path, json.dumps(plan), mode=0o600)
         return drawn
 
     def _run_candidates(self, plan: Sequence[int], signals: Sequence[int]) -> int:
@@ -272,6 +269,15 @@ class Selection:
             left = (len(plan) - n - 1) * (time.time() - started) / done
             say(f"nonprivate candidate {n + 1}/{len(plan)}; ETA {duration(left)}")
         return 0
+
+
+def checksums(config: ExperimentConfig) -> list[str]:
+    """Returns those of all that candidates read: they must read the same."""
+    dataset = data.load(config.data)
+    public = load_public(config.public, config.data, dataset)
+    assert dataset.validation is not None  # the config has seen to it
+    files = config.finetune.checksums()
+    return [data_digest(dataset.train, public, files), dataset.validation.digest()]
 
 
 def make_job(config: sweep.SweepConfig, folder: Workdir) -> Sweep | Selection:

@@ -5,9 +5,8 @@
 Times what one update adds to its sum for `--records` records: sets, forward pass,
 gradients of what is trained, clip and sum. Beside it the forward pass alone, of the
 model or of an encoder that is frozen, on as many images: the rest is what privacy,
-augmentation and mixing cost. Each
-method takes the sets of the paper, K = 16, 34 and 36. Hours are those of all updates of
-the config, reckoned from the time of a record.
+augmentation and mixing cost. Each method takes the sets of the config, by default K =
+16, 34 and 36. Hours are those of all its updates, reckoned from the time of a record.
 """
 
 import dataclasses
@@ -96,9 +95,9 @@ def rows_of(config: ExperimentConfig, name: str, records: data.Records) -> list[
 
     shape = (_RECORDS.value * k, *records.image_shape)
     images = jnp.asarray(np.random.default_rng(2).standard_normal(shape, np.float32))
-    whole = not model.is_head(state.params)
-    forward = jax.jit(model.logits if whole else model.encode)
-    params = pipeline.all_params(state.params)
+    params, frozen = pipeline.all_params(state.params), pipeline.accumulate.frozen
+    is_head = bool(frozen) and model.is_head(state.params, frozen)
+    forward = jax.jit(model.encode if is_head else model.logits)
     return [
         Row(f"{name}, K = {k}", k, timing.Ready(update)),
         Row(f"forward, {k} images", k, timing.Ready(call(forward, params, images))),
@@ -112,6 +111,11 @@ def call(function: Callable[..., Any], *args: Any) -> Callable[[], Any]:
 def table13(config: ExperimentConfig) -> None:
     """Does what the flags say."""
     path = timing.output_file(_JSON.value)
+    if _RECORDS.value % jax.device_count():
+        raise UserError(
+            f"--records is {_RECORDS.value}: it must be a multiple of the number of"
+            f" devices, {jax.device_count()}"
+        )
     result: dict[str, Any] = {"environment": timing.environment()}
     timing.tell_environment(result["environment"])
     records = random_records(config, _RECORDS.value, seed=0)

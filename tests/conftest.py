@@ -3,6 +3,11 @@
 import os
 import pathlib
 
+# Most of a test's time is LLVM's, whose later passes change no result. Set before jax.
+os.environ["XLA_FLAGS"] = " ".join(
+    (os.environ.get("XLA_FLAGS", ""), "--xla_backend_optimization_level=1")
+)
+
 import hypothesis
 import jax
 import pytest

@@ -199,8 +199,10 @@ def test_rates_are_those_of_the_config():
     assert config.data.validation_size == 2160
     assert config.privacy.epsilon == 4.0
     assert grid.metric == "nonprivate/validation/accuracy_ema"
-    with pytest.raises(UserError, match="base is 'digits': it must be a config with"):
-        found.get_config("digits")
+    digits = sweep_config(found.get_config("digits:1")).runs()[0]
+    assert load_experiment([*digits.flags]).data.validation_size == 143
+    with pytest.raises(UserError, match="base is 'table11': it must be a config with"):
+        found.get_config("table11")
 
 
 @pytest.mark.parametrize("name", ["baselines", "table10"])

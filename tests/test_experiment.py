@@ -392,14 +392,18 @@ def test_a_workdir_with_other_files_is_refused(tmp_path):
     assert "holds thesis.tex but no config.json: use a new or empty" in done.stderr
 
 
-def test_a_microbatch_that_does_not_divide_over_the_devices(tmp_path):
+def on_four_devices():
     four = "--xla_force_host_platform_device_count=4"
+    return {**os.environ, "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} {four}"}
+
+
+def test_a_microbatch_that_does_not_divide_over_the_devices(tmp_path):
     done = subprocess.run(
         command(tmp_path / "run", performance__microbatch_size=6),
         cwd=ROOT,
         capture_output=True,
         text=True,
-        env={**os.environ, "XLA_FLAGS": four},
+        env=on_four_devices(),
     )
     assert done.returncode == 2
     assert "must be a multiple of the number of devices, 4\n" in done.stderr
@@ -412,10 +416,7 @@ def test_on_four_devices_the_same_run_comes_out(finished, tmp_path):
         cwd=ROOT,
         capture_output=True,
         text=True,
-        env={
-            **os.environ,
-            "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
-        },
+        env=on_four_devices(),
     )
     assert done.returncode == 0, done.stderr
     one, four = (

@@ -2,6 +2,7 @@
 
 import json
 import re
+import types
 
 import jax
 import jax.numpy as jnp
@@ -255,7 +256,7 @@ def tiny_pipeline(name, size, **changes):
     return Pipeline(config, model, train, mechanism=mechanism, seed=3), model
 
 
-def accumulated(pipeline, batch=(5, 9, 700, -1)):
+def accumulated(pipeline, batch):
     """The sum over a microbatch, of a head that is not zero."""
     params = jax.tree.map(lambda p: p + 0.3, pipeline.state.params)
     placed = pipeline.accumulate.place(np.array(batch))
@@ -263,20 +264,48 @@ def accumulated(pipeline, batch=(5, 9, 700, -1)):
     return pipeline.accumulate(params, jnp.int32(2), placed, totals)
 
 
+GROUPS = {"method.name": "microbatch_mixup", "method.group_size": 2}
+
+
 @pytest.mark.proves("training.Accumulate", 4)
 @pytest.mark.parametrize(
-    "clipping", ["instantiate", pytest.param("ghost", marks=pytest.mark.slow)]
+    ("name", "size", "flags", "batch"),
+    [
+        # Three images a record: the last chunk of 15 is smaller than the others.
+        ("vit", 16, {}, [5, 9, 700, -1, -1]),
+        ("vit", 16, GROUPS, [[5, 9, -1], [700, -1, -1]]),
+        pytest.param(
+            *("vit", 16, {"performance.clipping": "ghost"}, [5, 9, 700, -1]),
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            *("vit", 16, {"performance.precision": "bfloat16"}, [5, 9, 700, -1]),
+            marks=pytest.mark.slow,
+        ),
+        pytest.param("convnext", 32, {}, [5, 9, -1], marks=pytest.mark.slow),
+    ],
 )
-def test_a_head_on_embeddings_is_a_head_on_images(monkeypatch, clipping):
-    """Embeddings of all sets at once, in chunks, give the gradient of the whole loss.
-
-    Three images a record: the last chunk of nine is smaller than the others.
-    """
-    flags = {"performance.clipping": clipping}
-    pipeline, model = tiny_pipeline("vit", 16, **flags)
-    total = accumulated(pipeline)
+def test_a_head_on_embeddings_is_a_head_on_images(
+    monkeypatch, name, size, flags, batch
+):
+    """Embeddings of all sets at once give the gradient of the whole loss."""
+    total = accumulated(tiny_pipeline(name, size, **flags)[0], batch)
     assert paths(total.gradients) == {"params/head/kernel", "params/head/bias"}
-    assert float(total.nonprivate["records"]) == 3
+    assert float(total.nonprivate["records"]) == np.sum(np.array(batch) >= 0)
+    monkeypatch.setattr(Model, "is_head", lambda *args: False)
+    expected = accumulated(tiny_pipeline(name, size, **flags)[0], batch)
+    scale = np.abs(toy.flat(expected.gradients)).max()
+    tolerance = 1e-5 if "performance.precision" not in flags else 2e-2
+    np.testing.assert_allclose(
+        toy.flat(total.gradients), toy.flat(expected.gradients), atol=tolerance * scale
+    )
+    for key, value in expected.nonprivate.items():
+        np.testing.assert_allclose(total.nonprivate[key], value, rtol=tolerance)
+
+
+@pytest.mark.proves("training.Accumulate", 4)
+def test_an_embedding_is_of_its_image_alone(monkeypatch):
+    pipeline, model = tiny_pipeline("vit", 16)
     # No image knows of the others, not even of one that is not finite.
     images = jax.random.normal(jax.random.key(0), (7, 16, 16, 3))
     frozen, encode = pipeline.accumulate.frozen, jax.jit(model.encode)
@@ -286,14 +315,14 @@ def test_a_head_on_embeddings_is_a_head_on_images(monkeypatch, clipping):
     others = encode(frozen, images.at[1].set(jnp.nan))
     assert np.isnan(others[1]).all()
     np.testing.assert_array_equal(np.delete(others, 1, 0), np.delete(found, 1, 0))
-    monkeypatch.setattr(Model, "is_head", lambda *args: False)
-    expected = accumulated(tiny_pipeline("vit", 16, **flags)[0])
-    scale = np.abs(toy.flat(expected.gradients)).max()
-    np.testing.assert_allclose(
-        toy.flat(total.gradients), toy.flat(expected.gradients), atol=1e-5 * scale
+    # Nor of a model that would let them: it sees one at a time.
+    coupled = types.SimpleNamespace(
+        apply=lambda params, x, method: x.mean((1, 2)) - x.mean((0, 1, 2))[None],
+        encode=None,
     )
-    for name, value in expected.nonprivate.items():
-        np.testing.assert_allclose(total.nonprivate[name], value, rtol=1e-5)
+    monkeypatch.setattr(model, "_module", coupled)
+    others = model.encode(frozen, images.at[1].set(jnp.nan))
+    assert np.isfinite(np.delete(others, 1, 0)).all()
 
 
 def test_two_files_of_one_name_are_two_files(tmp_path):

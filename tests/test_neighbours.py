@@ -20,7 +20,11 @@ def start(out, *coordinates, flags=""):
     return subprocess.Popen(
         [sys.executable, "-m", "tests.clipped_sums", str(out), *coordinates],
         cwd=ROOT,
-        env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+        env={
+            **os.environ,
+            "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} {flags}",
+            "JAX_PLATFORMS": "cpu",
+        },
         stderr=subprocess.PIPE,
         text=True,
     )

@@ -340,6 +340,8 @@ def test_a_choice_that_no_noise_makes_private_is_one_line():
         UserError, match=r"privacy.expected_candidates is 100: no noise"
     ):
         choose("poisson", 100.0).score_noise(1e-4, 1e-5, ADD_OR_REMOVE)
+    enough = choose("geometric").score_noise(2000.0, 1e-5, ADD_OR_REMOVE)
+    assert choose("geometric").score_epsilon(enough, 1e-5, ADD_OR_REMOVE) <= 2000
 
 
 # All of them.
@@ -503,6 +505,16 @@ def test_a_selection_goes_on_with_what_it_began_with(program, monkeypatch, tmp_p
     with pytest.raises(UserError, match="began with other settings or data"):
         select(program, folder)
     monkeypatch.setattr(program.data, "load", load)
+    weights = tmp_path / "weights"
+    weights.write_text("one")
+    file = {**SMALL["common"], "finetune": {"weights": str(weights)}}
+    assert select(program, tmp_path / "file", common=file) == 1
+    weights.write_text("another")
+    with pytest.raises(UserError, match="began with other settings or data"):
+        select(program, tmp_path / "file", common=file)
+    # What changes nothing but speed may change, as after running out of memory.
+    slower = {**SMALL["common"], "performance": {"microbatch_size": 8}}
+    assert select(program, folder, common=slower) == 1
     first = Workdir(folder / "candidates/0")
     config = json.loads((first.path / "config.json").read_text())
     config["privacy"]["epsilon"] = 1000.0
@@ -530,6 +542,11 @@ def test_a_selection_goes_on_with_what_it_began_with(program, monkeypatch, tmp_p
             {"finetune.weights": "model.safetensors"},
             "finetune.weights (None there, model.safetensors here)",
         ),
+        (
+            {"performance.clipping": "ghost"},
+            "performance.clipping (instantiate there, ghost here)",
+        ),
+        ({"performance.microbatch_size": 8}, None),
         ({"method.name": "microbatch_mixup"}, None),
         ({"privacy.l2_clip_norm": 0.5}, None),
         ({"method.name": "dp_mix_self"}, None),

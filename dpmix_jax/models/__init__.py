@@ -1,4 +1,8 @@
-"""Models by name. Any Flax Linen module without batch statistics can be added here."""
+"""Models by name. Any Flax Linen module without batch statistics can be added here.
+
+One with parameters `encoder` and `head` and a method `encode` must compute
+`head(encode(images))`: where only the head is trained, embeddings are made first.
+"""
 
 import dataclasses
 

@@ -135,12 +135,14 @@ def load_weights(
     prefix = "ema_params/" if ema else "params/"
     with open_arrays(path) as stored:
         keys, what = {key: prefix + key for key in wanted}, "weights of the same model"
-        if any(key.startswith("wide_res_net/") for key in stored):
-            keys = dialects.jax_privacy_keys(wanted) or keys
-            prefix, what = "wide_res_net/", f"{what} as jax_privacy names them"
+        theirs = dialects.jax_privacy_keys(wanted)
+        if theirs and any(key.startswith("wide_res_net/") for key in stored):
+            keys, prefix = theirs, "wide_res_net/"
+            what = f"{what} as jax_privacy names them"
         # Modules to skip go by our names, and in the file perhaps by others.
         known = {
-            theirs.rsplit("/", 1)[0]: ours.split("/") for ours, theirs in keys.items()
+            theirs.rsplit("/", 1)[0]: ours.split("/")[:-1]
+            for ours, theirs in keys.items()
         }
 
         def skipped(key: str) -> bool:
