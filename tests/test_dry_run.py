@@ -53,8 +53,6 @@ def test_it_writes_nothing(tmp_path):
             sys.executable,
             ROOT / "experiments/run.py",
             f"--config={ROOT}/configs/digits.py",
-            "--config.privacy.num_updates=3",
-            "--config.privacy.expected_batch_size=64",
             "--config.model.features=4,8",
             "--config.model.groups=2",
             "--dry_run",

@@ -424,7 +424,7 @@ def test_on_four_devices_the_same_run_comes_out(finished, tmp_path):
         for workdir in (finished[0], tmp_path / "run")
     )
     for name, value in one.items():
-        np.testing.assert_allclose(four[name], value, atol=1e-4)
+        np.testing.assert_allclose(four[name], value, atol=1e-3)
 
 
 def test_a_large_delta_is_warned_of(finished):

@@ -382,7 +382,7 @@ def test_the_end_of_a_vit_on_pets(tmp_path, monkeypatch):
         "privacy.num_updates": 3,
         **{f"model.{key}": value for key, value in options.items()},
     }
-    config = load("configs/vit_b16.py:oxford_iiit_pet-8", flags)
+    config = load("configs/vit_b16.py:oxford_iiit_pet-1", flags)
     workdir = Workdir(tmp_path / "run")
     assert experiment.run(config, workdir) == 0
     weights = safetensors.numpy.load_file(workdir.path / "model.safetensors")

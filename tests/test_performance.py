@@ -79,7 +79,7 @@ def test_out_of_memory_names_the_knob():
 
 
 @jax.numpy_dtype_promotion("standard")  # Flax's GroupNorm relies on it
-@pytest.mark.parametrize("name", ["cnn", "wrn"])
+@pytest.mark.parametrize("name", ["cnn", pytest.param("wrn", marks=pytest.mark.slow)])
 def test_bfloat16_computes_in_half_and_keeps_float32_outside(name):
     options = {"features": (8, 8)} if name == "cnn" else {"depth": 10, "width": 1}
     config = PerformanceConfig(precision="bfloat16")
