@@ -400,7 +400,7 @@ def prepare(root, seconds):
 def test_a_killed_preparation_leaves_no_cache(tmp_path, cache_folder):
     root = tree(tmp_path / "a")
     killed = prepare(root, 60)
-    assert killed.stdout.readline() == "decoding\n"
+    assert killed.stdout.readline().startswith("decoding")  # two threads print it
     killed.send_signal(signal.SIGKILL)
     killed.communicate()
     left = [path.name for path in cache_folder.iterdir() if path.is_dir()]
