@@ -71,3 +71,43 @@ def test_a_mistake_is_one_line():
         assert shown.stderr.count("\n") == 1
         assert named in shown.stderr
         assert not shown.stdout
+
+
+@pytest.mark.slow
+def test_table13_prints_and_writes_every_method(tmp_path):
+    path, tiny = tmp_path / "table13.json", {"depth": 1, "width": 32, "heads": 2}
+    flags = [f"--config.model.{key}={value}" for key, value in tiny.items()]
+    config = "--config=configs/vit_b16.py:caltech256-2"
+    measured, refused, unknown = run_each(
+        "experiments/table13.py",
+        [
+            [config, *flags, "--records=1", "--rounds=2", f"--json={path}"],
+            [config, "--json=nowhere/table13.json"],
+            [config, "--config.model.dept=1"],
+        ],
+    )
+    assert measured.returncode == 0, measured.stderr
+    result = json.loads(path.read_text())
+    assert [row["k"] for row in result["rows"]] == [16, 34, 36]
+    assert "vit, 224x224x3, 257 classes, trainable head, float32" in measured.stdout
+    first, *_ = rows = result["rows"]
+    for row in rows:
+        assert len(row["seconds"]) == len(row["forward_seconds"]) == 2
+        pairs = zip(row["seconds"], first["seconds"], strict=True)
+        ratios = [a / b for a, b in pairs]
+        assert row["ratio_to_self_aug"]["median"] == pytest.approx(sum(ratios) / 2)
+        assert f"| {row['name']} | {ratio(row['ratio_to_self_aug'])} |" in (
+            measured.stdout
+        )
+        seconds = sum(row["seconds"]) / 2
+        assert row["images_per_second"] == pytest.approx(row["k"] / seconds)
+        assert row["hours"] == pytest.approx(245 * 1000 * seconds / 3600)
+    for shown, named in ((refused, "nowhere/table13.json"), (unknown, "model.dept")):
+        assert shown.returncode == 2
+        assert shown.stderr.startswith("error: ")
+        assert named in shown.stderr
+        assert shown.stderr.count("\n") == 1
+
+
+def ratio(found):
+    return f"{found['median']:.2f} ({found['min']:.2f} to {found['max']:.2f})"
