@@ -138,7 +138,7 @@ def test_regions_change_no_number():
     assert slow_convolutions(per_record(_regions, "auto"), kernels, images) == 0
 
 
-@pytest.mark.parametrize("name", ["cnn", "wrn"])
+@pytest.mark.parametrize("name", ["cnn", pytest.param("wrn", marks=pytest.mark.slow)])
 def test_our_models_lose_their_grouped_convolutions(name):
     options = {"features": (8, 8)} if name == "cnn" else {"depth": 10, "width": 1}
     model = models.create(name, 3, **options)

@@ -208,7 +208,9 @@ def test_killed_twice_a_run_ends_with_the_same_bits(finished, tmp_path):
     assert outcome(workdir) == expected
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+@pytest.mark.parametrize(
+    "name", ["SIGTERM", pytest.param("SIGINT", marks=pytest.mark.slow)]
+)
 def test_a_stopped_run_saves_first(finished, tmp_path, name):
     number = getattr(signal, name)
     workdir = tmp_path / "run"
