@@ -26,8 +26,11 @@ from dpmix_jax.data.public import PublicConfig
 from dpmix_jax.errors import UserError
 from dpmix_jax.pipeline import Model, Pipeline
 
-METHODS = {"Self-Aug": "self_aug", "DP-Mix_self": "dp_mix_self"}
-METHODS["DP-Mix_diff"] = "dp_mix_diff"
+METHODS = {
+    "Self-Aug": "self_aug",
+    "DP-Mix_self": "dp_mix_self",
+    "DP-Mix_diff": "dp_mix_diff",
+}
 POOL = 64  # public images to draw from
 
 _CONFIG = command_line.define_config()
