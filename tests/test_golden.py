@@ -1,0 +1,703 @@
+"""What is drawn, computed and promised stays what it was when it was recorded.
+
+Integers, keys, batches, texts and the order of records are compared exactly, floats
+with a tolerance. Where code was moved and nothing else was done, floats are the same
+bit for bit on one processor and one version of JAX:
+
+    DPMIX_JAX_GOLDEN_EXACT=1 pytest -n 0 -m "slow or not slow" tests/test_golden.py
+
+To record what has changed on purpose, delete its entries from `tests/golden/*.json` and
+run the same command with `DPMIX_JAX_GOLDEN_RECORD=1`, on each version of JAX. Values
+of all versions are in one file, bits in one file for each.
+"""
+
+import hashlib
+import json
+import os
+import pathlib
+import re
+import runpy
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from tests import files, towers, toy
+from tests.conftest import ROOT
+
+# Everything of the package that a test below reaches is named from here to `FOLDER`.
+from dpmix_jax import (  # isort: skip
+    AugmentationConfig,
+    MethodConfig,
+    Mechanism,
+    augmentation_set,
+    calibrate,
+    clipped_gradient,
+    data,
+    experiment,
+    ghost_clipped_gradient,
+    group_set,
+    make_bank,
+    microbatches,
+    poisson_batch,
+    random_groups,
+    record_keys,
+    sampling,
+    stream_key,
+    with_shared_terms,
+)
+from dpmix_jax.command_line import load_experiment
+from dpmix_jax.config import from_config_dict, to_dict
+from dpmix_jax.data import DataConfig, load_bank, tfds
+from dpmix_jax.data.public import PublicConfig, load_public
+from dpmix_jax.sweep import from_config_dict as sweep_from_config_dict
+from dpmix_jax.workdir import Workdir
+
+group_batches = sampling.batches
+
+
+def sweep(name, argument=""):
+    """Returns the sweep of a config file and its argument."""
+    namespace = runpy.run_path(str(ROOT / f"configs/{name}.py"))
+    config = namespace["get_config"](*filter(None, [argument]))
+    return sweep_from_config_dict(config)
+
+
+FOLDER = pathlib.Path(__file__).parent / "golden"
+EXACT = os.environ.get("DPMIX_JAX_GOLDEN_EXACT") == "1"
+RECORD = os.environ.get("DPMIX_JAX_GOLDEN_RECORD") == "1"
+VALUES, BITS = FOLDER / "values.json", FOLDER / f"bits-{jax.__version__}.json"
+
+
+class Loose(dict):
+    """Results whose floats keep neither their bits nor all of their digits."""
+
+
+def sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def flatten(result, path="", loose=False):
+    """Yields (path, leaf, whether it is loose) of nested dicts and lists."""
+    if isinstance(result, dict | list):
+        loose = loose or isinstance(result, Loose)
+        pairs = result.items() if isinstance(result, dict) else enumerate(result)
+        for key, value in pairs:
+            yield from flatten(value, f"{path}/{key}" if path else str(key), loose)
+    else:
+        yield path, result, loose
+
+
+def summary(leaf):
+    """Returns what a mismatch is judged by: all of a scalar, some of an array."""
+    if not isinstance(leaf, np.ndarray):
+        return leaf
+    found = {"shape": list(leaf.shape), "dtype": leaf.dtype.name}
+    flat = leaf.ravel()
+    some = flat[np.linspace(0, max(leaf.size - 1, 0), 6).astype(int)[: leaf.size]]
+    if leaf.dtype.kind != "f":
+        return found | {"sha256": sha256(leaf.tobytes()), "some": some.tolist()}
+    flat = flat.astype(np.float64)
+    direction = np.random.default_rng(0).standard_normal(leaf.size)
+    return found | {
+        "norm": float(np.linalg.norm(flat)),
+        "along": float(flat @ direction),  # changes with any permutation
+        "some": [float(value) for value in some],
+    }
+
+
+def bits(leaf):
+    """Returns a float's or a float array's every bit, None for anything else."""
+    if isinstance(leaf, float):
+        return leaf.hex()
+    if isinstance(leaf, np.ndarray) and leaf.dtype.kind == "f":
+        return sha256(leaf.tobytes())
+    return None
+
+
+def assert_close(found, expected, rtol, path):
+    if isinstance(expected, dict) and "norm" in expected:
+        atol = 3 * rtol * expected["norm"]
+        for key, value in expected.items():
+            if key in ("norm", "along", "some"):
+                value = pytest.approx(value, rel=rtol, abs=atol)
+            assert found[key] == value, path
+    elif isinstance(expected, float):
+        assert found == pytest.approx(expected, rel=rtol, abs=rtol), path
+    else:
+        assert found == expected, path
+
+
+def read(path):
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def add(path, name, content):
+    everything = read(path)
+    everything.setdefault(name, content)
+    path.write_text(json.dumps(everything, indent=1, sort_keys=True) + "\n")
+
+
+def check(name, result):
+    """Compares nested dicts and lists with what was recorded under a name."""
+    leaves = list(flatten(result))
+    values = {path: summary(leaf) for path, leaf, _ in leaves}
+    exact = {
+        path: bits(leaf)
+        for path, leaf, loose in leaves
+        if bits(leaf) is not None and not loose
+    }
+    if RECORD:
+        add(VALUES, name, values)
+        add(BITS, name, exact)
+    expected = read(VALUES)[name]
+    assert set(values) == set(expected)
+    for path, _, loose in leaves:
+        assert_close(values[path], expected[path], 1e-3 if loose else 1e-5, path)
+    if EXACT:
+        assert exact == read(BITS)[name]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """For the runs of this file, which share their compiled code."""
+    return tmp_path_factory.mktemp("golden")
+
+
+# --- What is drawn ---------------------------------------------------------------
+
+SEEDS = (0, 2**100 + 7)
+
+
+def test_batches_and_groups():
+    found = {}
+    for seed in SEEDS:
+        for step in (0, 1, 700):
+            batch = poisson_batch(seed, step, num_records=1437, sampling_prob=0.02)
+            groups = random_groups(seed, step, batch, num_records=1437, num_groups=9)
+            drawn = group_batches(
+                seed,
+                num_records=1437,
+                sampling_prob=0.02,
+                microbatch_size=8,
+                num_groups=9,
+            )
+            found[f"{seed}/{step}"] = {
+                "batch": batch,
+                "microbatches": microbatches(batch, 7),
+                "groups": groups,
+                "microbatches of groups": drawn(step),
+            }
+    check("batches", found)
+
+
+def test_keys():
+    found = {}
+    streams = ("init", "sampling", "augmentation", "noise", "groups", "pretraining")
+    for seed in SEEDS:
+        for stream in streams:
+            key = stream_key(seed, stream)
+            keys = record_keys(key, jnp.int32(3), jnp.array([[0, 5], [1436, -1]]))
+            found[f"{seed}/{stream}"] = {
+                "key": np.asarray(jax.random.key_data(key)),
+                "records": np.asarray(jax.random.key_data(keys)),
+            }
+    check("keys", found)
+
+
+# --- The sets and the clipped sum -------------------------------------------------
+
+METHODS = {
+    "dp_sgd": {},
+    "self_aug": {"k_base": 3},
+    "dp_mix_self": {"k_base": 3, "k_self": 4},
+    "dp_mix_self_same": {"k_base": 1, "k_self": 2, "distinct_pairs": False},
+    "dp_mix_diff": {"k_base": 2, "k_self": 3, "k_diff": 2, "alpha": 1.0},
+    "dp_mix_diff_class": {"k_base": 2, "k_self": 3, "k_diff": 2, "draw": "class"},
+    "pure_dp_mix_diff": {"k_self": 2, "k_diff": 3},
+    "microbatch_mixup": {"k_base": 2, "group_size": 2},
+}
+
+
+def method(name):
+    short = re.sub("_(same|class)$", "", name)
+    return {"name": short, **METHODS[name]}
+
+
+def draws_public(name):
+    return "diff" in name
+
+
+@pytest.fixture(scope="module")
+def digits():
+    dataset = data.load(DataConfig())
+    public = load_public(PublicConfig(name="rendered_digits"), DataConfig(), dataset)
+    return dataset.train, public
+
+
+AUGMENTATIONS = {
+    "whole": AugmentationConfig(flip=True, max_shift=2),
+    "subpixel": AugmentationConfig(flip=False, max_shift=0.5, subpixel=True),
+}
+ROWS = np.array([3, 700, 1436, 12, 12, 5])  # a record may come twice
+
+
+def params():
+    rng = np.random.default_rng(5)
+    shapes = {"kernel": (3, 3, 1, 4), "dense": (4, 10)}
+    return {
+        name: rng.standard_normal(shape, np.float32) for name, shape in shapes.items()
+    }
+
+
+def made(name, augmentation, digits, transform):
+    """Returns the sets of some records and their clipped sum."""
+    records, public = digits
+    config = MethodConfig(**method(name))
+    bank = make_bank(public.images, public.labels, public.class_names, draw="class")
+    gradient_fn = transform(toy.loss_fn, l2_clip_norm=0.3)
+    if name == "microbatch_mixup":
+        rows = np.array([[3, 700, 1436, 12], [12, 5, -1, -1]])
+        make = group_set(config, augmentation)
+        gradient_fn = with_shared_terms(gradient_fn)
+    else:
+        rows = ROWS
+        make = augmentation_set(config, augmentation, normalize=records.normalize)
+    present = jnp.asarray(rows >= 0, jnp.float32)[..., None]
+    images = records.normalize(jnp.asarray(records.images[rows]))
+    labels = jax.nn.one_hot(records.labels[rows], 10) * present
+    keys = record_keys(stream_key(11, "augmentation"), jnp.int32(2), jnp.asarray(rows))
+
+    @jax.jit
+    def compute(keys, images, labels, bank):
+        sets = jax.vmap(make, in_axes=(0, 0, 0, None))(keys, images, labels, bank)
+        return sets, gradient_fn(params(), *sets)
+
+    sets, (total, aux) = compute(keys, images, labels, bank)
+    found = {
+        "images": sets[0],
+        "labels": sets[1],
+        "sum": dict(total),
+        "norms": aux.grad_norms,
+        "losses": aux.values,
+    }
+    return jax.tree.map(np.asarray, found) | {
+        "sensitivity": [
+            float(gradient_fn.sensitivity(relation))
+            for relation in type(
+                from_config_dict(run_config("dp_sgd")).privacy.relation
+            )
+        ]
+    }
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_sets_and_clipped_sums(name, digits):
+    augmentation = AUGMENTATIONS["subpixel" if name == "self_aug" else "whole"]
+    check(f"sets/{name}", made(name, augmentation, digits, clipped_gradient))
+
+
+def test_ghost_clipped_sum(digits):
+    found = made(
+        "dp_mix_self", AUGMENTATIONS["subpixel"], digits, ghost_clipped_gradient
+    )
+    check("sets/ghost", Loose(found))
+
+
+# --- Runs from the first key to what is released ----------------------------------
+
+
+def run_config(name, **changes):
+    """Returns a run of three updates as nested dicts, with changes by dotted keys."""
+    config = ml_collections.ConfigDict(
+        {
+            "seed": 3,
+            "data": {"name": "digits", "validation_size": 100},
+            "model": {"name": "cnn", "features": (4, 8), "groups": 2},
+            "method": method(name),
+            "augmentation": {"flip": False, "max_shift": 0.5, "subpixel": True},
+            "privacy": {
+                "epsilon": 8.0,
+                "delta": 1e-4,
+                "expected_batch_size": 20,
+                "num_updates": 3,
+                "l2_clip_norm": 1.0,
+            },
+            "optimizer": {"learning_rate": 0.5, "ema_decay": 0.95},
+            # 20 records, more or less, are no multiple of it.
+            "performance": {"microbatch_size": 8, "dataset_on": "device"},
+            "logging": {"log_every": 1, "eval_every": 3, "checkpoint_every": 2},
+        }
+    )
+    if draws_public(name):
+        config.public = {"name": "rendered_digits"}
+    with config.unlocked():
+        config.update_from_flattened_dict(changes)
+    return config.to_dict()
+
+
+def text(content):
+    """Returns a text whose numbers are compared as such, without versions and sums."""
+    content = re.sub(r"dp_accounting [\d.]+", "dp_accounting", content)
+    content = " ".join(re.sub(r"\b[0-9a-f]{12,64}\b", "<sha256>", content).split())
+    number = r"\d+(?:\.\d+)?(?:e-?\d+)?"
+    return {
+        "words": re.sub(number, "#", content),
+        "numbers": [float(value) for value in re.findall(number, content)],
+    }
+
+
+def outcome(folder, config):
+    """Runs an experiment, and returns what it has released."""
+    path = folder / sha256(repr(config).encode())[:12]
+    assert experiment.run(from_config_dict(config), Workdir(path)) == 0
+    facts = json.loads((path / "privacy.json").read_text())
+    metrics = [
+        json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()
+    ]
+    del facts["accountant"]
+    public_data = text(facts.pop("public_data"))
+    return {
+        "weights": safetensors.numpy.load_file(path / "model.safetensors"),
+        "PRIVACY.md": text((path / "PRIVACY.md").read_text()),
+        "privacy.json": {**facts, "public_data": public_data},
+        "metrics": [
+            {
+                key: value
+                for key, value in line.items()
+                if key not in ("seconds", "images_per_second") and "accuracy" not in key
+            }
+            for line in metrics
+        ],
+    }
+
+
+PRETRAINED = {
+    "public": {"name": "rendered_digits"},
+    "pretrain": {"num_updates": 2, "batch_size": 16, "learning_rate": 0.1},
+}
+# Of a head on an encoder: digits in the encoder's size, its weights from a file.
+HEAD = {
+    "data": {"name": "digits", "image_size": 8, "normalization": "clip"},
+    "model": {"name": "vit", **towers.OPTIONS["vit"]},
+}
+RUNS = {
+    "dp_sgd": ("dp_sgd", {}),
+    "self_aug": ("self_aug", {}),
+    "dp_mix_self": ("dp_mix_self", {}),
+    "dp_mix_diff": ("dp_mix_diff", {}),
+    "dp_mix_diff_class": ("dp_mix_diff_class", {}),
+    "pure_dp_mix_diff": ("pure_dp_mix_diff", {}),
+    "microbatch_mixup": ("microbatch_mixup", {}),
+    "host": ("dp_mix_diff", {"performance.dataset_on": "host"}),
+    "groups_on_host": ("microbatch_mixup", {"performance.dataset_on": "host"}),
+    "momentum": (
+        "dp_mix_self",
+        {"optimizer.momentum": 0.9, "optimizer.weight_decay": 1e-3},
+    ),
+    "replace_one": ("dp_sgd", {"privacy.neighboring_relation": "replace_one"}),
+    "pretrained": ("self_aug", PRETRAINED),
+    "resized_wide_resnet": (
+        "self_aug",
+        {
+            "model": {"name": "wrn", "depth": 10, "width": 1, "groups": 4},
+            "data.resize": 12,
+        },
+    ),
+    "bfloat16": ("dp_mix_self", {"performance.precision": "bfloat16"}),
+    "ghost": ("dp_mix_self", {"performance.clipping": "ghost"}),
+    "head": ("dp_mix_self", {**HEAD, "finetune": {"trainable": "head"}}),
+    "head_of_groups": ("microbatch_mixup", {**HEAD, "finetune": {"trainable": "head"}}),
+    "last_block": (
+        "dp_mix_self",
+        {**HEAD, "finetune": {"trainable": "head,ln_post,block_1"}},
+    ),
+}
+FAST = ("dp_mix_diff_class", "microbatch_mixup", "pretrained", "head")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=[pytest.mark.slow] * (n not in FAST)) for n in RUNS],
+)
+def test_runs(name, folder, monkeypatch):
+    monkeypatch.setenv("DPMIX_JAX_CACHE", str(folder / "cache"))
+    run_method, changes = RUNS[name]
+    config = run_config(run_method, **changes)
+    if "finetune" in config:
+        path = folder / "tower.safetensors"
+        state = towers.state(towers.fixture("vit", "open_clip"))
+        safetensors.numpy.save_file(state, path)
+        config["finetune"]["encoder"] = str(path)
+    result = outcome(folder, config)
+    check(f"runs/{name}", Loose(result) if name in ("ghost", "bfloat16") else result)
+
+
+# --- What the config files promise ------------------------------------------------
+
+EPSILONS = ("1", "2", "3", "4", "6", "8")
+OF_EACH = ("cifar10", "cifar100", "eurosat", "caltech256", "sun397", "oxford_iiit_pet")
+OF_TOWERS = tuple(f"{name}-{epsilon}" for name in OF_EACH for epsilon in (1, 2, 4, 8))
+CONFIGS = {
+    "digits": EPSILONS,
+    "fashion_mnist": EPSILONS,
+    "wrn16_4_cifar10": EPSILONS,
+    "wrn16_4_cifar100": EPSILONS,
+    "wrn16_4_eurosat": EPSILONS,
+    "wrn40_4_cifar10": EPSILONS,
+    "wrn28_10": ("cifar10-1", "cifar10-8", "cifar100-2", "cifar100-4"),
+    "vit_b16": OF_TOWERS,
+    "convnext_base": OF_TOWERS,
+}
+SWEEPS = {
+    "baselines": ("digits", "cifar10"),
+    "rates": ("digits:1", "vit_b16:eurosat-4"),
+    "table10": ("digits", "cifar10"),
+    "table11": ("",),
+}
+
+
+def load(name, argument="", flags=()):
+    suffix = f":{argument}" if argument else ""
+    return load_experiment([f"--config={ROOT}/configs/{name}.py{suffix}", *flags])
+
+
+def facts(config):
+    """Returns what decides a result, without what a method would ignore."""
+    values, of_method = to_dict(config), config.method
+    found = {
+        name: values[name]
+        for name in ("data", "model", "augmentation", "privacy", "optimizer")
+    }
+    found["method"] = {
+        key: getattr(of_method, key)
+        for key in ("name", "num_views", "num_public", "num_mixes", "alpha")
+    }
+    for name in ("public", "pretrain"):
+        found[name] = {k: v for k, v in (values[name] or {}).items() if v}
+    found["finetune"] = {"trainable": values["finetune"]["trainable"]}
+    found["weights"] = config.performance.precision
+    return json.loads(json.dumps(found))
+
+
+def mechanism(config, noise_multiplier):
+    return Mechanism(
+        sampling_prob=config.privacy.sampling_prob(len(data.blank(config.data))),
+        num_updates=config.privacy.num_updates,
+        noise_multiplier=noise_multiplier,
+        neighboring_relation=config.privacy.relation,
+    )
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_configs(name):
+    found = {"default": facts(load(name, flags=FLAGS.get(name, ())))}
+    for argument in CONFIGS[name]:
+        config = load(name, argument)
+        found[argument] = {
+            "settings": sha256(json.dumps(facts(config), sort_keys=True).encode()),
+            "updates": config.privacy.num_updates,
+            "rate": config.optimizer.learning_rate,
+            "q": mechanism(config, 1.0).sampling_prob,
+        }
+    config = load(name)
+    for noise_multiplier in (1.0, 3.0):
+        found[f"epsilon by RDP at {noise_multiplier}"] = mechanism(
+            config, noise_multiplier
+        ).epsilon(config.privacy.delta, accountant="rdp")
+    if name == "digits":
+        found["epsilon"] = mechanism(config, 2.6903).epsilon(config.privacy.delta)
+    check(f"configs/{name}", found)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CONFIGS)
+def test_epsilon_of_configs(name):
+    config, found = load(name), {}
+    for noise_multiplier in (1.0, 3.0):
+        found[f"{noise_multiplier}"] = mechanism(config, noise_multiplier).epsilon(
+            config.privacy.delta
+        )
+    check(f"epsilon/{name}", found)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["digits", "wrn16_4_cifar10", "vit_b16"])
+def test_sigma_of_configs(name, folder, monkeypatch):
+    monkeypatch.setenv("DPMIX_JAX_CACHE", str(folder / "cache"))
+    config = load(name)
+    found = calibrate(
+        epsilon=config.privacy.epsilon,
+        delta=config.privacy.delta,
+        sampling_prob=mechanism(config, 1.0).sampling_prob,
+        num_updates=config.privacy.num_updates,
+        neighboring_relation=config.privacy.relation,
+    )
+    check(f"sigma/{name}", {"sigma": found.noise_multiplier})
+
+
+@pytest.mark.parametrize("name", SWEEPS)
+def test_sweeps(name):
+    found = {}
+    for argument in SWEEPS[name]:
+        grid = sweep(name, argument)
+        runs = [run for run in grid.runs() if run.seed in (None, 0)]
+        found[argument or "default"] = {
+            "runs": len(grid.runs()),
+            "metric": grid.metric,
+            "settings": {
+                str(run.folder): sha256(
+                    json.dumps(
+                        facts(load_experiment([*run.flags])), sort_keys=True
+                    ).encode()
+                )
+                for run in runs
+            },
+        }
+    check(f"sweeps/{name}", found)
+
+
+# --- The order of records ---------------------------------------------------------
+
+
+def cifar(path, num_classes, kind):
+    sizes = (30, 20) if num_classes == 10 else (200, 100)
+    parts = [files.learnable(size, num_classes, seed=size) for size in sizes]
+    files.cifar(path, num_classes, kind, *parts)
+    return f"cifar{num_classes}"
+
+
+def idx(path, name):
+    parts = [files.learnable(size, 10, size=28, seed=size) for size in (30, 20)]
+    files.idx(path, *((images[..., 0], labels) for images, labels in parts))
+    return name
+
+
+def npz(path):
+    images, labels = files.learnable(30, 3, size=8)
+    np.savez(
+        path / "x.npz",
+        train_images=images[:20],
+        train_labels=labels[:20],
+        test_images=images[20:],
+        test_labels=labels[20:],
+        class_names=np.array(["c", "a", "b"]),
+    )
+    return "npz", path / "x.npz"
+
+
+def folders(path):
+    files.put(path, files.class_members(["dog", "cat", "Cow"], 11))
+    return "folder"
+
+
+def folders_split(path):
+    for top, count in (("train/", 11), ("test/", 3)):
+        files.put(path, files.class_members(["dog", "cat"], count, top=top))
+    return "folder"
+
+
+def pets(path):
+    images, annotations = files.pet_members(12)
+    files.tar(path / "images.tar.gz", images)
+    files.tar(path / "annotations.tar.gz", annotations)
+    return "oxford_iiit_pet"
+
+
+def zipped(path):
+    return "eurosat", files.make_zip(path / "EuroSAT.zip", files.eurosat_members())
+
+
+def in_tar(name, members):
+    return lambda path: (name, files.tar(path / "x.tar", members, "w"))
+
+
+def prepared(path):
+    pytest.importorskip("tensorflow_datasets")
+    source = data.load(DataConfig(half=1))
+    few = [records.subset(np.arange(40)) for records in (source.train, source.test)]
+    tfds.write("mnist", *few, str(path))
+    return "tfds:mnist"
+
+
+READERS = {
+    "cifar10-binary": lambda path: cifar(path, 10, "binary"),
+    "cifar10-python": lambda path: cifar(path, 10, "python"),
+    "cifar100-binary": lambda path: cifar(path, 100, "binary"),
+    "cifar100-python": lambda path: cifar(path, 100, "python"),
+    "mnist": lambda path: idx(path, "mnist"),
+    "fashion_mnist": lambda path: idx(path, "fashion_mnist"),
+    "npz": npz,
+    "folder": folders,
+    "folder-split": folders_split,
+    "eurosat-zip": zipped,
+    "eurosat": lambda path: (files.put(path, files.eurosat_members()), "eurosat")[1],
+    "caltech256": in_tar("caltech256", files.caltech_members(12)),
+    "sun397": in_tar("sun397", files.sun_members(11)),
+    "oxford_iiit_pet": pets,
+    "tfds": prepared,
+}
+
+
+def order(records):
+    """Returns pixels, labels and constants of a split, whose order they tell."""
+    return {
+        "images": np.asarray(records.images),
+        "labels": np.asarray(records.labels),
+        "class_names": " ".join(records.class_names),
+        "constants": [*records.mean, *records.stddev],
+        "shape": list(records.image_shape),
+    }
+
+
+def splits(config):
+    found = data.load(config)
+    return {
+        name: order(records)
+        for name, records in found._asdict().items()
+        if records is not None
+    }
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=[pytest.mark.slow] * (n == "tfds")) for n in READERS],
+)
+def test_order_of_records(name, tmp_path, monkeypatch):
+    """Pixels of JPEG files are those of the pinned Pillow."""
+    monkeypatch.setenv("DPMIX_JAX_CACHE", str(tmp_path / "cache"))
+    root = tmp_path / "data"
+    root.mkdir()
+    made = READERS[name](root)
+    dataset, path = made if isinstance(made, tuple) else (made, root)
+    config = {"name": dataset, "path": str(path)}
+    check(
+        f"records/{name}",
+        {
+            "whole": splits(DataConfig(**config)),
+            "second half": splits(DataConfig(**config, half=2, validation_size=3)),
+            "resized": splits(DataConfig(**config, image_size=6)),
+        },
+    )
+
+
+def test_order_of_digits_and_public_images(tmp_path, monkeypatch, digits):
+    monkeypatch.setenv("DPMIX_JAX_CACHE", str(tmp_path / "cache"))
+    classes = ("T-shirt/top", "0", "é b")
+    folders = ["0", "T-shirt%2Ftop", "%C3%A9 b"]
+    root = files.put(tmp_path / "bank", files.class_members(folders, 11))
+    grey = {"channels": 1, "mean": (0.2,), "stddev": (0.3,)}
+    check(
+        "records/digits",
+        {
+            "whole": splits(DataConfig()),
+            "first half": splits(DataConfig(half=1, validation_size=100)),
+            "clip": splits(DataConfig(image_size=10, normalization="clip", resize=12)),
+            "rendered": order(digits[1]),
+            "bank": order(load_bank(root, classes)),
+            "grey bank": order(load_bank(root, classes, 6, **grey)),
+        },
+    )
