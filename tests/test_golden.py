@@ -233,6 +233,9 @@ METHODS = {
 }
 
 
+LONG = ("dp_mix_self_same", "dp_mix_diff")
+
+
 def method(name):
     short = re.sub("_(same|class)$", "", name)
     return {"name": short, **METHODS[name]}
@@ -305,12 +308,16 @@ def made(name, augmentation, digits, transform):
     }
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=[pytest.mark.slow] * (n in LONG)) for n in METHODS],
+)
 def test_sets_and_clipped_sums(name, digits):
     augmentation = AUGMENTATIONS["subpixel" if name == "self_aug" else "whole"]
     check(f"sets/{name}", made(name, augmentation, digits, clipped_gradient))
 
 
+@pytest.mark.slow
 def test_ghost_clipped_sum(digits):
     found = made(
         "dp_mix_self", AUGMENTATIONS["subpixel"], digits, ghost_clipped_gradient
