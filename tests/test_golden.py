@@ -446,7 +446,7 @@ RUNS = {
     ),
 }
 IMPRECISE = ("ghost", "bfloat16", "resized_wide_resnet")
-FAST = ("dp_mix_diff_class", "head")
+FAST = ("dp_mix_diff_class",)
 
 
 @pytest.mark.parametrize(
