@@ -406,8 +406,12 @@ HEAD = {
 def tower(folder):
     """Writes weights of an encoder, and images of its size."""
     weights, images = folder / "tower.safetensors", folder / "images.npz"
-    state = towers.state(towers.fixture("vit", "open_clip"))
-    safetensors.numpy.save_file(state, weights)
+    rng, shapes = np.random.default_rng(0), towers.state(towers.fixture("vit", "open_clip"))
+    drawn = {
+        name: 0.3 * rng.standard_normal(like.shape, np.float32)
+        for name, like in sorted(shapes.items())
+    }
+    safetensors.numpy.save_file(drawn, weights)
     pixels, labels = files.learnable(1600, 3, size=12)
     write_npz(images, pixels[:, :8], labels, 1437)
     return {"finetune.encoder": str(weights), "data.path": str(images)}
