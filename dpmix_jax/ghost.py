@@ -58,7 +58,7 @@ def ghost_clipped_gradient(
     are large and positions few, see `cheaper_as_ghost`; costs a second pass.
 
     Formal guarantees:
-      - Record i's term depends on record i, the parameters and `frozen` alone.
+      - Record i's term depends on record i, the parameters and `constants` alone.
       - Every record's term has L2 norm at most `l2_clip_norm`, up to the float32
         rounding of a forward and backward pass, for the norm and the term come from two
         of them. Adding or removing a record moves the sum by at most
@@ -107,15 +107,15 @@ def ghost_clipped_gradient(
         params: PyTree,
         *records: PyTree,
         is_padding_example: jax.Array | None = None,
-        frozen: PyTree | None = None,
+        constants: Sequence[PyTree] = (),
     ):
         size = jax.tree.leaves(records)[0].shape[0]
         if size == 0:
             return sum_of_no_records(params)
-        if frozen is None:
-            loss = loss_fn
-        else:
-            loss = lambda params, *record: loss_fn(params, *record, frozen)  # noqa: E731
+
+        def loss(params, *record):
+            return loss_fn(params, *record, *constants)
+
         measure = conv.fast_convolutions(
             _value_and_norm(loss), formulation=convolutions
         )

@@ -1,6 +1,6 @@
 """From a loss to the clipped sum of per-record gradients, with its sensitivity."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -21,12 +21,12 @@ def clipped_gradient(
 ) -> clipping.BoundedSensitivityCallable:
     """Transforms a loss into the clipped sum of its per-record gradients.
 
-    The gradient of a record is that of `loss_fn` on everything the record brings, so a
-    loss that is the mean over a record's K images yields the average over its
-    augmentation set, clipped once (De et al., 2022, Section 3.2; DP-Mix, Section 3).
+    `loss_fn` gets all K images of a record at once. Where it returns their mean, the
+    gradient of the record is the average over its augmentation set, clipped once (De et
+    al., 2022, Section 3.2; DP-Mix, Section 3).
 
     Formal guarantees:
-      - Record i's term depends on record i, the parameters and `frozen` alone.
+      - Record i's term depends on record i, the parameters and `constants` alone.
       - Every record's term has L2 norm at most `l2_clip_norm` (up to float32 rounding),
         so adding or removing a record moves the sum by at most
         `.sensitivity(ADD_OR_REMOVE_ONE)`, and replacing one by at most
@@ -46,12 +46,12 @@ def clipped_gradient(
         `conv.fast_convolutions`; changes speed and float rounding only.
 
     Returns:
-      `f(params, *records, is_padding_example=None, frozen=None) -> (sum, aux)`: each
+      `f(params, *records, is_padding_example=None, constants=()) -> (sum, aux)`: each
       leaf of `records` has a leading axis B of records (0 is allowed),
       `is_padding_example` is [B] bool, `sum` is a pytree like `params`, `aux.values`
-      and `aux.grad_norms` are [B]. `frozen`, public or released values such as the
-      weights of a pretrained encoder, is given to the loss after the record, as in
-      `loss_fn(params, *record, frozen)`, and not differentiated. It carries
+      and `aux.grad_norms` are [B]. `constants`, public values such as the weights of a
+      pretrained encoder, are given to the loss after the record, as in
+      `loss_fn(params, *record, *constants)`, and not differentiated. `f` carries
       `.sensitivity(neighboring_relation)`.
 
     Raises:
@@ -62,10 +62,12 @@ def clipped_gradient(
         jax.value_and_grad(loss_fn), formulation=convolutions
     )
 
-    def record_gradient(params, frozen, record):
-        value, gradient = value_and_gradient(params, *record, *frozen)
+    def record_gradient(params, constants, record):
+        value, gradient = value_and_gradient(params, *record, *constants)
         return gradient, value
 
+    # It sets components that are not finite to 0, then measures the norm, then scales
+    # by min(1, C / norm), then sums over the records that are no padding.
     inner = clipping.clipped_fun(
         record_gradient,
         has_aux=True,
@@ -80,7 +82,7 @@ def clipped_gradient(
         params: PyTree,
         *records: PyTree,
         is_padding_example: jax.Array | None = None,
-        frozen: PyTree | None = None,
+        constants: Sequence[PyTree] = (),
     ):
         size = jax.tree.leaves(records)[0].shape[0]
         if size == 0:  # jax_privacy refuses it, yet Poisson sampling draws it
@@ -89,7 +91,7 @@ def clipped_gradient(
             is_padding_example = jnp.zeros((size,), bool)
         total, (values, norms) = inner(
             params,
-            () if frozen is None else (frozen,),
+            tuple(constants),
             records,
             is_padding_example=is_padding_example,
         )
@@ -97,30 +99,6 @@ def clipped_gradient(
 
     return clipping.BoundedSensitivityCallable(
         sum_of_clipped_gradients, inner.l2_norm_bound, has_aux=True
-    )
-
-
-def with_shared_terms(
-    gradient_fn: clipping.BoundedSensitivityCallable,
-) -> clipping.BoundedSensitivityCallable:
-    """Says what one record can do where terms are of groups of records.
-
-    Replacing a member moves its group's term by 2 C at most, and yet
-    `.sensitivity(REPLACE_ONE)` is 4 C: under Poisson sampling the accountant compares
-    a batch with the record to one without it and to one with the other record, and
-    takes half of this number for either step.
-
-    Formal guarantees:
-      - If no record is in two groups, and its group depends on no other record, every
-        sensitivity is twice that of `gradient_fn`: a record that joins or leaves takes
-        its group's term from one vector of norm at most C to another.
-
-    Args:
-      gradient_fn: from `clipped_gradient`, to be called with sets of groups, such as
-        those of `mixup.group_set`.
-    """
-    return clipping.BoundedSensitivityCallable(
-        gradient_fn, 2 * gradient_fn.l2_norm_bound, has_aux=True
     )
 
 

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import functools
 import importlib.metadata
+import math
 import os
 import pathlib
 from collections.abc import Iterator
@@ -24,7 +25,7 @@ from dp_accounting import NeighboringRelation, pld, rdp
 from jax_privacy import clipping, noise_addition
 
 from dpmix_jax.errors import UserError
-from dpmix_jax.places import cache_folder
+from dpmix_jax.files import cache_folder
 from dpmix_jax.selection import Selection
 
 RELATIONS = {relation.name.lower(): relation for relation in NeighboringRelation}
@@ -108,6 +109,17 @@ class PrivacyConfig:
             distribution=self.selection, expected_candidates=self.expected_candidates
         )
 
+    def calibrate(self, sampling_prob: float) -> "Mechanism":
+        """Returns `calibrate` of this budget, at a sampling probability q."""
+        return calibrate(
+            epsilon=self.epsilon,
+            delta=self.delta,
+            sampling_prob=sampling_prob,
+            num_updates=self.num_updates,
+            neighboring_relation=self.relation,
+            selection=self.private_selection,
+        )
+
     def sampling_prob(self, num_records: int) -> float:
         """Returns q = B / N, or raises `UserError` if that is no probability."""
         if self.expected_batch_size > num_records:
@@ -145,8 +157,8 @@ class Mechanism:
 
     def event(self) -> dp_accounting.DpEvent:
         """Returns the event to compose, whose noise is in units of the clip norm C."""
-        # dp_accounting divides the standard deviation by the bound C on one record and
-        # doubles the sensitivity of REPLACE_ONE itself; ours is already over 2 C there.
+        # Our multiplier is in units of the sensitivity, C or 2 C for REPLACE_ONE;
+        # dp_accounting's is in units of C, and it doubles by itself.
         unit = clipping.BoundedSensitivityCallable(lambda: None, 1.0, False)
         noise = self.noise_multiplier * unit.sensitivity(self.neighboring_relation)
         updates = dp_accounting.SelfComposedDpEvent(
@@ -287,8 +299,18 @@ def calibrate(
       selection: of a private selection in which each candidate does these T updates.
 
     Raises:
-      UserError: if no noise multiplier in a sane range meets the budget.
+      UserError: for an argument out of its range, or if no noise multiplier in a sane
+        range meets the budget.
     """
+    for name, value, valid, allowed in (
+        ("epsilon", epsilon, 0 < epsilon < math.inf, "positive and finite"),
+        ("delta", delta, 0 < delta < 1, "in (0, 1)"),
+        ("sampling_prob", sampling_prob, 0 < sampling_prob <= 1, "in (0, 1]"),
+        ("num_updates", num_updates, num_updates >= 1, "at least 1"),
+        ("num_updates", num_updates, num_updates % 1 == 0, "a whole number"),
+    ):
+        if not valid:
+            raise UserError(f"{name} is {value}: it must be {allowed}")
     silent = Mechanism(
         sampling_prob=float(sampling_prob),
         num_updates=int(num_updates),
@@ -333,9 +355,21 @@ def privatizer(
     Args:
       gradient_fn: from `clipped_gradient`; its sensitivity sets the scale.
       mechanism: from `calibrate`.
-      expected_batch_size: B = q N.
+      expected_batch_size: B = q N, positive and finite.
       key: scalar key of the noise stream, secret.
+
+    Raises:
+      UserError: for another batch size, or for what is no typed key.
     """
+    if not 0 < expected_batch_size < math.inf:
+        raise UserError(
+            f"expected_batch_size is {expected_batch_size}: it must be positive and"
+            " finite"
+        )
+    if not jax.dtypes.issubdtype(getattr(key, "dtype", None), jax.dtypes.prng_key):
+        raise UserError(
+            f'key is {key!r}: it must be a typed key, such as stream_key(seed, "noise")'
+        )
     sensitivity = gradient_fn.sensitivity(mechanism.neighboring_relation)
     add_noise = noise_addition.gaussian_privatizer(
         stddev=mechanism.noise_multiplier * sensitivity,

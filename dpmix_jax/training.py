@@ -1,72 +1,26 @@
-"""The training loop: the only place where the parts of the package meet.
+"""One private update as pure functions, and the loop over it.
 
-One update, in the order in which data flow: `sampling` draws the records, `mixup` makes
-each one's augmentation set, `gradients` clips and sums, `privacy` adds noise, optax
-moves the parameters, and an exponential moving average follows them.
+Read from top to bottom, in the order in which data flow: the records of a microbatch
+become augmentation sets, whose gradients are clipped and summed (`make_clipped_sum`),
+over devices and microbatches (`make_accumulate`); noise is added to the whole sum once,
+and the parameters move (`make_update`); `train` repeats that.
 """
 
-import collections
-import dataclasses
-import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import NamedSharding, PartitionSpec
 from jax_privacy import clipping
 
-from dpmix_jax import sampling
-from dpmix_jax.bank import Bank
-from dpmix_jax.data import Records
-from dpmix_jax.errors import UserError
+from dpmix_jax import devices, sampling
 from dpmix_jax.mixup import RecordSet
+from dpmix_jax.pool import Pool
 
 PyTree = Any
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class OptimizerConfig:
-    """SGD at a constant rate, and the average of its iterates.
-
-    Attributes:
-      learning_rate: positive.
-      momentum: in [0, 1).
-      weight_decay: at least 0; this share of the weights is added to the private
-        gradient.
-      ema_decay: in [0, 1), the decay of the averaged weights.
-    """
-
-    learning_rate: float
-    momentum: float = 0.0
-    weight_decay: float = 0.0
-    ema_decay: float = 0.9999
-
-    def __post_init__(self):
-        if not 0 < self.learning_rate < math.inf:
-            raise UserError(
-                f"optimizer.learning_rate is {self.learning_rate}: it must be positive"
-                " and finite"
-            )
-        if not 0 <= self.weight_decay < math.inf:
-            raise UserError(
-                f"optimizer.weight_decay is {self.weight_decay}: it must be at least 0"
-                " and finite"
-            )
-        for name in ("momentum", "ema_decay"):
-            if not 0 <= getattr(self, name) < 1:
-                raise UserError(
-                    f"optimizer.{name} is {getattr(self, name)}: it must be in [0, 1)"
-                )
-
-    def build(self) -> optax.GradientTransformation:
-        sgd = optax.sgd(self.learning_rate, self.momentum or None)
-        if not self.weight_decay:
-            return sgd
-        return optax.chain(optax.add_decayed_weights(self.weight_decay), sgd)
+Arrays = tuple[Any, ...]
 
 
 class TrainState(NamedTuple):
@@ -86,214 +40,167 @@ class TrainState(NamedTuple):
     opt_state: PyTree
 
 
-class Totals(NamedTuple):
-    """Sums over the records of one batch, as microbatches come in.
+class Inputs(NamedTuple):
+    """What stays on every device for a whole run.
+
+    Compiled functions take it as an argument and do not close over it: JAX keeps what
+    they close over with their code on disk.
 
     Attributes:
-      gradients: clipped sum, float32 pytree like the parameters.
-      nonprivate: `loss`, `clipped` and `records`, sums over the drawn records.
+      key_words: uint32 [2], the key of the augmentation stream.
+      records: images [N, H, W, C] and labels [N] of the training set, or () for a
+        training set on the host.
+      pool: the public images that sets draw from, or None.
+      constants: what the loss takes after the labels, the same for every record.
+    """
+
+    key_words: jax.Array
+    records: Arrays = ()
+    pool: Pool | None = None
+    constants: Arrays = ()
+
+
+class Batch(NamedTuple):
+    """A microbatch, its first axis spread over the devices.
+
+    Attributes:
+      indices: int32 [m] of records, -1 for padding; [m, c] for terms of c records.
+      records: images and labels at these indices, or () to look them up in `Inputs`.
+    """
+
+    indices: jax.Array
+    records: Arrays = ()
+
+
+class Sums(NamedTuple):
+    """Sums over a batch; a term is that of one record, or of one group of records.
+
+    Attributes:
+      gradients: the clipped sum, float32 pytree like the parameters.
+      nonprivate: scalar float32 sums over the drawn records: `loss`, `clipped` (how
+        many are) and `records` (how many there are).
     """
 
     gradients: PyTree
     nonprivate: dict[str, jax.Array]
 
 
-def make_mesh(devices: list[jax.Device] | None = None) -> jax.sharding.Mesh:
-    """Returns a one-axis mesh over which the records of a microbatch are spread."""
-    return jax.make_mesh(
-        (len(devices or jax.devices()),),
-        ("records",),
-        axis_types=(jax.sharding.AxisType.Auto,),
-        devices=devices,
-    )
-
-
-def sum_over_devices(
-    function: Callable[[PyTree, PyTree], PyTree], mesh: jax.sharding.Mesh
-) -> Callable[[PyTree, PyTree], PyTree]:
-    """Runs `function(shared, records) -> sums` on every device's part of the records.
-
-    Neither alternative is right. `jax.shard_map` with its default `check_vma` sums the
-    gradients over devices before the clip: with C = 1 on four devices, removing one
-    record moves the sum by 3.7. Under plain `jit`, XLA's partitioner either computes
-    every record's convolution gradients on every device, or (one image a record, a few
-    records a device; seen in jax 0.10.2) gets them wrong without a word.
+def make_clipped_sum(
+    record_set: RecordSet,
+    gradient_fn: clipping.BoundedSensitivityCallable,
+    *,
+    normalize: Callable[[jax.Array], jax.Array],
+    num_classes: int,
+    l2_clip_norm: float,
+) -> Callable[[PyTree, jax.Array, Batch, Inputs], Sums]:
+    """Returns what a device computes of its part of a microbatch.
 
     Formal guarantees:
-      - Each device runs `function` as it would alone; only its outputs are summed.
+      - Record i's term depends on record i, its index, the parameters, the step, the
+        key and public inputs alone, on no other record.
+      - For neighbouring batches `gradients` differ by at most
+        `gradient_fn.sensitivity(relation)`.
 
     Args:
-      function: its outputs must be sums over records.
-      mesh: from `make_mesh`.
+      record_set: from `mixup.augmentation_set`.
+      gradient_fn: from `gradients.clipped_gradient`, of a loss over one set.
+      normalize: uint8 images [..., H, W, C] to the floats that sets are made of.
+      num_classes: O.
+      l2_clip_norm: C, to count clipped terms (not private).
 
     Returns:
-      A function of the same signature, to be called under `jit`: `shared` is whole on
-      every device, the leading axis of each leaf of `records` is split over them.
+      `f(params, step, batch, inputs) -> Sums`.
     """
-    everywhere, spread = PartitionSpec(), PartitionSpec("records")
-    return jax.shard_map(
-        lambda shared, records: jax.lax.psum(function(shared, records), "records"),
-        mesh=mesh,
-        in_specs=(everywhere, spread),
-        out_specs=everywhere,
-        check_vma=False,
-    )
+
+    def clipped_sum(
+        params: PyTree, step: jax.Array, batch: Batch, inputs: Inputs
+    ) -> Sums:
+        indices = batch.indices
+        present = (indices >= 0).astype(jnp.float32)
+        images, labels = batch.records or (
+            jnp.take(array, indices, axis=0, mode="clip") for array in inputs.records
+        )
+        labels = jax.nn.one_hot(labels, num_classes) * present[..., None]
+        key = jax.random.wrap_key_data(inputs.key_words)
+        keys = sampling.record_keys(key, step, indices)
+        sets = jax.vmap(record_set, (0, 0, 0, None))(
+            keys, normalize(images), labels, inputs.pool
+        )
+        # Records of each term: 1, or 0 for padding, or the members of a group.
+        count = present.reshape(len(indices), -1).sum(axis=1)
+        gradients, aux = gradient_fn(
+            params, *sets, constants=inputs.constants, is_padding_example=count == 0
+        )
+        nonprivate = {
+            "loss": jnp.sum(count * aux.values, where=count > 0),
+            "clipped": jnp.sum(count, where=aux.grad_norms > l2_clip_norm),
+            "records": jnp.sum(count),
+        }
+        return Sums(gradients, nonprivate)
+
+    return clipped_sum
 
 
-class Accumulate:
-    """One microbatch, compiled: records, their sets, clipped gradients, running sums.
-
-    `f(params, step, batch, totals) -> totals` adds the records of a microbatch from
-    `place` to `totals`, which it donates. The dataset lives on every device as uint8
-    and only indices travel, or else on the host and the records of a microbatch do. The
-    public bank always lives on every device.
+def make_accumulate(
+    clipped_sum: Callable[[PyTree, jax.Array, Batch, Inputs], Sums],
+    mesh: jax.sharding.Mesh,
+) -> Any:
+    """Compiles the addition of a microbatch to the sums of its batch.
 
     Formal guarantees:
-      - Adds to `totals.gradients` at most `gradient_fn.sensitivity(relation)` more or
-        less for neighbouring batches, on any number of devices and processes.
+      - For neighbouring batches, what is added to `sums.gradients` differs by at most
+        the sensitivity of `gradient_fn`, on any number of devices and processes.
       - The sum over a batch depends on microbatch size, devices and where the dataset
         lives in float rounding only.
-      - Compiles once, whatever batch sizes are drawn (of groups, once for each c).
-      - With `encode`, record i's term depends on the embeddings of its own images
-        alone, and each of them on its image and `frozen` alone.
+      - Compiles once, whatever batch sizes are drawn (for terms of c records, once for
+        each c).
 
     Args:
-      gradient_fn: from `clipped_gradient`, of a loss over (images, labels) of one set.
-      record_set: from `augmentation_set`, or `group_set` for groups of records.
-      records: the training set.
-      mesh: from `make_mesh`.
-      key: scalar key of the augmentation stream.
-      l2_clip_norm: C, to count clipped records (not private).
-      bank: the public images that `record_set` draws from, if it does.
-      frozen: what the loss needs besides parameters, see `clipped_gradient`, or None.
-      encode: `f(frozen, images [N, H, W, C]) -> [N, E]`, each from its image alone. The
-        loss then takes embeddings in place of images, and nothing frozen: forward
-        passes are made for all sets at once, before any gradient.
-      on_device: whether the dataset lives on the devices, or on the host.
+      clipped_sum: from `make_clipped_sum`.
+      mesh: from `devices.make_mesh`.
+
+    Returns:
+      A compiled `f(sums, params, step, batch, inputs) -> sums`, which donates `sums`.
+    """
+    of_all_devices = devices.sum_over_devices(clipped_sum, mesh)
+
+    @jax.jit(donate_argnums=0)
+    def accumulate(
+        sums: Sums, params: PyTree, step: jax.Array, batch: Batch, inputs: Inputs
+    ) -> Sums:
+        part = of_all_devices(params, step, batch, inputs)
+        return jax.tree.map(lambda s, p: s + p.astype(s.dtype), sums, part)
+
+    return accumulate
+
+
+def make_update(
+    optimizer: optax.GradientTransformation, *, ema_decay: float
+) -> Callable[[TrainState, PyTree], TrainState]:
+    """Compiles what follows the sum: noise and division, optimizer, average.
+
+    Args:
+      optimizer: chain of a `privacy.privatizer` and any optax optimizer.
+      ema_decay: see `ema_update`.
+
+    Returns:
+      `f(state, clipped sum) -> state`. It is to be called once per update, also for an
+      empty batch, whose sum is zero.
     """
 
-    def __init__(
-        self,
-        gradient_fn: clipping.BoundedSensitivityCallable,
-        record_set: RecordSet,
-        records: Records,
-        mesh: jax.sharding.Mesh,
-        *,
-        key: jax.Array,
-        l2_clip_norm: float,
-        bank: Bank | None = None,
-        frozen: PyTree | None = None,
-        encode: Callable[[PyTree, jax.Array], jax.Array] | None = None,
-        on_device: bool = True,
-    ):
-        everywhere = NamedSharding(mesh, PartitionSpec())
-        self._mesh = mesh
-        self._arrays = (records.images, records.labels)
-        self.on_device = on_device
-        table = self._arrays if on_device else ()
-        # The key is an argument, not a constant: compiled code is cached on disk. So is
-        # the bank, which would be copied into that code.
-        words = np.asarray(jax.random.key_data(key))
-        self._fixed = jax.tree.map(
-            lambda array: put(np.asarray(array), everywhere),
-            (table, words, bank, frozen),
+    @jax.jit
+    def apply_update(state: TrainState, gradients: PyTree) -> TrainState:
+        # The first of the chain adds the noise and divides, then the parameters move.
+        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        return TrainState(
+            step=state.step + 1,
+            params=params,
+            ema_params=ema_update(state.ema_params, params, ema_decay, state.step),
+            opt_state=opt_state,
         )
 
-        def batch_sums(shared, batch) -> Totals:
-            params, step, (table, words, bank, frozen) = shared
-            indices, *drawn = batch
-            images, labels = drawn or (
-                jnp.take(array, indices, axis=0, mode="clip") for array in table
-            )
-            # One for a record; [m, c] for groups, whose absent members have no label.
-            present = (indices >= 0).astype(jnp.float32)
-            targets = jax.nn.one_hot(labels, records.num_classes) * present[..., None]
-            members = present.reshape(present.shape[0], -1).sum(axis=1)
-            key = jax.random.wrap_key_data(words)
-            keys = sampling.record_keys(key, step, indices)
-            images, targets = jax.vmap(record_set, in_axes=(0, 0, 0, None))(
-                keys, records.normalize(images), targets, bank
-            )
-            if encode is not None:
-                *sets, height, width, channels = images.shape
-                flat = images.reshape(-1, height, width, channels)
-                images = encode(frozen, flat).reshape(*sets, -1)
-                frozen = None
-            gradients, aux = gradient_fn(
-                params,
-                images,
-                targets,
-                is_padding_example=members == 0,
-                frozen=frozen,
-            )
-            clipped = aux.grad_norms > l2_clip_norm
-            nonprivate = {
-                "loss": jnp.sum(members * aux.values, where=members > 0),
-                "clipped": jnp.sum(members, where=clipped),
-                "records": jnp.sum(members),
-            }
-            return Totals(gradients, nonprivate)
-
-        @jax.jit(donate_argnums=2)
-        def accumulate(shared, batch, totals):
-            part = sum_over_devices(batch_sums, mesh)(shared, batch)
-            return jax.tree.map(lambda t, p: t + p.astype(t.dtype), totals, part)
-
-        self._accumulate = accumulate
-
-    @property
-    def bank(self) -> Bank | None:
-        """The public images, on the devices."""
-        return self._fixed[2]
-
-    @property
-    def frozen(self) -> PyTree | None:
-        """What is not trained, on the devices."""
-        return self._fixed[3]
-
-    def place(self, indices: np.ndarray) -> list[jax.Array]:
-        """Puts a microbatch on the devices: [m] or [m, c] indices, -1 for padding."""
-        spread = NamedSharding(self._mesh, PartitionSpec("records"))
-        batch = [put(np.asarray(indices, np.int32), spread)]
-        rows = np.maximum(indices, 0)
-        for array in () if self.on_device else self._arrays:
-            shape = (*rows.shape, *array.shape[1:])
-            # Every process reads the records of its own devices only.
-            read = lambda part, array=array: array[rows[part[0]]]  # noqa: E731
-            batch.append(jax.make_array_from_callback(shape, spread, read))
-        return batch
-
-    def __call__(
-        self,
-        params: PyTree,
-        step: jax.Array,
-        batch: Sequence[jax.Array],
-        totals: Totals,
-    ) -> Totals:
-        return self._accumulate((params, step, self._fixed), batch, totals)
-
-    def bytes_needed(self, params: PyTree, indices: np.ndarray) -> int:
-        """Returns the memory of one device that a microbatch takes, by compiling it."""
-        batch = self.place(indices)
-        totals = init_totals(params, self._mesh)
-        shared = (params, jnp.int32(0), self._fixed)
-        used = self._accumulate.lower(shared, batch, totals).compile()
-        analysis: Any = used.memory_analysis()
-        return analysis.temp_size_in_bytes + analysis.argument_size_in_bytes
-
-
-def put(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
-    """Places an array that every process holds whole."""
-    return jax.make_array_from_callback(array.shape, sharding, lambda i: array[i])
-
-
-def init_totals(params: PyTree, mesh: jax.sharding.Mesh) -> Totals:
-    """Returns float32 zeros to accumulate into."""
-    nothing = {name: jnp.float32(0) for name in ("loss", "clipped", "records")}
-    zeros = Totals(
-        jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params), nothing
-    )
-    return jax.device_put(zeros, NamedSharding(mesh, PartitionSpec()))
+    return apply_update
 
 
 def ema_update(ema: PyTree, new: PyTree, decay: float, step: jax.Array) -> PyTree:
@@ -313,51 +220,14 @@ def ema_update(ema: PyTree, new: PyTree, decay: float, step: jax.Array) -> PyTre
     return optax.incremental_update(new, ema, 1.0 - in_effect)
 
 
-def init_state(params: PyTree, optimizer: optax.GradientTransformation) -> TrainState:
-    """Returns the state before the first update."""
-    return TrainState(
-        step=jnp.zeros((), jnp.int32),
-        params=params,
-        ema_params=jax.tree.map(jnp.copy, params),
-        opt_state=optimizer.init(params),
-    )
-
-
-def make_update(
-    optimizer: optax.GradientTransformation, *, ema_decay: float
-) -> Callable[[TrainState, PyTree], TrainState]:
-    """Compiles what follows the sum: noise and division, optimizer, average.
-
-    Args:
-      optimizer: chain of a `privacy.privatizer` and any optax optimizer.
-      ema_decay: see `ema_update`.
-
-    Returns:
-      `f(state, clipped sum) -> state`. It is to be called once per update, also for an
-      empty batch, whose sum is zero.
-    """
-
-    @jax.jit
-    def update(state: TrainState, gradients: PyTree) -> TrainState:
-        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        return TrainState(
-            step=state.step + 1,
-            params=params,
-            ema_params=ema_update(state.ema_params, params, ema_decay, state.step),
-            opt_state=opt_state,
-        )
-
-    return update
-
-
 def train(
     state: TrainState,
-    accumulate: Accumulate,
-    update: Callable[[TrainState, PyTree], TrainState],
+    accumulate: Callable[..., Sums],
+    apply_update: Callable[[TrainState, PyTree], TrainState],
+    inputs: Inputs,
     *,
     mesh: jax.sharding.Mesh,
-    draw: Callable[[int], Iterable[np.ndarray]],
+    batches: Callable[[int], Iterable[Batch]],
     num_updates: int,
     stop: Callable[[], bool] = lambda: False,
 ) -> Iterator[tuple[TrainState, dict[str, jax.Array]]]:
@@ -368,50 +238,77 @@ def train(
 
     Args:
       state: from `init_state` or a checkpoint; `state.step` updates are done.
-      accumulate: an `Accumulate`.
-      update: from `make_update`.
-      mesh: from `make_mesh`.
-      draw: returns the microbatches of an update, none for an empty batch.
+      accumulate: from `make_accumulate`.
+      apply_update: from `make_update`.
+      inputs: from `put_inputs`.
+      mesh: from `devices.make_mesh`.
+      batches: returns the microbatches of an update, none for an empty batch.
       num_updates: T.
       stop: asked before each microbatch; once true, the update under way is dropped
         and the iterator ends.
     """
-    state = jax.device_put(state, NamedSharding(mesh, PartitionSpec()))
-
-    def parts() -> Iterator[np.ndarray | None]:
-        for step in range(int(state.step), num_updates):
-            yield from draw(step)
-            yield None  # the end of a batch, also of an empty one
-
-    totals = init_totals(state.params, mesh)
-    for part in _ahead(parts(), lambda p: None if p is None else accumulate.place(p)):
-        if part is None:
-            state = update(state, totals.gradients)
-            yield state, totals.nonprivate
-            totals = init_totals(state.params, mesh)
-        elif stop():
-            return
-        else:
-            if not accumulate.on_device:  # no more records there than memory allows
-                jax.block_until_ready(totals)
-            totals = accumulate(state.params, state.step, part, totals)
+    state = jax.device_put(state, devices.everywhere(mesh))
+    for step in range(int(state.step), num_updates):
+        sums = init_sums(state.params, mesh)
+        for batch in batches(step):
+            if stop():
+                return
+            if batch.records:  # no more of them on the devices than memory allows
+                jax.block_until_ready(sums)
+            sums = accumulate(sums, state.params, state.step, batch, inputs)
+        state = apply_update(state, sums.gradients)
+        yield state, sums.nonprivate
 
 
-def _ahead(
-    items: Iterable[Any], function: Callable[[Any], Any], depth: int = 2
-) -> Iterator[Any]:
-    """Maps in order, a few items ahead in another thread, so that devices need not wait
-    for records to be read.
+def init_state(params: PyTree, optimizer: optax.GradientTransformation) -> TrainState:
+    """Returns the state before the first update."""
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        ema_params=jax.tree.map(jnp.copy, params),
+        opt_state=optimizer.init(params),
+    )
+
+
+def init_sums(params: PyTree, mesh: jax.sharding.Mesh) -> Sums:
+    """Returns float32 zeros to accumulate into."""
+    names = ("loss", "clipped", "records")
+    zeros = Sums(
+        jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params),
+        {name: jnp.float32(0) for name in names},
+    )
+    return jax.device_put(zeros, devices.everywhere(mesh))
+
+
+def put_inputs(
+    key: jax.Array,
+    mesh: jax.sharding.Mesh,
+    *,
+    records: Arrays = (),
+    pool: Pool | None = None,
+    constants: Arrays = (),
+) -> Inputs:
+    """Puts what a run needs on every device; see `Inputs`."""
+    inputs = Inputs(jax.random.key_data(key), records, pool, constants)
+    return devices.put_everywhere(inputs, mesh)
+
+
+def put_batch(
+    indices: np.ndarray, mesh: jax.sharding.Mesh, host_records: Arrays = ()
+) -> Batch:
+    """Spreads a microbatch over the devices.
+
+    Args:
+      indices: integer [m] or [m, c], -1 for padding; m is a multiple of the devices.
+      mesh: from `devices.make_mesh`.
+      host_records: images and labels of a training set that lives on the host.
     """
-    with ThreadPoolExecutor(max_workers=1) as thread:
-        pending: collections.deque[Future] = collections.deque()
-        try:
-            for item in items:
-                pending.append(thread.submit(function, item))
-                if len(pending) > depth:
-                    yield pending.popleft().result()
-            while pending:
-                yield pending.popleft().result()
-        finally:
-            for future in pending:
-                future.cancel()
+    indices = np.asarray(indices, np.int32)
+    rows = np.maximum(indices, 0)
+
+    def read(array: np.ndarray) -> jax.Array:
+        shape = (*rows.shape, *array.shape[1:])
+        return devices.put_spread(shape, mesh, lambda part: array[rows[part]])
+
+    spread = devices.put_spread(indices.shape, mesh, lambda part: indices[part])
+    return Batch(spread, tuple(map(read, host_records)))

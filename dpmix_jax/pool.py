@@ -1,6 +1,6 @@
 """Public images of which every augmentation set may draw a few.
 
-Everything in a bank is public: it may come from a generative model or another dataset,
+Everything in a pool is public: it may come from a generative model or another dataset,
 never from the private records or from what was computed from them.
 """
 
@@ -17,7 +17,7 @@ Array = jax.Array | np.ndarray
 DRAWS = ("uniform", "class")
 
 
-class Bank(NamedTuple):
+class Pool(NamedTuple):
     """Public labelled images, to be an argument of compiled functions, no constant.
 
     Attributes:
@@ -33,14 +33,14 @@ class Bank(NamedTuple):
     ends: Array
 
 
-def make_bank(
+def make_pool(
     images: np.ndarray,
     labels: np.ndarray,
     class_names: Sequence[str],
     *,
     draw: str = "uniform",
-) -> Bank:
-    """Makes a bank of public images, with the tables that draws by class look up.
+) -> Pool:
+    """Makes a pool of public images, with the tables that draws by class look up.
 
     Args:
       images: [M, H, W, C].
@@ -49,7 +49,7 @@ def make_bank(
       draw: how it will be drawn from, one of `DRAWS`.
 
     Raises:
-      UserError: if the bank is empty, if shapes or labels do not fit, or if `draw` is
+      UserError: if the pool is empty, if shapes or labels do not fit, or if `draw` is
         "class" and a class has no image.
     """
     labels, num_classes = np.asarray(labels), len(class_names)
@@ -69,7 +69,7 @@ def make_bank(
             "method.draw is 'class': every class must have a public image, but"
             f" {class_names[int(np.argmin(counts))]!r} has none"
         )
-    return Bank(
+    return Pool(
         images=images,
         labels=labels.astype(np.int32),
         by_class=np.argsort(labels, kind="stable").astype(np.int32),
@@ -78,9 +78,9 @@ def make_bank(
 
 
 def draw_rows(
-    key: jax.Array, label: jax.Array, bank: Bank, num: int, *, draw: str
+    key: jax.Array, label: jax.Array, pool: Pool, num: int, *, draw: str
 ) -> jax.Array:
-    """Draws rows of a bank for one record.
+    """Draws rows of a pool for one record.
 
     Drawing by class looks at a private label, and costs no privacy: what is drawn goes
     into this record's own set and nowhere else, and the gradient of the record is the
@@ -89,15 +89,15 @@ def draw_rows(
     that records share, their number, or what is logged.
 
     Formal guarantees:
-      - The rows are a function of this key, this label and the bank, and for "uniform"
+      - The rows are a function of this key, this label and the pool, and for "uniform"
         not of the label.
-      - Each row is uniform over the bank, or for "class" over its images of the
+      - Each row is uniform over the pool, or for "class" over its images of the
         record's class; rows are independent, so one may come twice.
 
     Args:
       key: scalar key.
       label: [O] soft label of the record; its class is the largest entry.
-      bank: from `make_bank`.
+      pool: from `make_pool`.
       num: k, rows to draw.
       draw: one of `DRAWS`.
 
@@ -105,8 +105,8 @@ def draw_rows(
       int32 [k] with values in [0, M).
     """
     if draw == "uniform":
-        return jax.random.randint(key, (num,), 0, bank.labels.shape[0])
-    own = jnp.argmax(label)  # of NaN too it is a class
-    first, end = jnp.take(jnp.asarray(bank.ends), jnp.stack([own, own + 1]))
+        return jax.random.randint(key, (num,), 0, pool.labels.shape[0])
+    own = jnp.argmax(label)  # the argmax of NaN is still a class
+    first, end = jnp.take(jnp.asarray(pool.ends), jnp.stack([own, own + 1]))
     places = jax.random.randint(key, (num,), first, end)
-    return jnp.take(jnp.asarray(bank.by_class), places)
+    return jnp.take(jnp.asarray(pool.by_class), places)

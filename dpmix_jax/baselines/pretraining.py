@@ -14,8 +14,8 @@ import numpy as np
 import optax
 
 from dpmix_jax import augment, training
-from dpmix_jax.bank import Bank, draw_rows
 from dpmix_jax.errors import UserError
+from dpmix_jax.pool import Pool, draw_rows
 
 PyTree = Any
 
@@ -26,7 +26,7 @@ class PretrainConfig:
 
     Attributes:
       num_updates: 0 for none.
-      batch_size: images of an update, drawn uniformly from the bank.
+      batch_size: images of an update, drawn uniformly from the pool.
       learning_rate: positive, constant.
       momentum: in [0, 1).
     """
@@ -62,53 +62,52 @@ def pretrain(
     loss_fn: Callable[..., jax.Array],
     config: PretrainConfig,
     augmentation: augment.AugmentationConfig,
-    bank: Bank,
+    pool: Pool,
     *,
-    frozen: PyTree | None = None,
+    constants: tuple[PyTree, ...] = (),
     normalize: Callable[[jax.Array], jax.Array],
     key: jax.Array,
 ) -> Iterator[tuple[training.TrainState, jax.Array]]:
     """Yields (state, loss of its batch) after each update still to be done.
 
     Formal guarantees:
-      - The weights depend on the first ones, the bank and the key alone.
+      - The weights depend on the first ones, the pool and the key alone.
 
     Args:
       state: `training.init_state` with the optimizer of `config.build()`, or that of a
         checkpoint: updates are a pure function of it and of the key.
-      loss_fn: `f(params, images [B, H, W, C], labels [B, O]) -> scalar`, with `frozen`
-        as one more argument if there is any.
+      loss_fn: `f(params, images [B, H, W, C], labels [B, O]) -> scalar`, and
+        then the constants.
       config: how long and how fast.
       augmentation: how a view is drawn.
-      bank: the public images.
-      frozen: what the loss needs and is not trained, or None.
-      normalize: brings them to the scale that the loss expects.
+      pool: the public images.
+      constants: what the loss takes after the labels and is not trained.
+      normalize: brings images to the scale that the loss expects.
       key: scalar key, of a stream that nothing private is drawn from.
     """
     update = training.make_update(config.build(), ema_decay=0.0)
-    num_classes = bank.ends.shape[0] - 1
+    num_classes = pool.ends.shape[0] - 1
     # An argument, no constant: compiled code is cached on disk.
     words = np.asarray(jax.random.key_data(key))
 
     @jax.jit
-    def gradient(params, frozen, step, bank, words):
+    def gradient(params, constants, step, pool, words):
         key = jax.random.fold_in(jax.random.wrap_key_data(words), step)
         row_key, view_key = jax.random.split(key)
         rows = draw_rows(
-            row_key, jnp.zeros(num_classes), bank, config.batch_size, draw="uniform"
+            row_key, jnp.zeros(num_classes), pool, config.batch_size, draw="uniform"
         )
-        images = normalize(jnp.take(bank.images, rows, axis=0, mode="clip"))
+        images = normalize(jnp.take(pool.images, rows, axis=0, mode="clip"))
         views = jax.vmap(
             lambda key, image: augment.random_view(
                 key, image, augmentation=augmentation
             )
         )(jax.random.split(view_key, config.batch_size), images)
-        labels = jnp.take(bank.labels, rows, mode="clip")
+        labels = jnp.take(pool.labels, rows, mode="clip")
         targets = jax.nn.one_hot(labels, num_classes, dtype=views.dtype)
-        rest = () if frozen is None else (frozen,)
-        return jax.value_and_grad(loss_fn)(params, views, targets, *rest)
+        return jax.value_and_grad(loss_fn)(params, views, targets, *constants)
 
     for _ in range(int(state.step), config.num_updates):
-        loss, gradients = gradient(state.params, frozen, state.step, bank, words)
+        loss, gradients = gradient(state.params, constants, state.step, pool, words)
         state = update(state, gradients)
         yield state, loss

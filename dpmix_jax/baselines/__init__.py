@@ -1,0 +1,1 @@
+"""What DP-Mix is compared with: mixup across records, and pre-training."""
