@@ -1,11 +1,11 @@
 """Convolutions that stay fast when every record has a gradient of its own.
 
 `jax.vmap(jax.grad(loss))` asks for the weight gradient of each record: a convolution of
-two arrays that both have a record axis. JAX's rule makes one convolution of it, with a
-group for each record and the output gradient as a filter as large as the image, which
-is several times slower than the gradient of the same images together. But a weight
-gradient has few outputs, one matrix for each tap of the kernel, and each is a plain
-matrix product of a shifted image with the output gradient.
+two arrays that both have a record axis. JAX's rule makes one convolution of all
+records, with a group for each record and the output gradient as a filter as large as
+the image. That is several times slower than the gradient of the same images together.
+But a weight gradient has few outputs, one matrix for each tap of the kernel, and each
+matrix is a plain product of a shifted image with the output gradient.
 
 `fast_convolutions` puts these products in place of such convolutions in any gradient
 function, whatever library its model is written in.
@@ -15,7 +15,7 @@ import functools
 import itertools
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -25,7 +25,7 @@ from jax.extend import core
 
 from dpmix_jax.errors import UserError
 
-FORMULATIONS = ("auto", "rows", "shifted", "flat", "batch_group", "plain")
+FORMULATIONS = ("auto", "rows", "shifted", "batch_group", "plain")
 
 # With more taps than this a product for each costs more than one grouped convolution.
 _MAX_TAPS = 64
@@ -39,21 +39,22 @@ def fast_convolutions(
     `jax.vmap(fast_convolutions(jax.grad(loss_fn)), (None, 0, 0))` returns what it
     returns without, to float rounding. The function is traced, and each convolution in
     it, also inside `jit`, `remat`, `scan`, `cond` and custom derivatives, is replaced
-    by one with another batching rule, which applies where both operands are batched;
-    everything else is left as it is. Take gradients first, then call this: the result
-    can be differentiated again, forward and in reverse, but at the speed of JAX's rule.
+    by one with another batching rule, which applies where both operands are batched.
+    Take gradients first, then call this: the result can be differentiated again,
+    forward and in reverse, but with JAX's own rules for convolutions.
+
+    Formal guarantees (where JAX's rules for convolutions give neither):
+      - Values of a record that are not finite stay within its own gradient.
+      - Convolutions that crop and pad read nothing but their images.
 
     Args:
       function: of one record, usually `jax.grad` or `jax.value_and_grad` of a loss.
         All its arguments are traced.
       formulation: how to compute a convolution of which both operands are batched:
-        `rows` (a product for each row of taps; stride 1), `shifted` (a product of a
-        shifted slice for each tap), `flat` (the same of contiguous slices; stride 1),
+        `rows` (a product for each row of taps), `shifted` (a product for each tap),
         `batch_group` (one convolution with `batch_group_count`), `plain` (JAX's own
-        rule), or `auto`, which chooses by backend and shape. Where `rows` or `flat`
-        does not apply `shifted` does, where no other does `plain`. By every one, values
-        of a record that are not finite stay within its own gradient (but not where the
-        result is differentiated again and convolutions are grouped: that is JAX's).
+        rule), or `auto`, which chooses by backend and shape. Where `rows` does not
+        apply, `shifted` does; where no other applies, `plain` does.
 
     Returns:
       A function of the same signature.
@@ -77,36 +78,34 @@ def fast_convolutions(
     return rewritten
 
 
-# How a convolution of two batched operands is computed.
+# A weight gradient of one record as products of matrices. `conv` holds the parameters
+# of its convolution: lhs are images, rhs output gradients, outputs are taps.
 
 
-def _products(conv, shape, lhs, rhs, *, formulation: str) -> jax.Array:
-    """Weight gradient of one record as matrix products over its pixels.
-
-    Args:
-      conv: the convolution, for its window and output layout.
-      shape: of the output.
-      lhs: images, to be laid out as [c, *space, n].
-      rhs: output gradients, to be laid out as [c, *window, o].
-      formulation: `rows`, `shifted` or `flat`.
-    """
+def _products(conv, shape, lhs, rhs, *, rows: bool) -> jax.Array:
+    """Returns a convolution's output, of this shape, computed as matrix products."""
     numbers = conv["dimension_numbers"]
     n, c, *space = numbers.lhs_spec
     o, f, *window = numbers.rhs_spec
     images = jnp.transpose(lhs, (c, *space, n))
     gradients = jnp.transpose(rhs, (f, *window, o))
     taps = [shape[axis] for axis in numbers.out_spec[2:]]
-    products = {"rows": _rows, "shifted": _shifted, "flat": _flat}[formulation]
-    found = products(conv, taps, images, gradients)  # [*taps, n, o]
-    last = found.ndim - 2
-    order = [0] * found.ndim
-    for position, axis in enumerate(numbers.out_spec):
-        order[axis] = last + position if position < 2 else position - 2
-    return jnp.transpose(found, order)
+    found = (_rows if rows else _shifted)(conv, taps, images, gradients)
+    return jnp.moveaxis(found, (-2, -1, *range(len(taps))), numbers.out_spec)
 
 
 def _shifted(conv, taps: Sequence[int], images, gradients) -> jax.Array:
-    """For each tap, the product of a shifted slice of the images with the gradients."""
+    """For each tap the product of a shifted slice of the images with the gradients.
+
+    Args:
+      conv: the convolution, for its window.
+      taps: how many there are along each axis.
+      images: [c, *space, n].
+      gradients: [c, *window, o].
+
+    Returns:
+      [*taps, n, o].
+    """
     images = pad(images, conv["padding"])
     found = [
         _dot(conv, window(conv, images, tap, gradients.shape[1:-1]), gradients)
@@ -116,55 +115,28 @@ def _shifted(conv, taps: Sequence[int], images, gradients) -> jax.Array:
 
 
 def _rows(conv, taps: Sequence[int], images, gradients) -> jax.Array:
-    """For each row of taps one product, its taps side by side in one factor.
+    """Like `_shifted`, but with one product for each row of taps.
 
-    To shift images by a column is to shift gradients back by one, so the gradients,
-    shifted once for each tap of a row, make a factor wide enough to be multiplied fast,
-    and images are moved for each row only.
+    To shift images by a column is to shift gradients back by one. So the gradients,
+    shifted once for each tap of a row, stand side by side in one factor, which is wide
+    enough to be multiplied fast, and images are moved for each row only.
     """
     *rows, row = taps
     *above, (low, _) = conv["padding"]
     step, width, used = conv["window_strides"][-1], images.shape[-2], gradients.shape
+    groups = conv["batch_group_count"]
+    split = (*used[:-2], width, groups, used[-1] // groups)
     shifts = [tap * step - low for tap in range(row)]
     kept = [(0, 0)] * len(above)
-    groups = conv["batch_group_count"]
-    wide = jnp.stack(  # [c, *window, groups, row, o of the group]
-        [
-            pad(gradients, [*kept, (shift, width - used[-2] - shift)]).reshape(
-                *used[:-2], width, groups, -1
-            )
-            for shift in shifts
-        ],
-        axis=-2,
-    ).reshape(*used[:-2], width, -1)
-    images = pad(images, [*above, (0, 0)])
-    found = [
-        _dot(conv, window(conv, images, (*tap, 0), wide.shape[1:-1]), wide)
-        for tap in itertools.product(*map(range, rows))
+    shifted = [
+        pad(gradients, [*kept, (shift, width - used[-2] - shift)]).reshape(split)
+        for shift in shifts
     ]
-    products = jnp.stack(found).reshape(*rows, -1, groups, row, used[-1] // groups)
+    wide = jnp.stack(shifted, axis=-2).reshape(*split[:-2], -1)
+    once = {**conv, "padding": [*above, (0, 0)]}
+    found = _shifted(once, [*rows, 1], images, wide)
+    products = found.reshape(*rows, -1, groups, row, split[-1])
     return jnp.moveaxis(products, -2, len(rows)).reshape(*taps, -1, used[-1])
-
-
-def _flat(conv, taps: Sequence[int], images, gradients) -> jax.Array:
-    """For each tap a product of contiguous slices: no copies, some more pixels.
-
-    With rows of images and gradients padded to one pitch a shift is an offset, and the
-    gradients' zeros cancel what wraps.
-    """
-    images = pad(images, conv["padding"])
-    pitch = images.shape[1:-1]
-    spread = gradients.shape[1:-1]
-    room = [(0, whole - used) for whole, used in zip(pitch, spread, strict=True)]
-    gradients = pad(gradients, room).reshape(-1, gradients.shape[-1])
-    images = images.reshape(-1, images.shape[-1])
-    strides = [math.prod(pitch[axis + 1 :]) for axis in range(len(pitch))]
-    found = []
-    for tap in itertools.product(*map(range, taps)):
-        offset = sum(i * stride for i, stride in zip(tap, strides, strict=True))
-        piece = images[offset:]
-        found.append(_dot(conv, piece, gradients[: piece.shape[0]]))
-    return jnp.stack(found).reshape(*taps, *found[0].shape)
 
 
 def pad(array: jax.Array, pads: Sequence[tuple[int, int]]) -> jax.Array:
@@ -175,17 +147,14 @@ def pad(array: jax.Array, pads: Sequence[tuple[int, int]]) -> jax.Array:
 
 def window(conv, images, tap: Sequence[int], spread: Sequence[int]) -> jax.Array:
     """Slices the pixels that a tap meets, for gradients of shape [c, *spread, o]."""
+    steps = conv["rhs_dilation"]
     start = [i * s for i, s in zip(tap, conv["window_strides"], strict=True)]
     stop = [
         first + (size - 1) * step + 1
-        for first, size, step in zip(start, spread, conv["rhs_dilation"], strict=True)
+        for first, size, step in zip(start, spread, steps, strict=True)
     ]
-    return lax.slice(
-        images,
-        (0, *start, 0),
-        (images.shape[0], *stop, images.shape[-1]),
-        (1, *conv["rhs_dilation"], 1),
-    )
+    c, *_, n = images.shape
+    return lax.slice(images, (0, *start, 0), (c, *stop, n), (1, *steps, 1))
 
 
 def _dot(conv, images: jax.Array, gradients: jax.Array) -> jax.Array:
@@ -195,49 +164,68 @@ def _dot(conv, images: jax.Array, gradients: jax.Array) -> jax.Array:
     if images.shape[-1] == gradients.shape[-1] == groups > 1:  # depthwise
         products = images.astype(wide) * gradients.astype(wide)
         return products.sum(tuple(range(products.ndim - 1)))[None]
-    images = images.reshape(-1, groups, images.shape[-1] // groups)
-    gradients = gradients.reshape(-1, groups, gradients.shape[-1] // groups)
-    if groups == 1:
-        images, gradients = images[:, 0], gradients[:, 0]
+    blocks = () if groups == 1 else (groups,)
     found = lax.dot_general(
-        images,
-        gradients,
-        (((0,), (0,)), ((1,), (1,)) if groups > 1 else ((), ())),
+        images.reshape(-1, *blocks, images.shape[-1] // groups),
+        gradients.reshape(-1, *blocks, gradients.shape[-1] // groups),
+        (((0,), (0,)), ((1,), (1,)) if blocks else ((), ())),
         precision=conv["precision"],
         preferred_element_type=wide,
     )
-    if groups > 1:  # [groups, n, o] -> [n, groups * o]
+    if blocks:  # [groups, n, o] -> [n, groups * o]
         found = jnp.moveaxis(found, 0, 1).reshape(found.shape[1], -1)
     return found
 
 
-def _apart(function: Callable[..., jax.Array], lhs, rhs) -> jax.Array:
-    """Computes all records in one convolution without one spoiling the others.
+# The convolutions of all records, each with both operands of its own.
 
-    XLA may compute groups as one dense convolution with zeros between them, and zero
-    times NaN is NaN. So records with values that are not finite are computed as zeros,
-    and are NaN.
-    """
-    operands = (lhs, rhs)
-    finite = [jnp.isfinite(x).all(range(1, x.ndim)) for x in operands]
-    whole = functools.reduce(jnp.logical_and, finite)
 
-    def choose(x, other):
-        return jnp.where(
-            whole.reshape(-1, *(1,) * (x.ndim - 1)), x, x.dtype.type(other)
-        )
+def _batched(conv, formulation: str, lhs, rhs) -> jax.Array:
+    """Computes one convolution for each entry of the operands' leading axis."""
+    plain: Callable[..., Any] = functools.partial(lax.conv_general_dilated, **conv)
+    result = jax.eval_shape(lambda lhs, rhs: plain(lhs[0], rhs[0]), lhs, rhs)
+    chosen = _choose(conv, result.shape, formulation)
+    if chosen == "plain":
+        return _apart(jax.vmap(plain), lhs, rhs)
+    if chosen == "batch_group":
+        return _apart(functools.partial(_batch_group, conv), lhs, rhs)
+    record = functools.partial(_products, conv, result.shape, rows=chosen == "rows")
+    if jax.default_backend() == "cpu":  # its batched products are slow, loops not
+        out = lax.map(lambda pair: record(*pair), (lhs, rhs))
+    else:
+        out = jax.vmap(record)(lhs, rhs)
+    return out.astype(result.dtype)
 
-    return choose(function(*(choose(x, 0) for x in operands)), jnp.nan)
+
+def _choose(conv, shape, formulation: str) -> str:
+    """Picks the formulation for an output of this shape, `plain` where none applies."""
+    out = conv["dimension_numbers"].out_spec
+    taps = math.prod(shape[axis] for axis in out[2:])
+    undilated = all(dilation == 1 for dilation in conv["lhs_dilation"])
+    if conv["feature_group_count"] > 1 or not undilated or taps > _MAX_TAPS:
+        return "plain"
+    if len(out) == 2:  # a matrix product; it has no rows
+        return "shifted"
+    groups = conv["batch_group_count"]
+    if formulation == "auto" and groups > 1:
+        if jax.default_backend() != "cpu":
+            return "batch_group"
+        # Products of pixels are faster than XLA's groups, those of small matrices not.
+        each = shape[out[0]] * shape[out[1]] // groups
+        return "shifted" if each == 1 else "plain"
+    if formulation in ("auto", "rows"):
+        return "rows" if conv["rhs_dilation"][-1] == 1 else "shifted"
+    return formulation
 
 
 def _batch_group(conv, lhs, rhs) -> jax.Array:
     """All records in one convolution with `batch_group_count` for each record."""
     numbers = conv["dimension_numbers"]
     size = lhs.shape[0]
-    n, o, out = numbers.lhs_spec[0], numbers.rhs_spec[0], numbers.out_spec[1]
+    out = numbers.out_spec[1]
     merged = lax.conv_general_dilated(
-        _merge(lhs, n),
-        _merge(rhs, o),
+        _merge(lhs, numbers.lhs_spec[0]),
+        _merge(rhs, numbers.rhs_spec[0]),
         **{**conv, "batch_group_count": conv["batch_group_count"] * size},
     )
     split = (*merged.shape[:out], size, -1, *merged.shape[out + 1 :])
@@ -250,76 +238,61 @@ def _merge(array: jax.Array, axis: int) -> jax.Array:
     return array.reshape(*array.shape[:axis], -1, *array.shape[axis + 2 :])
 
 
-def _choose(conv, shape, formulation: str) -> str:
-    """Picks the formulation for an output of this shape, `plain` where none applies."""
-    numbers = conv["dimension_numbers"]
-    taps = math.prod(shape[axis] for axis in numbers.out_spec[2:])
-    undilated = all(dilation == 1 for dilation in conv["lhs_dilation"])
-    if conv["feature_group_count"] > 1 or not undilated or taps > _MAX_TAPS:
-        return "plain"
-    if len(numbers.out_spec) == 2:  # a matrix product; it has no rows
-        return "shifted"
-    if formulation == "auto" and conv["batch_group_count"] > 1:
-        if jax.default_backend() != "cpu":
-            return "batch_group"
-        images, gradients = (shape[axis] for axis in numbers.out_spec[:2])
-        # Products of pixels are faster than XLA's groups, those of small matrices not.
-        each = images * gradients // conv["batch_group_count"]
-        return "shifted" if each == 1 else "plain"
-    steps = {
-        "auto": conv["rhs_dilation"][-1:],
-        "rows": conv["rhs_dilation"][-1:],
-        "flat": (*conv["window_strides"], *conv["rhs_dilation"]),
-    }
-    if any(step > 1 for step in steps.get(formulation, ())):
-        return "shifted"
-    return "rows" if formulation == "auto" else formulation
+def _apart(function: Callable[..., jax.Array], lhs, rhs) -> jax.Array:
+    """Computes all records in one convolution without one spoiling the others.
+
+    XLA may compute groups as one dense convolution with zeros between them, and zero
+    times NaN is NaN. So records with values that are not finite are computed as zeros,
+    and their results are NaN.
+    """
+    finite = [jnp.isfinite(x).all(range(1, x.ndim)) for x in (lhs, rhs)]
+    whole = jnp.logical_and(*finite)
+
+    def choose(x, other):
+        condition = whole.reshape(-1, *(1,) * (x.ndim - 1))
+        return jnp.where(condition, x, x.dtype.type(other))
+
+    return choose(function(choose(lhs, 0), choose(rhs, 0)), jnp.nan)
 
 
-def _with_fast_batching(conv: dict[str, Any], formulation: str):
-    """Returns the convolution as a function (lhs, rhs) with our batching rule."""
+def _cropped(conv: dict[str, Any], lhs: jax.Array) -> tuple[dict[str, Any], jax.Array]:
+    """Returns the same convolution, and its images, with no axis cropped and padded.
+
+    Of an axis with a negative low and a positive high padding XLA's code for CPUs takes
+    what follows the images in memory for zeros (openxla/xla#48713). It may be another
+    record's. So such images are cropped, padded and dilated beforehand.
+    """
+    if not any(low < 0 < high for low, high in conv["padding"]):
+        return conv, lhs
+    config = [(0, 0, 0)] * lhs.ndim
+    space = conv["dimension_numbers"].lhs_spec[2:]
+    each = zip(space, conv["padding"], conv["lhs_dilation"], strict=True)
+    for axis, (low, high), dilation in each:
+        config[axis] = (low, high, dilation - 1)
+    done = {"padding": [(0, 0)] * len(space), "lhs_dilation": [1] * len(space)}
+    return {**conv, **done}, lax.pad(lhs, jnp.zeros((), lhs.dtype), config)
+
+
+def _convolve(conv: dict[str, Any], formulation: str, lhs, rhs) -> jax.Array:
+    """Computes a convolution, by our batching rule if it is batched."""
+    conv, lhs = _cropped(conv, lhs)
     plain: Callable[..., Any] = functools.partial(lax.conv_general_dilated, **conv)
 
-    @jax.custom_jvp  # around the other, which has no reverse mode
-    def differentiable(lhs, rhs):
-        return convolution(lhs, rhs)
-
-    @differentiable.defjvp
-    def derivative(primals, tangents):
-        (lhs, rhs), (lhs_tangent, rhs_tangent) = primals, tangents
-        tangent = plain(lhs_tangent, rhs) + plain(lhs, rhs_tangent)
-        return differentiable(lhs, rhs), tangent
-
-    @jax.custom_batching.custom_vmap
-    def convolution(lhs, rhs):
-        return plain(lhs, rhs)
+    convolution = jax.custom_batching.custom_vmap(plain)
 
     @convolution.def_vmap
     def rule(axis_size, in_batched, lhs, rhs):
+        if all(in_batched):
+            return _batched(conv, formulation, lhs, rhs), True
         axes = [0 if batched else None for batched in in_batched]
-        if not all(in_batched):
-            return jax.vmap(plain, axes, axis_size=axis_size)(lhs, rhs), True
-        return _batched(conv, formulation, lhs, rhs), True
+        return jax.vmap(plain, axes, axis_size=axis_size)(lhs, rhs), True
 
-    return differentiable
-
-
-def _batched(conv, formulation: str, lhs, rhs) -> jax.Array:
-    """One convolution for each record, both operands being the record's own."""
-    plain: Callable[..., Any] = functools.partial(lax.conv_general_dilated, **conv)
-    one = [jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for x in (lhs, rhs)]
-    result = jax.eval_shape(plain, *one)
-    chosen = _choose(conv, result.shape, formulation)
-    if chosen == "plain":
-        return _apart(jax.vmap(plain), lhs, rhs)
-    if chosen == "batch_group":
-        return _apart(functools.partial(_batch_group, conv), lhs, rhs)
-    record = functools.partial(_products, conv, result.shape, formulation=chosen)
-    if jax.default_backend() == "cpu":  # its batched products are slow, loops not
-        out = lax.map(lambda pair: record(*pair), (lhs, rhs))
-    else:
-        out = jax.vmap(record)(lhs, rhs)
-    return out.astype(result.dtype)
+    differentiable = jax.custom_jvp(convolution)  # it has no reverse mode itself
+    differentiable.defjvps(
+        lambda tangent, _, lhs, rhs: plain(tangent, rhs),
+        lambda tangent, _, lhs, rhs: plain(lhs, tangent),
+    )
+    return differentiable(lhs, rhs)
 
 
 # All that is needed of JAX's extension points is below.
@@ -330,18 +303,23 @@ def _evaluate(closed: core.ClosedJaxpr, args: Sequence[Any], formulation: str):
     try:
         return _interpret(closed.jaxpr, closed.consts, args, formulation)
     except (AttributeError, TypeError, NotImplementedError, KeyError) as error:
-        if _has_convolution(closed.jaxpr, grouped=True):  # see `_apart`
+        problem = f"jax {jax.__version__} does not let us replace its convolutions"
+        reason = f"{type(error).__name__}: {error}"
+        if any(map(_mixes_records, _convolutions(closed.jaxpr))):
             raise UserError(
-                f"jax {jax.__version__} does not let us replace convolutions, and its"
-                " own rule lets records that are NaN spoil others in grouped ones:"
-                f" {type(error).__name__}: {error}"
+                f"{problem}, and its own let one record change another's where they"
+                f" are grouped, or crop and pad one axis: {reason}"
             ) from None
         warnings.warn(
-            f"jax {jax.__version__} does not let us replace its convolutions, so that"
-            f" per-record gradients are slow: {type(error).__name__}: {error}",
-            stacklevel=3,
+            f"{problem}, so that per-record gradients are slow: {reason}", stacklevel=3
         )
         return core.jaxpr_as_fun(closed)(*args)
+
+
+def _mixes_records(conv: dict[str, Any]) -> bool:
+    """Whether JAX's own rule needs `_apart` or `_cropped`."""
+    grouped = conv["feature_group_count"] > 1 or conv["batch_group_count"] > 1
+    return grouped or any(low < 0 < high for low, high in conv["padding"])
 
 
 def _interpret(jaxpr: core.Jaxpr, consts, args, formulation: str) -> list[Any]:
@@ -353,17 +331,11 @@ def _interpret(jaxpr: core.Jaxpr, consts, args, formulation: str) -> list[Any]:
         return atom.val if isinstance(atom, core.Literal) else values[atom]
 
     for equation in jaxpr.eqns:
-        inputs = [read(atom) for atom in equation.invars]
+        inputs, params = [read(atom) for atom in equation.invars], equation.params
         if equation.primitive.name == "conv_general_dilated":
-            params = dict(equation.params)
-            if params.get("out_sharding") is None:
-                params.pop("out_sharding", None)
-            outputs = [_with_fast_batching(params, formulation)(*inputs)]
+            outputs = [_convolve(params, formulation, *inputs)]
         else:
-            params = {
-                name: _rewrite(value, formulation)
-                for name, value in equation.params.items()
-            }
+            params = {k: _rewrite(v, formulation) for k, v in params.items()}
             outputs = list(bind(equation, inputs, params))
         values.update(zip(equation.outvars, outputs, strict=True))
     return [read(atom) for atom in jaxpr.outvars]
@@ -387,7 +359,7 @@ def _rewrite(param: Any, formulation: str) -> Any:
             return param
         closed = _rewrite(core.ClosedJaxpr(param, ()), formulation)
         return param if closed.consts else closed.jaxpr
-    if not _has_convolution(param.jaxpr):
+    if not any(_convolutions(param.jaxpr)):
         return param
     shapes = [var.aval for var in param.jaxpr.invars]
     return jax.make_jaxpr(
@@ -395,18 +367,16 @@ def _rewrite(param: Any, formulation: str) -> Any:
     )(*shapes)
 
 
-def _has_convolution(jaxpr: core.Jaxpr, *, grouped: bool = False) -> bool:
-    def found(equation) -> bool:
+def _convolutions(jaxpr: core.Jaxpr) -> Iterator[dict[str, Any]]:
+    """Yields the parameters of each convolution in a jaxpr and those within it."""
+    for equation in jaxpr.eqns:
         if equation.primitive.name == "conv_general_dilated":
-            counts = ("feature_group_count", "batch_group_count")
-            return not grouped or any(equation.params[name] > 1 for name in counts)
-        inner = inner_jaxprs(equation.params)
-        return any(_has_convolution(jaxpr, grouped=grouped) for jaxpr in inner)
-
-    return any(map(found, jaxpr.eqns))
+            yield equation.params
+        for inner in inner_jaxprs(equation.params):
+            yield from _convolutions(inner)
 
 
-def inner_jaxprs(params: dict[str, Any]):
+def inner_jaxprs(params: dict[str, Any]) -> Iterator[core.Jaxpr]:
     """Yields the jaxprs among the parameters of an equation."""
     for value in params.values():
         for item in value if isinstance(value, (tuple, list)) else [value]:
