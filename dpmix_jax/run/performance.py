@@ -24,7 +24,10 @@ _SHARE_OF_DATASET = 0.25
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PerformanceConfig:
-    """What changes memory and speed only, never a result beyond rounding.
+    """What changes memory and speed, and results by rounding at most.
+
+    A run that goes on must keep its `clipping` and `precision`: other rounding under
+    the same noise would show the records.
 
     Attributes:
       microbatch_size: records whose gradients are held at once, over all devices, or
@@ -36,8 +39,6 @@ class PerformanceConfig:
         `conv.fast_convolutions`.
       clipping: `instantiate` forms every record's gradient, `ghost` the norms only and
         then one gradient of all, see `ghost.ghost_clipped_gradient`; in float32 only.
-        It treats records that are not finite, or cancel, differently, so a run cannot
-        go on with another one; nor with another precision.
       dataset_on: where the training set lives: `device`, `host` (records are read
         ahead, a few microbatches at a time), or `auto`, on the device if, with the
         public images, it takes no more than a quarter of its memory. Public images
@@ -99,61 +100,76 @@ class PerformanceConfig:
         """Whether each device gets the whole training set."""
         if self.dataset_on != "auto":
             return self.dataset_on == "device"
-        budget = self.memory_gib * _GIB or _device_bytes(num_devices)
-        return dataset_bytes <= _SHARE_OF_DATASET * budget
+        return dataset_bytes <= _SHARE_OF_DATASET * self.budget(num_devices)
+
+    def budget(self, num_devices: int) -> float:
+        """Returns the bytes that a run may take of one device.
+
+        Without `memory_gib`, 0.9 of an accelerator's memory, or half of the host's,
+        shared by its devices.
+        """
+        return self.memory_gib * _GIB or _device_bytes(num_devices)
 
     @property
     def dtype(self) -> jnp.dtype:
         """Of the model's computation."""
         return jnp.dtype(jnp.bfloat16 if self.precision == "bfloat16" else jnp.float32)
 
-    def matmul_precision(self) -> contextlib.AbstractContextManager:
-        """Sets the precision of products of float32 while a model is traced.
-
-        Without it accelerators use TF32 or less for what is called float32.
-        """
-        return jax.default_matmul_precision(
-            "tensorfloat32" if self.precision == "tensorfloat32" else "float32"
-        )
+    @property
+    def matmul_precision(self) -> str:
+        """Of products of float32: accelerators take TF32 or less if not told."""
+        return "tensorfloat32" if self.precision == "tensorfloat32" else "float32"
 
 
 def largest_microbatch(
     bytes_needed: Callable[[int], int],
     *,
     expected_batch_size: float,
-    num_devices: int,
-    step: int = 1,
-    memory_gib: float = 0.0,
+    least: int,
+    budget: float,
 ) -> int:
-    """Picks the largest microbatch that fits the memory of a device.
+    """Finds the largest microbatch that fits the memory of a device.
 
-    Memory grows in proportion to the records, so two small compilations tell. More
-    records than nearly every Poisson batch has (B + 3 sqrt(B)) would only be padding.
+    Memory need not grow in proportion to the records, so each size is compiled to
+    measure it: the size that is returned was compiled, and fits. The search ends where
+    less than a tenth more is to be expected. More records than
+    nearly every Poisson batch has (B + 3 sqrt(B)) would only be padding.
 
     Args:
       bytes_needed: memory of one device for a microbatch size.
       expected_batch_size: B.
-      num_devices: the result is a multiple of it.
-      step: and of this, the records that a device must take together.
-      memory_gib: budget of one device; 0 takes 0.9 of an accelerator's memory, or half
-        of the host's, shared by its devices.
+      least: the smallest size; the result is a multiple of it.
+      budget: bytes of one device.
 
     Raises:
-      UserError: if not even one record a device fits.
+      UserError: if not even the smallest size fits.
     """
-    budget = memory_gib * _GIB or _device_bytes(num_devices)
-    least = num_devices * step
-    one, two = bytes_needed(least), bytes_needed(2 * least)
-    each = max(two - one, 1)
-    fit = 1 + math.floor((budget - one) / each)
-    if fit < 1:
-        raise UserError(
-            f"{step} record(s) for each device need {one / _GIB:.2f} GiB, the budget is"
-            f" {budget / _GIB:.2f} GiB: use a smaller model or fewer images a record,"
-            " or raise performance.memory_gib"
-        )
     most = math.ceil((expected_batch_size + 3 * expected_batch_size**0.5) / least)
-    return min(fit, most) * least
+    needed: dict[int, int] = {}  # bytes by size, in units of `least`
+    fits, too_large, size = 0, most + 1, 1
+    while size > 1.1 * fits:
+        needed[size] = bytes_needed(size * least)
+        if needed[size] <= budget:
+            fits = size
+        else:
+            too_large = size
+        if not fits:
+            raise UserError(
+                f"a microbatch of {least} record(s) needs {needed[1] / _GIB:.2f} GiB a"
+                f" device, the budget is {budget / _GIB:.2f} GiB: use a smaller model"
+                " or fewer images a record, or raise performance.memory_gib"
+            )
+        reached = 2 * size
+        if len(needed) > 1:  # the line through the two sizes nearest to the budget
+            low, high = sorted(
+                sorted(needed, key=lambda known: abs(needed[known] - budget))[:2]
+            )
+            each = max((needed[high] - needed[low]) / (high - low), 1.0)
+            reached = low + math.floor((budget - needed[low]) / each)
+        # Half way to what is too large, for memory may jump there.
+        half = (fits + too_large) // 2 if too_large in needed else most
+        size = min(reached, 8 * fits, half)
+    return fits * least
 
 
 def _device_bytes(num_devices: int) -> float:
@@ -171,15 +187,19 @@ def keep_compiled_code(folder: pathlib.Path) -> None:
 
 
 @contextlib.contextmanager
-def explained_out_of_memory(microbatch_size: int):
+def explained_out_of_memory(config: PerformanceConfig):
     """Turns running out of memory into an error that says what to change."""
     try:
         yield
     except (jax.errors.JaxRuntimeError, MemoryError) as error:
-        exhausted = isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
-        if not exhausted:
+        # The CPU calls it INTERNAL in some versions, so that words decide, not codes.
+        words = ("RESOURCE_EXHAUSTED", "out of memory", "bad_alloc")
+        text = str(error).lower()
+        if not isinstance(error, MemoryError) and not any(
+            word.lower() in text for word in words
+        ):
             raise
         raise UserError(
-            f"out of memory with microbatches of {microbatch_size} records: lower"
-            " performance.microbatch_size, or set it to auto"
+            f"out of memory: lower performance.microbatch_size, which is"
+            f" {config.microbatch_size}, or for auto performance.memory_gib"
         ) from None

@@ -7,9 +7,14 @@ import secrets
 from collections.abc import Mapping
 from typing import Any
 
-from dpmix_jax.config import ExperimentConfig, differences, from_config_dict, to_dict
 from dpmix_jax.errors import UserError
 from dpmix_jax.files import locked, write_atomically
+from dpmix_jax.run.config import (
+    ExperimentConfig,
+    differences,
+    from_config_dict,
+    to_dict,
+)
 
 
 class Workdir:
@@ -50,10 +55,11 @@ class Workdir:
 
     def kept(self) -> dict[str, Any] | None:
         """Returns what `begin` has kept, or None for a run that has not begun."""
-        path = self.path / "secret.json"
-        return json.loads(path.read_text()) if path.exists() else None
+        return self._read_json("secret.json")
 
-    def begin(self, seed: int | None, *, data: str, noise_multiplier: float) -> None:
+    def begin(
+        self, seed: int | None, *, data: str, noise_multiplier: float
+    ) -> int | None:
         """Keeps what the rest of the run needs, or checks that it is the same run.
 
         Seed, noise and a checksum of the data stay in `secret.json` while the run is
@@ -61,8 +67,11 @@ class Workdir:
 
         Args:
           seed: from the config; None draws 128 bits from the operating system.
-          data: checksum of the training records.
+          data: checksum of the training records, public images and weight files.
           noise_multiplier: of the run.
+
+        Returns:
+          The seed of the run, or None once `forget_seed` has erased it.
 
         Raises:
           UserError: if a run began here with other data, or if its secret is lost.
@@ -76,11 +85,13 @@ class Workdir:
                 )
             drawn = secrets.randbits(128) if seed is None else seed
             self._keep(seed=drawn, data=data, noise_multiplier=noise_multiplier)
-        elif kept["data"] != data:
+            return drawn
+        if kept["data"] != data:
             raise UserError(
                 f"workdir {self.path} holds a run that began with other data: put those"
                 " back, or use another --workdir"
             )
+        return kept["seed"]
 
     def _keep(self, **content: Any) -> None:
         text = json.dumps(content)
@@ -93,23 +104,33 @@ class Workdir:
         self._keep(**{**kept, "seed": None})
 
     def end(self, results: Mapping[str, Any]) -> None:
-        """Writes the results, by which the run is finished."""
+        """Writes the results, which mark the run as finished."""
         self.write_json("results.json", results)
 
     def clean_up(self) -> None:
-        """Deletes what a finished run does not need, if a kill has left it."""
+        """Deletes `secret.json`, which a finished run does not need."""
         (self.path / "secret.json").unlink(missing_ok=True)
 
-    def write(self, name: str, content: str | bytes) -> None:
-        write_atomically(self.path / name, content)
+    def write(self, name: str, content: str | bytes, *, mode: int = 0o644) -> None:
+        write_atomically(self.path / name, content, mode=mode)
 
-    def write_json(self, name: str, content: Mapping[str, Any]) -> None:
-        self.write(name, json.dumps(content, indent=2) + "\n")
+    def write_json(
+        self, name: str, content: Mapping[str, Any], *, mode: int = 0o644
+    ) -> None:
+        self.write(name, json.dumps(content, indent=2) + "\n", mode=mode)
 
     def results(self) -> dict[str, Any] | None:
         """Returns `results.json`, or None if the run is not finished."""
-        path = self.path / "results.json"
-        return json.loads(path.read_text()) if path.exists() else None
+        return self._read_json("results.json")
+
+    def _read_json(self, name: str) -> dict[str, Any] | None:
+        path = self.path / name
+        try:
+            return json.loads(path.read_text())
+        except FileNotFoundError:
+            return None
+        except ValueError:
+            raise UserError(f"{path} is damaged: use another --workdir") from None
 
     def metrics(self) -> list[dict[str, Any]]:
         """Returns the lines of `metrics.jsonl`, but for one that a kill cut off."""
@@ -122,7 +143,8 @@ class Workdir:
     def keep_metrics(self, last_step: int) -> None:
         """Drops the lines after the update that a killed run goes on from."""
         kept = [line for line in self.metrics() if line["step"] <= last_step]
-        self.write("metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
+        text = "".join(json.dumps(line) + "\n" for line in kept)
+        self.write("metrics.jsonl", text, mode=0o600)
 
     def add_metrics(self, line: Mapping[str, Any]) -> None:
         with open(self.path / "metrics.jsonl", "a") as file:

@@ -2,23 +2,28 @@
 
 import dataclasses
 import difflib
+import math
 import re
 import types
 import typing
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import optax
+
 from dpmix_jax import models
 from dpmix_jax.augment import AugmentationConfig
+from dpmix_jax.baselines import microbatch_mixup
+from dpmix_jax.baselines.pretraining import PretrainConfig
 from dpmix_jax.data import DataConfig
 from dpmix_jax.data.public import PublicConfig
 from dpmix_jax.errors import UserError
-from dpmix_jax.finetune import FinetuneConfig
-from dpmix_jax.mixup import WITH_PUBLIC, MethodConfig
-from dpmix_jax.performance import PerformanceConfig
-from dpmix_jax.pretraining import PretrainConfig
+from dpmix_jax.mixup import METHODS, MethodConfig
+from dpmix_jax.models.finetune import FinetuneConfig
 from dpmix_jax.privacy import PrivacyConfig
-from dpmix_jax.training import OptimizerConfig
+from dpmix_jax.run.performance import PerformanceConfig
+
+Method = MethodConfig | microbatch_mixup.MicrobatchMixupConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,6 +32,47 @@ class ModelConfig:
 
     name: str
     options: Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """SGD at a constant rate, and the average of its iterates.
+
+    Attributes:
+      learning_rate: positive.
+      momentum: in [0, 1).
+      weight_decay: at least 0; this share of the weights is added to the private
+        gradient.
+      ema_decay: in [0, 1), the decay of the averaged weights.
+    """
+
+    learning_rate: float
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+    ema_decay: float = 0.9999
+
+    def __post_init__(self):
+        if not 0 < self.learning_rate < math.inf:
+            raise UserError(
+                f"optimizer.learning_rate is {self.learning_rate}: it must be positive"
+                " and finite"
+            )
+        if not 0 <= self.weight_decay < math.inf:
+            raise UserError(
+                f"optimizer.weight_decay is {self.weight_decay}: it must be at least 0"
+                " and finite"
+            )
+        for name in ("momentum", "ema_decay"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(
+                    f"optimizer.{name} is {getattr(self, name)}: it must be in [0, 1)"
+                )
+
+    def build(self) -> optax.GradientTransformation:
+        sgd = optax.sgd(self.learning_rate, self.momentum or None)
+        if not self.weight_decay:
+            return sgd
+        return optax.chain(optax.add_decayed_weights(self.weight_decay), sgd)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,7 +113,7 @@ class ExperimentConfig:
     seed: int | None = None
     data: DataConfig
     model: ModelConfig
-    method: MethodConfig
+    method: Method
     public: PublicConfig | None = None
     finetune: FinetuneConfig = dataclasses.field(default_factory=FinetuneConfig)
     pretrain: PretrainConfig = dataclasses.field(default_factory=PretrainConfig)
@@ -88,25 +134,23 @@ class ExperimentConfig:
                 " which compares runs by validation records"
             )
         name, updates = self.method.name, self.pretrain.num_updates
-        if self.public is None and (name in WITH_PUBLIC or updates):
-            needs = (
-                f"pretrain.num_updates {updates}"
-                if updates
-                else f"method.name {name!r}"
-            )
+        takes_public = bool(self.method.num_public or updates)
+        use = f"pretrain.num_updates {updates}" if updates else f"method.name {name!r}"
+        if self.public is None and takes_public:
             raise UserError(
-                f"public.name is None: it must name a public dataset for {needs}"
+                f"public.name is None: it must name a public dataset for {use}"
             )
-        if self.public is not None and name not in WITH_PUBLIC and not updates:
+        if self.public is not None and not takes_public:
             raise UserError(
-                f"public.name is {self.public.name!r}: it must be None for method.name"
-                f" {name!r}, which takes no public images"
+                f"public.name is {self.public.name!r}: it must be None for {use},"
+                " which takes no public images"
             )
 
 
-# What may differ between two runs into one workdir without changing what comes out, but
-# for two settings that change the sum which the same noise would meet again.
-_FREE_SECTIONS = ("performance", "logging")
+# Two starts of a run may differ in these settings, which change results by rounding at
+# most, but not in `_FIXED`, which change rounding so that two sums under the same noise
+# would show the records.
+_FREE = ("performance", "logging", "data.download", "public.download")
 _FIXED = ("performance.clipping", "performance.precision")
 
 
@@ -138,7 +182,7 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     return [
         f"{key} ({flat[0].get(key)} there, {flat[1].get(key)} here)"
         for key in keys
-        if (key in _FIXED or key.split(".")[0] not in _FREE_SECTIONS)
+        if (key in _FIXED or not {key, key.split(".")[0]} & set(_FREE))
         and flat[0].get(key) != flat[1].get(key)
     ]
 
@@ -160,6 +204,8 @@ def _build(cls, values: Any, prefix: str):
     values = dict(values.items())
     if cls is ModelConfig:
         return _build_model(values, prefix)
+    if cls is MethodConfig:
+        cls, values = _method(values)
     hints = typing.get_type_hints(cls)
     check_keys(values, hints, prefix)
     built = {}
@@ -190,6 +236,29 @@ def _is_none(values: Any) -> bool:
     return all(value is None for value in values.values())
 
 
+def _method(values: dict[str, Any]) -> tuple[type, dict[str, Any]]:
+    """Returns the class of a method's settings, and those that it has."""
+    name = values.get("name")
+    if name != microbatch_mixup.NAME:
+        if isinstance(name, str) and name not in METHODS:
+            raise UserError(
+                f"method.name is {name!r}: it must be one of"
+                f" {', '.join((*METHODS, microbatch_mixup.NAME))}"
+            )
+        return MethodConfig, values
+    cls = microbatch_mixup.MicrobatchMixupConfig
+    for key in set(values) & {"k_self", "k_diff"}:
+        if values[key]:
+            raise UserError(
+                f"method.{key} is {values[key]}: it must be 0 for method.name"
+                f" {microbatch_mixup.NAME!r}"
+            )
+    names = {field.name for field in dataclasses.fields(cls)}
+    every = names | {field.name for field in dataclasses.fields(MethodConfig)}
+    check_keys(values, sorted(every), "method.")
+    return cls, {key: value for key, value in values.items() if key in names}
+
+
 def _build_model(values: dict[str, Any], prefix: str) -> ModelConfig:
     name = values.pop("name", None)
     check_keys(values, models.options(name), prefix)
@@ -201,7 +270,7 @@ def _build_model(values: dict[str, Any], prefix: str) -> ModelConfig:
 
 
 def _typed(value: Any, hint: Any, key: str) -> Any:
-    """Returns a value of the annotated type: an int will do for a float, only so."""
+    """Returns a value of the annotated type; only an int is converted, to a float."""
     allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     if float in allowed and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)

@@ -5,11 +5,11 @@ import time
 import jax
 import numpy as np
 
-from dpmix_jax import data, performance, privacy, training
-from dpmix_jax.config import ExperimentConfig
+from dpmix_jax import data, training
 from dpmix_jax.data.public import blank_public
-from dpmix_jax.pipeline import Model, Pipeline
 from dpmix_jax.progress import duration, say
+from dpmix_jax.run import build, performance
+from dpmix_jax.run.config import ExperimentConfig
 
 
 def dry_run(config: ExperimentConfig) -> str:
@@ -29,23 +29,17 @@ def dry_run(config: ExperimentConfig) -> str:
     public = blank_public(config.public, config.data, records)
     config.performance.check_devices(jax.device_count())
     q = config.privacy.sampling_prob(len(records))
-    model = Model(config, records)
+    model = build.classifier(config, records)
+    given = config.finetune.load(model.shapes)
     say("calibrating the noise")
-    mechanism = privacy.calibrate(
-        epsilon=config.privacy.epsilon,
-        delta=config.privacy.delta,
-        sampling_prob=q,
-        num_updates=config.privacy.num_updates,
-        neighboring_relation=config.privacy.relation,
-        selection=config.privacy.private_selection,
-    )
-    pipeline = Pipeline(
-        config, model, records, mechanism=mechanism, seed=0, public=public
+    mechanism = config.privacy.calibrate(q)
+    parts = build.build(
+        config, model, given, records, mechanism=mechanism, seed=0, public=public
     )
     say("compiling and timing a microbatch")
-    size = pipeline.microbatch_size()
-    with performance.explained_out_of_memory(size):
-        seconds = _seconds_of_update(pipeline, size, q * len(records))
+    with performance.explained_out_of_memory(config.performance):
+        size = parts.microbatch_size(config.performance)
+        seconds = _seconds_of_update(parts, size, q * len(records))
     batch, updates = config.privacy.expected_batch_size, config.privacy.num_updates
     facts = {
         "guarantee": f"({mechanism.epsilon(config.privacy.delta):.4g},"
@@ -55,8 +49,8 @@ def dry_run(config: ExperimentConfig) -> str:
         "updates": f"{updates:,} of {batch:,} expected records, q = {q:.5g}",
         "images": f"{batch * config.method.set_size:,} an update"
         f" (K = {config.method.set_size}, {config.method.name})",
-        "parameters": f"{model.num_parameters():,}",
-        "memory": f"{pipeline.bytes_needed(size) / 2**30:.2f} GiB a device for"
+        "parameters": f"{model.num_parameters:,}",
+        "memory": f"{parts.bytes_needed(size) / 2**30:.2f} GiB a device for"
         f" microbatches of {size} records",
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "time": f"{seconds:.3g} s an update, {seconds * updates / 3600:.3g} h"
@@ -65,17 +59,17 @@ def dry_run(config: ExperimentConfig) -> str:
     return "\n".join(f"{name:<11} {text}" for name, text in facts.items())
 
 
-def _seconds_of_update(pipeline: Pipeline, size: int, expected: float) -> float:
+def _seconds_of_update(parts: build.Parts, size: int, expected: float) -> float:
     """Estimates an update from a microbatch and what follows the sum."""
-    state = pipeline.state
-    batch = pipeline.accumulate.place(np.maximum(pipeline.blank_microbatch(size), 0))
+    state = parts.state
+    batch = parts.put(np.maximum(parts.terms.padding(size), 0))
 
     def once(count: int) -> float:
-        totals = training.init_totals(state.params, pipeline.mesh)
+        sums = training.init_sums(state.params, parts.mesh)
         start = time.perf_counter()
         for _ in range(count):
-            totals = pipeline.accumulate(state.params, state.step, batch, totals)
-        jax.block_until_ready(pipeline.update(state, totals.gradients))
+            sums = parts.accumulate(sums, state.params, state.step, batch, parts.inputs)
+        jax.block_until_ready(parts.apply_update(state, sums.gradients))
         return time.perf_counter() - start
 
     once(1)  # compiles

@@ -14,8 +14,9 @@ from typing import Any
 import matplotlib.figure
 import numpy as np
 
-from dpmix_jax.mixup import MethodConfig
-from dpmix_jax.statement import round_up
+from dpmix_jax.baselines.microbatch_mixup import MicrobatchMixupConfig
+from dpmix_jax.run.config import Method
+from dpmix_jax.run.statement import round_up
 
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 60em;
@@ -123,7 +124,7 @@ def render(
     results: Mapping[str, Any],
     metrics: Sequence[Mapping[str, Any]],
     sheet: np.ndarray,
-    method: MethodConfig,
+    method: Method,
     class_names: Sequence[str],
     statement: str,
     config: Mapping[str, Any],
@@ -159,8 +160,9 @@ def render(
     views = f"{num_views} view(s), " if num_views else ""
     public = f"{num_public} public image(s), " if num_public else ""
     mixes = len(sheet) - num_views - num_public
-    what = "a group of test images" if method.mixes_records else "a test image"
-    private = "group's" if method.mixes_records else "record's"
+    of_groups = isinstance(method, MicrobatchMixupConfig)
+    what = "a group of test images" if of_groups else "a test image"
+    private = "group's" if of_groups else "record's"
     sections = [
         f"<h1>{html.escape(title)}</h1>",
         _table(("result", ""), summary),

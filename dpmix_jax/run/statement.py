@@ -113,8 +113,8 @@ _RELEASED = {
     True: (
         "of the selected candidate the weights, raw and EMA (`model.safetensors`),"
         " its settings and its `score`, and what is computed from them. The accountant"
-        " covers its weights after every update, so intermediate ones too. Of no other"
-        " candidate anything"
+        " covers its weights after every update, so intermediate ones too. Of other"
+        " candidates nothing is released"
     ),
 }
 

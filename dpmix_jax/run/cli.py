@@ -1,15 +1,17 @@
 """What the programs in `experiments/` share: config flags, and mistakes as one line."""
 
+import ast
+import functools
 import pathlib
 import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from absl import flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 
-from dpmix_jax import config
 from dpmix_jax.errors import UserError
+from dpmix_jax.run import config
 
 
 def define_config(
@@ -17,7 +19,7 @@ def define_config(
 ) -> flags.FlagHolder:
     """Defines `--config=<file>` or `--config=<file>:<argument of get_config>`.
 
-    New attributes pass here, so that they are refused together with those of files.
+    Unknown keys pass here; `config.from_config_dict` refuses them with those of files.
 
     Args:
       flag_values: receives the flag and those of the config's keys.
@@ -96,11 +98,59 @@ def parse(
       argv: the command line.
       check: looks at it first, and raises `UserError` for a mistake.
     """
+    if {"--help", "-help", "-h"} & set(argv):
+        print(help_text())
+        sys.exit(0)
+    # Config files import `configs._base`: `configs` lies beside the folder of programs.
+    sys.path.insert(0, str(pathlib.Path(argv[0]).resolve().parents[1]))
     try:
         check(argv)
         return flags.FLAGS(argv)
     except Exception as error:  # also whatever the user's config file raises
         fail(explain(error))
+
+
+def start(
+    main: Callable[[], int | None],
+    *,
+    check: Callable[[list[str]], None] = lambda argv: None,
+) -> NoReturn:
+    """Runs a program; a user's mistake is one line and exit status 2.
+
+    Args:
+      main: returns the exit status, or None for 0.
+      check: see `parse`.
+    """
+
+    def guarded(argv: list[str]) -> NoReturn:
+        logging.set_verbosity(logging.WARNING)
+        try:
+            if argv[1:]:
+                raise UserError(f"{argv[1]} is not a flag: they begin with --")
+            status = main()
+        except (UserError, OSError) as error:
+            fail(error)
+        except KeyboardInterrupt:
+            status = 130
+        sys.exit(status)
+
+    app.run(guarded, flags_parser=functools.partial(parse, check=check))
+
+
+def help_text() -> str:
+    """Returns what a program is for, its flags, and the configs there are."""
+    program = sys.modules["__main__"]
+    configs = pathlib.Path(str(program.__file__)).parent.parent / "configs"
+    lines = [(program.__doc__ or "").strip(), flags.FLAGS.main_module_help()]
+    if "config" in flags.FLAGS:
+        lines += [
+            "--config: path of a config file; what follows a colon is its argument.",
+            "--config.<group>.<name>: a value of the config.\n\nConfigs:",
+        ]
+        for path in sorted(configs.glob("[!_]*.py")):
+            title = (ast.get_docstring(ast.parse(path.read_text())) or "").split("\n")
+            lines.append(f"  configs/{path.name:<22} {title[0]}")
+    return "\n".join(lines)
 
 
 def fail(error: Exception | str) -> NoReturn:

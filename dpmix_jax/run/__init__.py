@@ -1,0 +1,1 @@
+"""From a config to the folder of a finished run."""

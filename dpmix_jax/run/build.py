@@ -1,0 +1,375 @@
+"""From a config to what a run computes: terms, their sum, the update, the state."""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax_privacy import clipping
+
+from dpmix_jax import (
+    devices,
+    ghost,
+    gradients,
+    mixup,
+    pool,
+    privacy,
+    sampling,
+    training,
+)
+from dpmix_jax.baselines import microbatch_mixup, pretraining
+from dpmix_jax.data import Records
+from dpmix_jax.models import finetune
+from dpmix_jax.models.classifier import Classifier, make_classifier
+from dpmix_jax.run import performance
+from dpmix_jax.run.config import ExperimentConfig
+
+PyTree = Any
+Indices = Callable[[int], list[np.ndarray]]
+
+_MOST_IMAGES = 64  # about, in a microbatch whose memory does not grow with it
+CLIPPED_GRADIENTS = {
+    "instantiate": gradients.clipped_gradient,
+    "ghost": ghost.ghost_clipped_gradient,
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Terms:
+    """How the records of a batch become the terms of its sum.
+
+    Attributes:
+      record_set: makes the augmentation set of a term.
+      gradient_fn: the clipped sum over sets, with its sensitivity.
+      expected: expected number of terms of a batch, by which the sum is divided.
+      shape: of the records of a term: () for one record, (c,) for a group.
+      indices: `f(microbatch size)` returns the function from an update to the indices
+        of its microbatches.
+      padding: `f(microbatch size)` returns the indices of a microbatch of padding.
+      least: the fewest records that a device can take at a time.
+    """
+
+    record_set: mixup.RecordSet
+    gradient_fn: clipping.BoundedSensitivityCallable
+    expected: float
+    shape: tuple[int, ...]
+    indices: Callable[[int], Indices]
+    padding: Callable[[int], np.ndarray]
+    least: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Parts:
+    """What a run computes with: compiled functions, and arrays on the devices.
+
+    Attributes:
+      mesh: of all devices.
+      terms: see `Terms`.
+      inputs: what stays on the devices.
+      host_records: images and labels of a training set that stays on the host, or ().
+      accumulate: adds a microbatch to the sums of its batch.
+      apply_update: takes the sum to the next state.
+      state: before the first update, of the parameters that are trained.
+      frozen: the parameters that are not.
+      loss_fn: `f(params, images, labels, *inputs.constants)`, for public images.
+      expected_records: of a batch; a larger microbatch would be padding.
+    """
+
+    mesh: jax.sharding.Mesh
+    terms: Terms
+    inputs: training.Inputs
+    host_records: tuple[np.ndarray, ...]
+    accumulate: Any
+    apply_update: Callable[[training.TrainState, PyTree], training.TrainState]
+    state: training.TrainState
+    frozen: PyTree
+    loss_fn: Callable[..., jax.Array]
+    expected_records: float
+
+    def all_params(self, trained: PyTree) -> PyTree:
+        """Returns parameters of the whole model, with what is frozen."""
+        return finetune.join(trained, self.frozen)
+
+    def put(self, indices: np.ndarray) -> training.Batch:
+        return training.put_batch(indices, self.mesh, self.host_records)
+
+    def batches(
+        self, microbatch_size: int
+    ) -> Callable[[int], Iterable[training.Batch]]:
+        """Returns the function from an update to its microbatches on the devices."""
+        indices = self.terms.indices(microbatch_size)
+        return lambda step: devices.ahead(self.put, indices(step))
+
+    def bytes_needed(self, microbatch_size: int) -> int:
+        """Returns the memory of one device that a microbatch takes, by compiling it."""
+        compiled = self.accumulate.lower(
+            training.init_sums(self.state.params, self.mesh),
+            self.state.params,
+            self.state.step,
+            self.put(self.terms.padding(microbatch_size)),
+            self.inputs,
+        ).compile()
+        memory: Any = compiled.memory_analysis()
+        return memory.temp_size_in_bytes + memory.argument_size_in_bytes
+
+    def microbatch_size(self, config: performance.PerformanceConfig) -> int:
+        """Returns the size that the config gives, or the largest that fits."""
+        if config.microbatch_size != "auto":
+            return int(config.microbatch_size)
+        return performance.largest_microbatch(
+            self.bytes_needed,
+            expected_batch_size=self.expected_records,
+            least=self.mesh.size * self.terms.least,
+            budget=config.budget(self.mesh.size),
+        )
+
+
+def classifier(config: ExperimentConfig, records: Records) -> Classifier:
+    """Builds the model of a config for images like these records.
+
+    Raises:
+      UserError: for a model that does not fit the images.
+    """
+    return make_classifier(
+        config.model.name,
+        config.model.options,
+        image_shape=records.image_shape,
+        num_classes=records.num_classes,
+        dtype=config.performance.dtype,
+        matmul_precision=config.performance.matmul_precision,
+    )
+
+
+def build(
+    config: ExperimentConfig,
+    model: Classifier,
+    given: PyTree,
+    records: Records,
+    *,
+    mechanism: privacy.Mechanism,
+    seed: int,
+    public: Records | None = None,
+) -> Parts:
+    """Puts the parts of a run together.
+
+    Args:
+      config: of the experiment.
+      model: from `classifier`.
+      given: `config.finetune.load(model.shapes)`, weights from files.
+      records: the training set.
+      mechanism: says how much noise.
+      seed: of the run.
+      public: public images, for a method or a pre-training that takes some.
+    """
+    mesh = devices.make_mesh()
+    trained, frozen = _initial_params(config, model, given, seed)
+
+    def loss_fn(params, images, labels, *constants):
+        logits = model.logits(finetune.join(params, *constants), images)
+        return optax.softmax_cross_entropy(logits, labels).mean()
+
+    encode = model.encode if finetune.is_head(trained, frozen) else None
+    make_terms = _terms_of_groups if _has_groups(config) else _terms_of_records
+    terms = make_terms(
+        config,
+        _head_gradient(config, model, encode) if encode else _gradient(config, loss_fn),
+        records,
+        seed=seed,
+        sampling_prob=mechanism.sampling_prob,
+        num_devices=mesh.size,
+    )
+    clipped_sum = training.make_clipped_sum(
+        terms.record_set,
+        terms.gradient_fn,
+        normalize=records.normalize,
+        num_classes=records.num_classes,
+        l2_clip_norm=config.privacy.l2_clip_norm,
+    )
+    privatize_and_step = optax.chain(
+        privacy.privatizer(
+            terms.gradient_fn,
+            mechanism,
+            expected_batch_size=terms.expected,
+            key=sampling.stream_key(seed, "noise"),
+        ),
+        config.optimizer.build(),
+    )
+    arrays = (records.images, records.labels)
+    num_bytes = records.images.nbytes + (public.images.nbytes if public else 0)
+    on_device = config.performance.keeps_on_device(num_bytes, mesh.size)
+    in_chunks = encode is not None and model.images_at_once is not None
+    return Parts(
+        mesh=mesh,
+        terms=terms,
+        inputs=training.put_inputs(
+            sampling.stream_key(seed, "augmentation"),
+            mesh,
+            records=arrays if on_device else (),
+            pool=_pool(config, public),
+            constants=(frozen,) if frozen else (),
+        ),
+        host_records=() if on_device else arrays,
+        accumulate=training.make_accumulate(clipped_sum, mesh),
+        apply_update=training.make_update(
+            privatize_and_step, ema_decay=config.optimizer.ema_decay
+        ),
+        state=training.init_state(trained, privatize_and_step),
+        frozen=frozen,
+        loss_fn=loss_fn,
+        # Memory does not bound images in chunks; one microbatch must not take hours.
+        expected_records=max(1, _MOST_IMAGES // config.method.set_size)
+        if in_chunks
+        else config.privacy.expected_batch_size,
+    )
+
+
+def _has_groups(config: ExperimentConfig) -> bool:
+    return isinstance(config.method, microbatch_mixup.MicrobatchMixupConfig)
+
+
+def _initial_params(config, model: Classifier, given: PyTree, seed: int):
+    """Returns the parameters to be trained, and those that are frozen."""
+
+    def draw(seed: int) -> PyTree:
+        return jax.tree.map(
+            lambda file, drawn: (
+                drawn if isinstance(file, jax.ShapeDtypeStruct) else jnp.asarray(file)
+            ),
+            given,
+            model.init(sampling.stream_key(seed, "init")),
+        )
+
+    trained, frozen = config.finetune.split(draw(seed))
+    if frozen:  # the seed is forgotten, and released weights need these
+        _, frozen = config.finetune.split(draw(0))
+    return trained, frozen
+
+
+def _gradient(config, loss_fn) -> clipping.BoundedSensitivityCallable:
+    return CLIPPED_GRADIENTS[config.performance.clipping](
+        loss_fn,
+        l2_clip_norm=config.privacy.l2_clip_norm,
+        convolutions=config.performance.convolutions,
+    )
+
+
+def _head_gradient(
+    config, model: Classifier, encode: Callable[[PyTree, jax.Array], jax.Array]
+) -> clipping.BoundedSensitivityCallable:
+    """Returns the clipped sum of a head, of which only embeddings meet a gradient."""
+
+    def loss_fn(params, embeddings, labels):
+        logits = model.classify(params, embeddings)
+        return optax.softmax_cross_entropy(logits, labels).mean()
+
+    return finetune.on_embeddings(_gradient(config, loss_fn), encode)
+
+
+def _terms_of_records(
+    config, gradient_fn, records: Records, *, seed, sampling_prob, num_devices
+) -> Terms:
+    del num_devices
+
+    def indices(microbatch_size: int) -> Indices:
+        return sampling.batches(
+            seed,
+            num_records=len(records),
+            sampling_prob=sampling_prob,
+            microbatch_size=microbatch_size,
+        )
+
+    return Terms(
+        record_set=mixup.augmentation_set(
+            config.method, config.augmentation, normalize=records.normalize
+        ),
+        gradient_fn=gradient_fn,
+        expected=config.privacy.expected_batch_size,
+        shape=(),
+        indices=indices,
+        padding=lambda microbatch_size: np.full(microbatch_size, -1),
+        least=1,
+    )
+
+
+def _terms_of_groups(
+    config, gradient_fn, records: Records, *, seed, sampling_prob, num_devices
+) -> Terms:
+    method = config.method
+    num_groups = method.num_groups(config.privacy.expected_batch_size)
+
+    def indices(microbatch_size: int) -> Indices:
+        return microbatch_mixup.batches(
+            seed,
+            num_records=len(records),
+            sampling_prob=sampling_prob,
+            microbatch_size=microbatch_size,
+            num_groups=num_groups,
+            num_devices=num_devices,
+        )
+
+    def padding(microbatch_size: int) -> np.ndarray:
+        return microbatch_mixup.blank_microbatch(method, microbatch_size, num_devices)
+
+    return Terms(
+        record_set=microbatch_mixup.group_set(method, config.augmentation),
+        gradient_fn=microbatch_mixup.of_groups(gradient_fn),
+        expected=num_groups,
+        shape=(method.group_size,),
+        indices=indices,
+        padding=padding,
+        least=padding(1).size // num_devices,
+    )
+
+
+def _pool(config, public: Records | None) -> pool.Pool | None:
+    if public is None:
+        return None
+    return pool.make_pool(
+        public.images,
+        public.labels,
+        public.class_names,
+        draw=config.method.draw if config.method.num_public else "uniform",
+    )
+
+
+def pretrain(
+    parts: Parts,
+    state: training.TrainState,
+    config: ExperimentConfig,
+    records: Records,
+    *,
+    seed: int,
+) -> Iterator[tuple[training.TrainState, jax.Array]]:
+    """Goes on with `pretraining.pretrain` on the public images of a run."""
+    assert parts.inputs.pool is not None  # the config has seen to it
+    return pretraining.pretrain(
+        jax.device_put(state, devices.everywhere(parts.mesh)),
+        parts.loss_fn,
+        config.pretrain,
+        config.augmentation,
+        parts.inputs.pool,
+        constants=parts.inputs.constants,
+        normalize=records.normalize,
+        key=sampling.stream_key(seed, "pretraining"),
+    )
+
+
+def example_set(parts: Parts, test: Records) -> np.ndarray:
+    """Makes the set of the first test image, or group, with pixels in [0, 1].
+
+    Returns:
+      [K, H, W, C].
+    """
+    indices = np.arange(np.prod(parts.terms.shape, dtype=int)) % len(test)
+    indices = indices.reshape(1, *parts.terms.shape)
+    key = sampling.stream_key(0, "augmentation")  # public: nothing private here
+    images, _ = jax.vmap(parts.terms.record_set, (0, 0, 0, None))(
+        sampling.record_keys(key, jnp.int32(0), jnp.asarray(indices)),
+        test.normalize(jnp.asarray(test.images[indices])),
+        jax.nn.one_hot(test.labels[indices], test.num_classes),
+        parts.inputs.pool,
+    )
+    return np.asarray(images[0]) * np.array(test.stddev) + np.array(test.mean)

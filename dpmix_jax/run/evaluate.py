@@ -1,0 +1,146 @@
+"""Evaluation of classifiers on whole datasets, and what a run logs."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dpmix_jax import privacy, training
+from dpmix_jax.data import Dataset, Records
+from dpmix_jax.progress import Progress, say
+from dpmix_jax.run.build import Parts
+from dpmix_jax.run.config import ExperimentConfig
+from dpmix_jax.run.workdir import Workdir
+
+PyTree = Any
+Confusions = dict[str, Callable[[PyTree], np.ndarray]]
+
+
+def make_confusion(
+    logits_fn: Callable[[PyTree, jax.Array], jax.Array],
+    records: Records,
+    *,
+    batch_size: int = 512,
+) -> Callable[[PyTree], np.ndarray]:
+    """Compiles the evaluation of a model on every record of a dataset.
+
+    Args:
+      logits_fn: `f(params, images [B, H, W, C]) -> logits [B, O]`.
+      records: M of them; the last partial batch counts too.
+      batch_size: images in one call.
+
+    Returns:
+      `f(params) -> [O, O + 1]` int64 counts, true classes along rows, predicted ones
+      along columns; the last one is of images whose logits are not finite.
+    """
+    num_classes = records.num_classes
+    batch_size = min(batch_size, max(len(records), 1))
+
+    @jax.jit
+    def predict(params, images):
+        logits = logits_fn(params, records.normalize(images))
+        finite = jnp.isfinite(logits).all(axis=-1)
+        return jnp.where(finite, jnp.argmax(logits, axis=-1), num_classes)
+
+    def confusion(params: PyTree) -> np.ndarray:
+        counts = np.zeros((num_classes, num_classes + 1), np.int64)
+        for start in range(0, len(records), batch_size):
+            images = records.images[start : start + batch_size]
+            labels = records.labels[start : start + batch_size]
+            padding = [(0, batch_size - len(images))] + [(0, 0)] * (images.ndim - 1)
+            predicted = np.asarray(predict(params, np.pad(images, padding)))
+            np.add.at(counts, (labels, predicted[: len(labels)]), 1)
+        return counts
+
+    return confusion
+
+
+def accuracy(confusion: np.ndarray) -> float:
+    """Returns the fraction of records on the diagonal of a confusion matrix."""
+    return float(np.trace(confusion) / max(confusion.sum(), 1))
+
+
+def per_class_accuracy(confusion: np.ndarray) -> np.ndarray:
+    """Returns the fraction of each true class that is recognised, [O]."""
+    return np.diag(confusion) / np.maximum(confusion.sum(axis=1), 1)
+
+
+def make_confusions(
+    logits_fn: Callable[[PyTree, jax.Array], jax.Array], dataset: Dataset
+) -> Confusions:
+    """Returns `make_confusion` of each split that is there, by its name in metrics."""
+    splits = {"test": dataset.test, "nonprivate/validation": dataset.validation}
+    return {
+        name: make_confusion(logits_fn, records)
+        for name, records in splits.items()
+        if records is not None
+    }
+
+
+def make_log(
+    config: ExperimentConfig,
+    mechanism: privacy.Mechanism,
+    parts: Parts,
+    confusions: Confusions,
+    workdir: Workdir,
+    started: float,
+) -> Callable[[training.TrainState, dict[str, jax.Array], Progress, bool], None]:
+    """Returns the function that writes a line of metrics and one of progress.
+
+    Returns:
+      `log(state, sums, progress, evaluated)`; `sums` are the nonprivate ones of the
+      update that led to `state`, `evaluated` asks for accuracies.
+    """
+
+    def log(state, sums, progress, evaluated):
+        line = _measured(
+            config.privacy, mechanism, parts, confusions, state, sums, evaluated
+        )
+        speed = progress.records_per_second() * config.method.set_size
+        seconds = time.time() - started
+        workdir.add_metrics({**line, "images_per_second": speed, "seconds": seconds})
+        say(_progress_line(line, progress, speed))
+
+    return log
+
+
+def _measured(
+    config: privacy.PrivacyConfig,
+    mechanism: privacy.Mechanism,
+    parts: Parts,
+    confusions: Confusions,
+    state: training.TrainState,
+    sums: dict[str, jax.Array],
+    evaluated: bool,
+) -> dict[str, float]:
+    """Returns a line of metrics about the update that led to this state."""
+    step, records = int(state.step), max(float(sums["records"]), 1.0)
+    line = {
+        "step": step,
+        "epsilon": privacy.epsilon_after(mechanism, step, config.delta),
+        "nonprivate/loss": float(sums["loss"]) / records,
+        "nonprivate/clipped_fraction": float(sums["clipped"]) / records,
+    }
+    if evaluated:
+        for name, confusion in confusions.items():
+            for suffix, params in (("", state.params), ("_ema", state.ema_params)):
+                counts = confusion(parts.all_params(params))
+                line[f"{name}/accuracy{suffix}"] = accuracy(counts)
+    return line
+
+
+def _progress_line(line: dict[str, float], progress: Progress, speed: float) -> str:
+    """Writes a line of metrics for a terminal."""
+    accuracy = line.get("test/accuracy_ema")
+    loss = line["nonprivate/loss"]
+    return (
+        f"update {line['step']:>{len(str(progress.last))}}/{progress.last}"
+        f"  nonprivate loss {loss:.4f}"
+        f"  epsilon {line['epsilon']:.3f}  {speed:,.0f} images/s"
+        f"  ETA {progress.eta()}"
+        + ("" if accuracy is None else f"  test {accuracy:.2%} (EMA)")
+        + ("" if np.isfinite(loss) else "  diverging: lower optimizer.learning_rate")
+    )

@@ -1,0 +1,288 @@
+"""One experiment from a config to a workdir: train, survive, evaluate, release."""
+
+import contextlib
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Iterable, Iterator
+
+import jax
+import jax.numpy as jnp
+
+from dpmix_jax import data, privacy, training
+from dpmix_jax.data.public import load_public
+from dpmix_jax.errors import UserError
+from dpmix_jax.progress import Progress, say
+from dpmix_jax.run import build, evaluate, performance
+from dpmix_jax.run.checkpoint import Checkpoints
+from dpmix_jax.run.config import ExperimentConfig, to_dict
+from dpmix_jax.run.release import final_line, public_data_used, release
+from dpmix_jax.run.workdir import Workdir
+
+DIVERGED = 3  # the exit status of a run whose weights are not finite
+
+
+def run(config: ExperimentConfig, workdir: Workdir) -> int:
+    """Runs an experiment, or goes on with it where it stopped.
+
+    Args:
+      config: what to run.
+      workdir: receives `config.json`, `metrics.jsonl`, `checkpoints/`,
+        `model.safetensors`, `privacy.json`, `PRIVACY.md`, `report.html` and, last of
+        all, `results.json`.
+
+    Returns:
+      The exit status: 0, 3 if the weights that came out are not finite, or 128 + n
+      after signal n.
+
+    Raises:
+      UserError: for a config that cannot run here, or a workdir that is not writable,
+        in use, or of another experiment. Nothing of a run has been written then.
+    """
+    started = time.time()
+    dataset = data.load(config.data)
+    public = load_public(config.public, config.data, dataset)
+    config.performance.check_devices(jax.device_count())
+    warn(config.privacy, len(dataset.train))
+    with workdir.locked(), caught_signals() as signals:
+        performance.keep_compiled_code(workdir.path.parent / ".jax_cache")
+        workdir.check(config)
+        if workdir.results() is not None:
+            say(f"finished before: {workdir.path}")
+        elif not train(config, workdir, dataset, public, signals, started):
+            return 128 + signals[0]
+        results = workdir.results()
+        assert results is not None
+        workdir.clean_up()
+        say(final_line(results), file=sys.stdout)
+    return DIVERGED if results.get("diverged") else 0
+
+
+def train(
+    config: ExperimentConfig,
+    workdir: Workdir,
+    dataset: data.Dataset,
+    public: data.Records | None,
+    signals: list[int],
+    started: float,
+) -> bool:
+    """Trains and releases what comes out.
+
+    Args:
+      config: of the run.
+      workdir: held by this process.
+      dataset: of the config.
+      public: public images of the config, or None.
+      signals: those caught so far; after the first one the state is saved.
+      started: when the run began.
+
+    Returns:
+      False if a signal came before the last update.
+    """
+    train_set, num_updates = dataset.train, config.privacy.num_updates
+
+    # What can be refused is, before anything is written.
+    sampling_prob = config.privacy.sampling_prob(len(train_set))
+    model = build.classifier(config, train_set)
+    given = config.finetune.load(model.shapes)
+    config.finetune.split(model.shapes)
+    mechanism = mechanism_of(config.privacy, sampling_prob, workdir)
+    workdir.write_json("config.json", to_dict(config), mode=0o600)
+    say(
+        f"{config.method.name}, K = {config.method.set_size}: {num_updates} updates of"
+        f" {len(train_set)} records at q = {sampling_prob:.4g}, sigma ="
+        f" {mechanism.noise_multiplier:.4g}"
+    )
+
+    weights = config.finetune.checksums()
+    seed = workdir.begin(
+        config.seed,
+        data=data_digest(train_set, public, weights),
+        noise_multiplier=mechanism.noise_multiplier,
+    )
+    parts = build.build(
+        config,
+        model,
+        given,
+        train_set,
+        mechanism=mechanism,
+        # Without a seed all updates are done, as is checked below: nothing is drawn.
+        seed=0 if seed is None else seed,
+        public=public,
+    )
+    confusions = evaluate.make_confusions(model.logits, dataset)
+    log = evaluate.make_log(config, mechanism, parts, confusions, workdir, started)
+
+    # From the last checkpoint, or from the initial weights.
+    checkpoints = Checkpoints(workdir.path / "checkpoints")
+    state = checkpoints.restore(parts.state)
+    if seed is None and (state is None or int(state.step) < num_updates):
+        raise UserError(
+            f"workdir {workdir.path} has lost the checkpoint of its last update: use"
+            " another --workdir"
+        )
+    if state is None and config.pretrain.num_updates:
+        assert seed is not None
+        state = pretrain(config, parts, workdir, train_set, seed, signals, started)
+        if state is None:
+            return False
+        checkpoints.save(state)
+    state = state or parts.state
+    shutil.rmtree(workdir.path / "pretraining", ignore_errors=True)
+    first = int(state.step)
+    workdir.keep_metrics(first)
+    if first:
+        say(f"going on after update {first}")
+
+    every, progress = config.logging, Progress(first, num_updates, started)
+    with performance.explained_out_of_memory(config.performance):
+        size = parts.microbatch_size(config.performance)
+        if config.performance.microbatch_size == "auto":
+            say(f"microbatches of {size} records")
+        updates = training.train(
+            state,
+            parts.accumulate,
+            parts.apply_update,
+            parts.inputs,
+            mesh=parts.mesh,
+            batches=parts.batches(size),
+            num_updates=num_updates,
+            stop=lambda: bool(signals),
+        )
+        for state, sums in updates:
+            step = int(state.step)
+            last = step == num_updates
+            progress.add(sums["records"])
+            evaluated = step % every.eval_every == 0 or last
+            if evaluated or step % every.log_every == 0:
+                log(state, sums, progress, evaluated)
+            if step % every.checkpoint_every == 0 or last:
+                checkpoints.save(state)
+    if int(state.step) < num_updates:
+        checkpoints.save(state)
+        say(
+            f"stopped after update {int(state.step)} of {num_updates}, which is saved:"
+            " the same command goes on from there"
+        )
+        return False
+
+    # Nothing is drawn from the seed any more: the secrets go before anything comes out.
+    checkpoints.keep_last()
+    workdir.forget_seed()
+    release(
+        config,
+        parts,
+        workdir,
+        dataset,
+        state,
+        confusions,
+        mechanism=mechanism,
+        public_data=public_data_used(config, public, weights),
+        started=started,
+    )
+    return True
+
+
+def pretrain(
+    config: ExperimentConfig,
+    parts: build.Parts,
+    workdir: Workdir,
+    train_set: data.Records,
+    seed: int,
+    signals: list[int],
+    started: float,
+) -> training.TrainState | None:
+    """Trains the initial weights on public images; None if stopped before the end."""
+    pretraining, every = config.pretrain, config.logging
+    checkpoints = Checkpoints(workdir.path / "pretraining")
+    like = training.init_state(parts.state.params, pretraining.build())
+    state = checkpoints.restore(like) or like
+    progress = Progress(int(state.step), pretraining.num_updates, started)
+    updates = build.pretrain(parts, state, config, train_set, seed=seed)
+    for state, loss in updates:
+        step = int(state.step)
+        last = step == pretraining.num_updates
+        progress.add(pretraining.batch_size)
+        if step % every.log_every == 0 or last:
+            say(
+                f"pre-training {step}/{pretraining.num_updates}  loss {loss:.4f}"
+                f"  ETA {progress.eta()}"
+            )
+        stopped = bool(signals) and not last
+        if step % every.checkpoint_every == 0 or stopped:
+            checkpoints.save(state)
+        if stopped:
+            say("stopped: the same command goes on from there")
+            return None
+    params = jax.tree.map(jnp.copy, state.params)
+    return parts.state._replace(params=params, ema_params=state.params)
+
+
+def warn(config: privacy.PrivacyConfig, num_records: int) -> None:
+    """Warns of a guarantee that is weak or conditional."""
+    if config.delta >= 1 / num_records:
+        say(
+            f"warning: privacy.delta is {config.delta:g}, not below 1/N ="
+            f" {1 / num_records:.3g}: such a promise allows publishing a whole record"
+        )
+    if config.selection is not None:
+        say(
+            "a candidate of a private selection: its guarantee holds only if"
+            " experiments/sweep.py has selected it"
+        )
+
+
+def mechanism_of(
+    config: privacy.PrivacyConfig, sampling_prob: float, workdir: Workdir
+) -> privacy.Mechanism:
+    """Returns the mechanism that a run began with, or calibrates that of a new one."""
+    kept = workdir.kept()
+    if kept is None:
+        say("calibrating the noise")
+        return config.calibrate(sampling_prob)
+    mechanism = privacy.Mechanism(
+        sampling_prob=sampling_prob,
+        num_updates=config.num_updates,
+        noise_multiplier=kept["noise_multiplier"],
+        neighboring_relation=config.relation,
+        selection=config.private_selection,
+    )
+    # Not to the last bit: accountants differ in it between processors.
+    if mechanism.epsilon(config.delta) > config.epsilon * (1 + 1e-6):
+        raise UserError(
+            f"workdir {workdir.path} began with less noise than {config.epsilon:g}"
+            " allows by this accountant: use another --workdir"
+        )
+    return mechanism
+
+
+def data_digest(
+    train: data.Records, public: data.Records | None, weights: Iterable[str] = ()
+) -> str:
+    """Returns a checksum of all that gradients are made of.
+
+    A run goes on only with the same: the same noise on another sum would let the
+    difference of the two be seen without noise.
+    """
+    digests = [records.digest() for records in (train, public) if records is not None]
+    return "+".join([*digests, *weights])
+
+
+@contextlib.contextmanager
+def caught_signals() -> Iterator[list[int]]:
+    """Collects SIGTERM and Ctrl-C, so that the run saves first; a second one kills."""
+    caught: list[int] = []
+
+    def catch(number, frame):
+        del frame
+        caught.append(number)
+        signal.signal(number, signal.SIG_DFL)
+        say(f"{signal.Signals(number).name}: saving; once more stops at once")
+
+    previous = {n: signal.signal(n, catch) for n in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield caught
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
