@@ -1,35 +1,69 @@
-"""Files that are whole or absent, and folders that one process holds."""
+"""Files that are whole or absent, folders that one process holds, and the two folders
+of the package: of datasets and of caches.
+"""
 
 import contextlib
 import fcntl
 import os
 import pathlib
 from collections.abc import Iterator
+from typing import BinaryIO
 
 from dpmix_jax.errors import UserError
+from dpmix_jax.progress import say
+
+
+def cache_folder() -> pathlib.Path:
+    """Returns `DPMIX_JAX_CACHE`, by default `~/.cache/dpmix_jax`."""
+    named = os.environ.get("DPMIX_JAX_CACHE")
+    return pathlib.Path(named or pathlib.Path.home() / ".cache" / "dpmix_jax")
+
+
+def data_folder() -> pathlib.Path:
+    """Returns `DPMIX_JAX_DATA`, by default `~/dpmix_data`."""
+    named = os.environ.get("DPMIX_JAX_DATA")
+    return pathlib.Path(named or pathlib.Path.home() / "dpmix_data")
+
+
+@contextlib.contextmanager
+def replacing(path: pathlib.Path, *, mode: int = 0o644) -> Iterator[BinaryIO]:
+    """Opens a new file that replaces `path` once it is written to its end.
+
+    A process that fails or is killed leaves the old file, never a part of the new one.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    partial.unlink(missing_ok=True)  # of a killed process
+    try:
+        descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+        with open(descriptor, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def write_atomically(
     path: pathlib.Path, content: str | bytes, *, mode: int = 0o644
 ) -> None:
     """Replaces a file by a whole new one: a killed run leaves the old or the new."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.unlink(missing_ok=True)
-    descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
-    with open(descriptor, "wb") as file:
+    with replacing(path, mode=mode) as file:
         file.write(content.encode() if isinstance(content, str) else content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
 
 
 @contextlib.contextmanager
-def locked(path: pathlib.Path, name: str) -> Iterator[None]:
+def locked(path: pathlib.Path, name: str, *, wait: bool = False) -> Iterator[None]:
     """Holds a folder for this process, makes it first; being killed releases it.
+
+    Args:
+      path: of the folder.
+      name: of the folder, for messages.
+      wait: whether to wait for a process that holds it.
 
     Raises:
       UserError: that begins with `name`, if the folder cannot be written, or another
-        run holds it.
+        run holds it and `wait` is false.
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -40,5 +74,8 @@ def locked(path: pathlib.Path, name: str) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise UserError(f"{name} is in use by another run") from None
+            if not wait:
+                raise UserError(f"{name} is in use by another run") from None
+            say(f"waiting for another process that holds {name}")
+            fcntl.flock(lock, fcntl.LOCK_EX)
         yield

@@ -1,57 +1,58 @@
-"""Decodes a dataset once, and writes it as a prepared TensorFlow Dataset if asked to.
+"""Fetches and decodes a dataset once; writes it as a prepared TensorFlow Dataset too.
 
-    python experiments/prepare.py --name=caltech256 --path=256_ObjectCategories.tar \
-        --image_size=224 [--tfds_dir=out]
+    python experiments/prepare.py --name=caltech256 --image_size=224 --download \
+        [--tfds_dir=out]
 
-Runs with the same `data` settings then start from the decoded images. With --tfds_dir
-it also writes an array_record folder (PNG, without TensorFlow), which
+Without --download the official files must be there, or at --path. Runs with the same
+`data` settings then start from the decoded images. With --tfds_dir this program also
+writes an array_record folder (PNG, without TensorFlow), which
 `--config.data.name=tfds:caltech256 --config.data.path=out` reads.
 """
 
 import time
 
-from absl import app, flags
+from absl import flags
 
-from dpmix_jax import command_line, data
+from dpmix_jax import data
 from dpmix_jax.data import tfds
 from dpmix_jax.errors import UserError
+from dpmix_jax.run import cli
 
 _NAME = flags.DEFINE_string("name", None, "As data.name of a config.")
 _PATH = flags.DEFINE_string("path", None, "As data.path of a config.")
 _IMAGE_SIZE = flags.DEFINE_integer("image_size", 0, "As data.image_size of a config.")
+_DOWNLOAD = flags.DEFINE_bool("download", False, "As data.download of a config.")
 _TFDS_DIR = flags.DEFINE_string(
     "tfds_dir", None, "Where to write the prepared dataset."
 )
 
 
-def main(argv: list[str]) -> None:
-    try:
-        if len(argv) > 1:
-            raise UserError(f"unknown argument {argv[1]}: settings are --<key>=<value>")
-        if _NAME.value is None:
-            raise UserError("--name is missing: give the name of a dataset")
-        started = time.monotonic()
-        dataset = data.load(
-            data.DataConfig(
-                name=_NAME.value, path=_PATH.value, image_size=_IMAGE_SIZE.value
-            )
+def main() -> None:
+    if _NAME.value is None:
+        raise UserError("--name is missing: give the name of a dataset")
+    started = time.monotonic()
+    dataset = data.load(
+        data.DataConfig(
+            name=_NAME.value,
+            path=_PATH.value,
+            image_size=_IMAGE_SIZE.value,
+            download=_DOWNLOAD.value,
         )
-        public = _NAME.value not in ("npz", "folder")
-        for split, records in (("train", dataset.train), ("test", dataset.test)):
-            print(
-                f"{_NAME.value} {split}: {len(records):,} images of"
-                f" {records.images.shape[1:]}, {records.num_classes} classes"
-                # Of private records, who knows all but one could tell that one by it.
-                + (f", SHA-256 {records.digest()}" if public else "")
-            )
-        print(f"{time.monotonic() - started:.1f} s")
-        if _TFDS_DIR.value is not None:
-            name = _NAME.value.removeprefix("tfds:").split("/")[0].split(":")[0]
-            folder = tfds.write(name, dataset.train, dataset.test, _TFDS_DIR.value)
-            print(f"{folder}: read it by data.name tfds:{name}")
-    except UserError as error:
-        command_line.fail(error)
+    )
+    public = _NAME.value not in ("npz", "folder")
+    for split, records in (("train", dataset.train), ("test", dataset.test)):
+        print(
+            f"{_NAME.value} {split}: {len(records):,} images of"
+            f" {records.images.shape[1:]}, {records.num_classes} classes"
+            # Of private records, who knows all but one could tell that one by it.
+            + (f", SHA-256 {records.digest()}" if public else "")
+        )
+    print(f"{time.monotonic() - started:.1f} s")
+    if _TFDS_DIR.value is not None:
+        name = tfds.builder_of(_NAME.value) or _NAME.value
+        folder = tfds.write(name, dataset.train, dataset.test, _TFDS_DIR.value)
+        print(f"{folder}: read it by data.name tfds:{name}")
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=command_line.parse)
+    cli.start(main)

@@ -1,13 +1,13 @@
 """Datasets: one record type, and sources of it by name.
 
-sources     every dataset by name: where it is, its page, its constants
-public      images declared public, for DP-Mix_diff
-digits npz idx cifar    files that are arrays, read into memory
-folder      files that are images, labelled by where they are; official layouts
-bank        banks: public images in class folders, all of them one set
+datasets    every dataset by name: its files, its constants; one table
+download    where files are looked for; official ones are fetched and verified
+arrays      digits, npz, CIFAR, IDX: read into memory
+folder      image files, labelled by the folder they are in; banks
 tfds        prepared TensorFlow Datasets, read and written without TensorFlow
-trees images splits cache    what those are made of
-preprocess  resizing on the device
+rendered    digits drawn from fonts
+public      images declared public, for DP-Mix_diff
+records images cache trees    what those are made of
 """
 
 import dataclasses
@@ -15,8 +15,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dpmix_jax.data import images, sources, tfds
-from dpmix_jax.data.bank import load_bank
+from dpmix_jax.data import datasets, images, tfds
+from dpmix_jax.data.folder import load_bank
 from dpmix_jax.data.records import Records
 from dpmix_jax.errors import UserError
 
@@ -31,10 +31,10 @@ class DataConfig:
 
     Attributes:
       name: `digits` (1,437 + 360 handwritten digits of 8x8, embedded in scikit-learn),
-        `npz` (arrays of your own, see `data.npz`), `folder` (images of your own, a
-        folder for each class, see `data.folder`), `cifar10`, `cifar100`, `eurosat`,
-        `caltech256`, `sun397`, `oxford_iiit_pet`, `fashion_mnist`, `mnist` (their
-        official files), or `tfds:<builder>[/<config>][:<version>]` (prepared
+        `npz` (arrays of your own, see `arrays.npz`), `folder` (images of your own, a
+        folder for each class, see `folder.class_folders`), `cifar10`, `cifar100`,
+        `eurosat`, `caltech256`, `sun397`, `oxford_iiit_pet`, `fashion_mnist`, `mnist`
+        (their official files), or `tfds:<builder>[/<config>][:<version>]` (prepared
         TensorFlow Datasets).
       path: of the file or folder, which `npz` and `folder` need. For the others None
         looks below `DPMIX_JAX_DATA`, by default `~/dpmix_data`, for their official
@@ -54,6 +54,8 @@ class DataConfig:
         choosing hyperparameters; they are not trained on and, but for a private
         selection, not covered by the guarantee, so what is measured on them is named
         `nonprivate/...`.
+      download: whether official files that are missing, where `path` is None, may be
+        fetched into `DPMIX_JAX_DATA`.
     """
 
     name: str = "digits"
@@ -63,51 +65,69 @@ class DataConfig:
     normalization: str = "dataset"
     half: int = 0
     validation_size: int = 0
+    download: bool = False
 
     def __post_init__(self):
-        if self.name not in sources.NAMES and not tfds.NAME.fullmatch(self.name):
-            raise UserError(
-                f"data.name is {self.name!r}: it must be one of"
-                f" {', '.join(sources.NAMES)}, or tfds:<builder>"
-            )
-        if self.name == "digits" and self.path is not None:
-            raise UserError(
-                f"data.path is {self.path}: it must be None for data.name 'digits'"
-            )
-        if self.name in ("npz", "folder") and self.path is None:
-            what = {"npz": "a file", "folder": "a folder or archive"}[self.name]
-            raise UserError(
-                f"data.path is None: it must be the path of {what} for data.name"
-                f" {self.name!r}"
-            )
-        if not 0 <= self.image_size <= _MAX_IMAGE_SIZE:
-            raise UserError(
-                f"data.image_size is {self.image_size}: it must be in"
-                f" [0, {_MAX_IMAGE_SIZE}]"
-            )
-        if not 0 <= self.resize <= _MAX_IMAGE_SIZE:
-            raise UserError(
-                f"data.resize is {self.resize}: it must be in [0, {_MAX_IMAGE_SIZE}]"
-            )
-        if self.normalization not in ("dataset", "clip"):
-            raise UserError(
-                f"data.normalization is {self.normalization!r}: it must be dataset or"
-                " clip"
-            )
-        if self.half not in (0, 1, 2):
-            raise UserError(
-                f"data.half is {self.half}: it must be 0 for all records, 1 or 2"
-            )
-        if self.validation_size < 0:
-            raise UserError(
-                f"data.validation_size is {self.validation_size}: it must be at least 0"
-            )
+        known = self.name in datasets.NAMES or tfds.builder_of(self.name)
+        own = {"npz": "a file", "folder": "a folder or archive"}.get(self.name)
+        sizes = f"in [0, {_MAX_IMAGE_SIZE}]"
+        for key, fits, allowed in (
+            ("name", known, f"one of {', '.join(datasets.NAMES)}, or tfds:<builder>"),
+            (
+                "path",
+                self.name != "digits" or self.path is None,
+                "None for data.name 'digits'",
+            ),
+            (
+                "path",
+                own is None or self.path is not None,
+                f"the path of {own} for data.name {self.name!r}",
+            ),
+            ("image_size", 0 <= self.image_size <= _MAX_IMAGE_SIZE, sizes),
+            ("resize", 0 <= self.resize <= _MAX_IMAGE_SIZE, sizes),
+            (
+                "normalization",
+                self.normalization in ("dataset", "clip"),
+                "dataset or clip",
+            ),
+            ("half", self.half in (0, 1, 2), "0 for all records, 1 or 2"),
+            ("validation_size", self.validation_size >= 0, "at least 0"),
+        ):
+            if not fits:
+                value = getattr(self, key)
+                shown = repr(value) if key in ("name", "normalization") else value
+                raise UserError(f"data.{key} is {shown}: it must be {allowed}")
 
 
 class Dataset(NamedTuple):
     train: Records
     test: Records
     validation: Records | None
+
+
+def load(config: DataConfig) -> Dataset:
+    """Reads a dataset and splits off the validation records, if asked for.
+
+    Raises:
+      UserError: if the data cannot be read, or are too few.
+    """
+    train, test = datasets.read(
+        config.name, config.path, config.image_size, download=config.download
+    )
+    for split, records in (("training", train), ("test", test)):
+        if len(records) == 0:
+            raise UserError(f"data.name is {config.name!r}: it has no {split} records")
+    train = half(_prepared(config, train), config.half)
+    test = _prepared(config, test)
+    if config.validation_size == 0:
+        return Dataset(train, test, None)
+    _check_validation(config, len(train))
+    order = np.random.default_rng(0).permutation(len(train))  # public: a fixed split
+    return Dataset(
+        train.subset(order[config.validation_size :]),
+        test,
+        train.subset(order[: config.validation_size]),
+    )
 
 
 def blank(config: DataConfig) -> Records:
@@ -118,7 +138,7 @@ def blank(config: DataConfig) -> Records:
     Raises:
       UserError: for what `load` refuses, or a size that is not known.
     """
-    known = sources.blank(config.name, config.image_size)
+    known = datasets.blank(config.name, config.image_size)
     if known is None:
         known = load(config).train
         count = len(known)
@@ -131,29 +151,13 @@ def blank(config: DataConfig) -> Records:
     return dataclasses.replace(known, images=black, labels=np.zeros(count, np.int32))
 
 
-def load(config: DataConfig) -> Dataset:
-    """Reads a dataset and splits off the validation records, if asked for.
-
-    Raises:
-      UserError: if the data cannot be read, or are too few.
-    """
-    train, test = (
-        _prepared(config, records)
-        for records in sources.read(config.name, config.path, config.image_size)
-    )
-    for split, records in (("training", train), ("test", test)):
-        if len(records) == 0:
-            raise UserError(f"data.name is {config.name!r}: it has no {split} records")
-    train = half(train, config.half)
-    if config.validation_size == 0:
-        return Dataset(train, test, None)
-    _check_validation(config, len(train))
-    order = np.random.default_rng(0).permutation(len(train))  # public: a fixed split
-    return Dataset(
-        train.subset(order[config.validation_size :]),
-        test,
-        train.subset(order[: config.validation_size]),
-    )
+def half(records: Records, number: int) -> Records:
+    """Returns all records (0), or a half of them (1 or 2); an odd one is in neither."""
+    if number == 0:
+        return records
+    size = len(records) // 2
+    order = np.random.default_rng(1).permutation(len(records))  # public: fixed
+    return records.subset(order[(number - 1) * size : number * size])
 
 
 def _prepared(config: DataConfig, records: Records) -> Records:
@@ -169,15 +173,6 @@ def _prepared(config: DataConfig, records: Records) -> Records:
             records, mean=images.CLIP_MEAN, stddev=images.CLIP_STDDEV
         )
     return dataclasses.replace(records, resize=config.resize)
-
-
-def half(records: Records, number: int) -> Records:
-    """Returns all records (0), or a half of them (1 or 2); an odd one is in neither."""
-    if number == 0:
-        return records
-    size = len(records) // 2
-    order = np.random.default_rng(1).permutation(len(records))  # public: fixed
-    return records.subset(order[(number - 1) * size : number * size])
 
 
 def _check_validation(config: DataConfig, num_records: int) -> None:

@@ -1,71 +1,97 @@
-"""Image files whose labels are in their names: any tree of classes, and the layouts of
-EuroSAT, Caltech256, SUN397 and Oxford-IIIT Pet.
+"""Image files whose labels are in their names: any tree of classes, the layouts of
+EuroSAT, Caltech256, SUN397 and Oxford-IIIT Pet, and banks.
 
 Classes are those of the folders (or of the official list), which are public. Records
-are in the order of (class, file name), as torchvision's ImageFolder has them.
+are in the order of (class, file name), as torchvision's ImageFolder has them. What
+lists an official dataset trusts it, and may raise anything if it is damaged.
+
+Where a dataset comes without a test set, it is split as in DP-Mix's script, by
+scikit-learn's `train_test_split` with random_state 42; records of either side stay in
+the order that they had.
 """
 
-import collections
+import functools
 import pathlib
-from collections.abc import Callable, Iterable, Mapping
-from typing import NamedTuple
+import urllib.parse
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
+from sklearn.model_selection import train_test_split
 
-from dpmix_jax.data import splits
-from dpmix_jax.data.cache import Encoded, Example
-from dpmix_jax.data.trees import Tree
+from dpmix_jax.data import images
+from dpmix_jax.data.cache import Listing, decoded
+from dpmix_jax.data.records import Records
+from dpmix_jax.data.trees import ARCHIVES, Tree, identity, reading, scan
 from dpmix_jax.errors import UserError
 from dpmix_jax.progress import say
 
-SUFFIXES = (
+_SUFFIXES = (
     *(".jpg", ".jpeg", ".png", ".gif", ".bmp"),
     *(".ppm", ".pgm", ".tif", ".tiff", ".webp"),
 )
-_Split = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
+_PLAIN = " !&'()+,=@"  # in a folder's name, beside letters, digits and `_.-~`
 
 
-def eurosat(tree: Tree) -> Encoded:
+def stratified(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns indices of 80 % and 20 % of the records, every class in proportion.
+
+    EuroSAT's 27,000 become 21,600 and 5,400.
+
+    Raises:
+      UserError: if there are too few of a class.
+    """
+    count = len(labels)
+    try:
+        return _split(count, test_size=count // 5, stratify=labels)
+    except ValueError as error:
+        raise UserError(
+            f"{count} images cannot be split by class into 80 % for training and 20 %"
+            f" for test: {error}"
+        ) from None
+
+
+def uniform(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns indices of 80 % and 20 % of the records, whatever their class.
+
+    Both are rounded down, so one record may be in neither: Caltech256's 30,607 become
+    24,485 and 6,121, and SUN397's 108,754 become 87,003 and 21,750.
+    """
+    count = len(labels)
+    return _split(count, train_size=4 * count // 5, test_size=count // 5)
+
+
+def _split(count: int, **options: Any) -> tuple[np.ndarray, np.ndarray]:
+    train, test = train_test_split(np.arange(count), random_state=42, **options)
+    return np.sort(train), np.sort(test)
+
+
+def eurosat(tree: Tree) -> Listing:
     """EuroSAT, RGB (Helber et al., 2019): `2750/AnnualCrop/AnnualCrop_1.jpg`."""
-    return _divided(tree, _classes(tree, _images(tree)), splits.stratified)
+    return divided(_class_folders(tree, _top(tree)), stratified)
 
 
-def caltech256(tree: Tree) -> Encoded:
+def caltech256(tree: Tree) -> Listing:
     """Caltech256 (Griffin et al., 2007): `256_ObjectCategories/001.ak47/001_0001.jpg`.
 
     Only .jpg files directly in the folder of a class count: 30,607, and neither
     `198.spider/RENAME2` nor the subfolder `056.dog/greg`.
     """
-    files = _images(tree, suffixes=[".jpg"])
-    return _divided(tree, _classes(tree, files), splits.uniform)
+    return divided(_class_folders(tree, _top(tree), (".jpg",)), uniform)
 
 
-def sun397(tree: Tree) -> Encoded:
+def sun397(tree: Tree) -> Listing:
     """SUN397 (Xiao et al., 2010): `SUN397/a/abbey/sun_<hash>.jpg`, and `ClassName.txt`.
 
     Classes may be nested (`/a/apartment_building/outdoor`); ClassName.txt lists them.
     """
-    listed = [name for name in tree.files if name.endswith("ClassName.txt")]
-    if not listed:
-        raise UserError(f"data.path is {tree.path}: ClassName.txt is missing")
-    top = listed[0].removesuffix("ClassName.txt")
-    names = _lines(tree, listed[0])
-    labels = {name.strip("/"): label for label, name in enumerate(names)}
-    if len(labels) != len(names):
-        raise UserError(f"{tree.path / listed[0]} lists a class twice")
-    files = _images(tree)
-    labelled = []
-    for name in files.names:
-        label = labels.get(str(pathlib.PurePosixPath(name.removeprefix(top)).parent))
-        if label is None:
-            files.skipped["in no folder of a class"] += 1
-        else:
-            labelled.append(Example(name, label))
-    found = _Labelled(tuple(names), _complete(tree, labelled, names), files.skipped)
-    return _divided(tree, found, splits.uniform)
+    top = tree.named("ClassName.txt").removesuffix("ClassName.txt")
+    names = tree.lines("ClassName.txt")
+    folders = {f"{top}{name.strip('/')}": label for label, name in enumerate(names)}
+    return divided(_labelled(tree, names, folders), uniform)
 
 
-def oxford_iiit_pet(images: Tree, annotations: Tree) -> Encoded:
+def oxford_iiit_pet(images: Tree, annotations: Tree) -> Listing:
     """Oxford-IIIT Pet (Parkhi et al., 2012): 37 breeds, 3,680 and 3,669 images.
 
     Args:
@@ -73,39 +99,20 @@ def oxford_iiit_pet(images: Tree, annotations: Tree) -> Encoded:
       annotations: `annotations/trainval.txt` and `test.txt`, with lines such as
         `Abyssinian_100 1 1 1`, where the second word numbers the breeds from 1.
     """
-    names: dict[int, str] = {}
-    files = _images(images)
-    places = {pathlib.PurePosixPath(name).stem: name for name in files.names}
-    if len(places) != len(files.names):
-        raise UserError(f"data.path is {images.path}: an image is in it twice")
-    lists = {}
-    for split in ("trainval", "test"):
-        listed = [f for f in annotations.files if f.split("/")[-1] == f"{split}.txt"]
-        if len(listed) != 1:
-            raise UserError(
-                f"data.path is {annotations.path}: there are {len(listed)} files"
-                f" {split}.txt, there must be one"
-            )
-        lists[split] = [
-            _pet(line, names, places, annotations.path / listed[0])
-            for line in _lines(annotations, listed[0])
-            if not line.startswith("#")
-        ]
-    _check_breeds(names, annotations.path)
-    class_names = tuple(names[number] for number in sorted(names))
-    for examples in lists.values():
-        _complete(annotations, examples, class_names)
-    files.skipped["on neither list"] += len(places)
-    return Encoded(
-        class_names=class_names,
-        train=sorted(lists["trainval"], key=_by_class),
-        test=sorted(lists["test"], key=_by_class),
-        contents=images.contents,
-        skipped=+files.skipped,
-    )
+    paths = map(pathlib.PurePosixPath, images.files)
+    files = {p.stem: str(p) for p in paths if p.suffix.lower() in _SUFFIXES}
+    breeds: dict[int, str] = {}
+    splits = []
+    for name in ("trainval.txt", "test.txt"):
+        lines = [line.split() for line in annotations.lines(name) if line[0] != "#"]
+        breeds |= {int(line[1]): line[0].rsplit("_", 1)[0] for line in lines}
+        examples = [(files[line[0]], int(line[1]) - 1) for line in lines]
+        splits.append(sorted(examples, key=_by_class))
+    class_names = tuple(breeds[number] for number in range(1, len(breeds) + 1))
+    return Listing(class_names, splits[0], splits[1], images.contents)
 
 
-def class_folders(tree: Tree) -> Encoded:
+def class_folders(tree: Tree) -> Listing:
     """Any tree with a folder for each class.
 
     Either `train/<class>/<image>` and `test/<class>/<image>` with the same classes, or
@@ -114,162 +121,184 @@ def class_folders(tree: Tree) -> Encoded:
     Raises:
       UserError: if a class is empty, or `train` comes without `test`.
     """
-    files = _images(tree)
-    if "train" not in files.folders:
+    top = _top(tree)
+    if "train" not in _below(tree, top):
         say(
             f"{tree.path} has no train/ and test/: 20 % of each class become the test"
             " set, which is not protected, and of which the report shows an image"
         )
-        return _divided(tree, _classes(tree, files), splits.stratified)
-    if "test" not in files.folders:
-        raise UserError(f"data.path is {tree.path}: it has train/ but no test/")
-    train, test = (_classes(tree, files.below(split)) for split in ("train", "test"))
-    if train.class_names != test.class_names:
-        only = min({*train.class_names} ^ {*test.class_names})
+        listing = divided(_class_folders(tree, top), stratified)
+    else:
+        if "test" not in _below(tree, top):
+            raise UserError(f"data.path is {tree.path}: it has train/ but no test/")
+        train, test = (_class_folders(tree, f"{top}{s}/") for s in ("train", "test"))
+        unlike = {*train.class_names} ^ {*test.class_names}
+        if unlike:
+            raise UserError(
+                f"data.path is {tree.path}: class {min(unlike)!r} is in train/ or in"
+                " test/ but not in both"
+            )
+        listing = train._replace(test=test.train)
+    unused = len(tree.files) - len(listing.train) - len(listing.test)
+    if unused:
+        say(f"{tree.path}: {unused} files are not used, they are no images of a class")
+    return listing
+
+
+def class_folder(name: str) -> str:
+    """Returns the name of the folder of a class in a bank; `class_of` is its inverse.
+
+    Percent-encoded are slashes, what is not ASCII, and what would hide the folder:
+    `T-shirt/top` is in `T-shirt%2Ftop`.
+
+    Raises:
+      UserError: if the name is empty, or too long for a folder.
+    """
+    quoted = urllib.parse.quote(name, safe=_PLAIN)
+    if name.startswith(".") or name == "__MACOSX":
+        quoted = f"%{ord(name[0]):02X}{quoted[1:]}"
+    if not 0 < len(quoted) < 256:
         raise UserError(
-            f"data.path is {tree.path}: class {only!r} is in train/ or in test/ but not"
-            " in both"
+            f"class {name!r} has a name of {len(quoted)} bytes: a folder can have 1 to"
+            " 255"
         )
-    outside = len(files.names) - sum(
-        len(found.examples) + sum(found.skipped.values()) for found in (train, test)
-    )
-    skipped = files.skipped + train.skipped + test.skipped
-    skipped["in neither train/ nor test/"] += outside
-    return Encoded(
-        class_names=train.class_names,
-        train=train.examples,
-        test=test.examples,
-        contents=tree.contents,
-        skipped=+skipped,
-    )
+    return quoted
 
 
-class _Files(NamedTuple):
-    """Images of a tree and its folders, `top` being what all their names begin with."""
+def class_of(folder_name: str) -> str:
+    """Returns the class whose folder this is."""
+    return urllib.parse.unquote(folder_name)
 
-    top: str
-    names: list[str]
-    folders: set[str]  # relative to top
-    skipped: collections.Counter
 
-    def below(self, folder: str) -> "_Files":
-        top = f"{self.top}{folder}/"
-        return _Files(
-            top,
-            [name for name in self.names if name.startswith(top)],
-            {
-                name.removeprefix(f"{folder}/")
-                for name in self.folders
-                if name.startswith(f"{folder}/")
-            },
-            collections.Counter(),
+def load_bank(
+    path: str | pathlib.Path,
+    class_names: Sequence[str],
+    image_size: int = 0,
+    *,
+    channels: int = 3,
+    mean: tuple[float, ...] | None = None,
+    stddev: tuple[float, ...] | None = None,
+) -> Records:
+    """Reads a bank: public images in a folder for each class, all of them one set.
+
+    `dpmix_jax.synthetic` writes banks; any other folders of images will do as well.
+
+    Args:
+      path: of a folder or archive with `<class>/<image>`. What is not an image by its
+        suffix is passed over, such as `manifest.json`.
+      class_names: of the dataset that the bank is for, whose labels it gets.
+      image_size: 0 keeps images as they are, which must then be of one size; else see
+        `images.fit`.
+      channels: 3, or 1 for grey.
+      mean, stddev: [channels] public constants, those of the dataset; by default 0.5.
+
+    Returns:
+      Images in the order of (class, file name).
+
+    Raises:
+      UserError: if it cannot be read, has a folder of another class, or no images of
+        one.
+    """
+    path, names = pathlib.Path(path).expanduser(), tuple(class_names)
+    if not (path.is_dir() or (path.exists() and path.name.endswith(ARCHIVES))):
+        raise UserError(f"bank {path}: there is no such folder or archive")
+    with reading(f"bank {path}"):
+        found = decoded(
+            "bank",
+            [identity(path), names, image_size, channels],
+            lambda: _bank(scan(path), names),
+            functools.partial(images.decode, image_size=image_size, channels=channels),
         )
+    return Records(
+        images=found.train[0],
+        labels=found.train[1],
+        class_names=names,
+        mean=mean or (0.5,) * channels,
+        stddev=stddev or (0.5,) * channels,
+    )
 
 
-class _Labelled(NamedTuple):
-    class_names: tuple[str, ...]
-    examples: list[Example]
-    skipped: collections.Counter
+def _bank(tree: Tree, class_names: Sequence[str]) -> Listing:
+    labels = {name: label for label, name in enumerate(class_names)}
+    for name in sorted(tree.folders):
+        if class_of(name.split("/")[0]) not in labels:
+            some = ", ".join(map(repr, class_names[:10]))
+            raise UserError(
+                f"bank {tree.path}: folder {name!r} is of no class; classes are {some}"
+                f"{', ...' if len(class_names) > 10 else ''}"
+            )
+    folders = {name: labels[class_of(name)] for name in _below(tree, "")}
+    return _labelled(tree, class_names, folders, what="bank")
 
 
-def _images(tree: Tree, suffixes: Iterable[str] = SUFFIXES) -> _Files:
-    """Finds the images by their suffix, and what lies above all of the classes."""
-    names = [
-        f for f in tree.files if pathlib.PurePosixPath(f).suffix.lower() in suffixes
-    ]
-    skipped = collections.Counter(tree.skipped)
-    skipped["not images by their suffix"] += len(tree.files) - len(names)
-    top, folders = "", tree.folders
-    while len(tops := {name.split("/")[0] for name in folders}) == 1:
-        only = f"{tops.pop()}/"
-        if only == "train/":  # a `test` is missing, which must not go unnoticed
+def _top(tree: Tree) -> str:
+    """Returns what lies above the folders of all classes: archives often have one."""
+    top, below = "", _below(tree, "")
+    # A lone `train` is no such folder: that `test` is missing must not go unnoticed.
+    while len(below) == 1 and below != ["train"]:
+        deeper = _below(tree, f"{top}{below[0]}/")
+        if not deeper:  # the images are in this very folder
             break
-        folders = {f.removeprefix(only) for f in folders if f.startswith(only)}
-        if not folders:  # the images are right here
-            break
-        top += only
-    return _Files(top, names, folders if top or folders else tree.folders, skipped)
+        top, below = f"{top}{below[0]}/", deeper
+    return top
 
 
-def _classes(tree: Tree, files: _Files) -> _Labelled:
+def _below(tree: Tree, top: str) -> list[str]:
+    """Returns the names of the folders directly in a folder, sorted."""
+    inside = (name.removeprefix(top) for name in tree.folders if name.startswith(top))
+    return sorted({name for name in inside if name and "/" not in name})
+
+
+def _class_folders(
+    tree: Tree, top: str, suffixes: Iterable[str] = _SUFFIXES
+) -> Listing:
     """Takes the folder that each image is directly in as its class."""
-    class_names = sorted({name.split("/")[0] for name in files.folders})
-    if len(class_names) < 2:
+    names = _below(tree, top)
+    if len(names) < 2:
         raise UserError(
             f"data.path is {tree.path}: there must be two or more folders of classes in"
-            f" it, there are {len(class_names)}"
+            f" it, there are {len(names)}"
         )
-    labels = {name: label for label, name in enumerate(class_names)}
-    skipped, labelled = collections.Counter(files.skipped), []
-    for name in files.names:
-        parts = name.removeprefix(files.top).split("/")
-        if not name.startswith(files.top) or len(parts) == 1:
-            skipped["in no folder of a class"] += 1
-        elif len(parts) > 2:
-            skipped["in a subfolder of a class"] += 1
-        else:
-            labelled.append(Example(name, labels[parts[0]]))
-    return _Labelled(
-        tuple(class_names), _complete(tree, labelled, class_names), skipped
-    )
+    folders = {f"{top}{name}": label for label, name in enumerate(names)}
+    return _labelled(tree, names, folders, suffixes)
 
 
-def _complete(
-    tree: Tree, examples: list[Example], class_names: Iterable[str]
-) -> list[Example]:
-    """Returns the examples in order, if each class has one."""
-    present = {example.label for example in examples}
+def _labelled(
+    tree: Tree,
+    class_names: Sequence[str],
+    folders: Mapping[str, int],
+    suffixes: Iterable[str] = _SUFFIXES,
+    what: str = "data.path is",
+) -> Listing:
+    """Lists the images directly in the folders of classes, as a training set.
+
+    Args:
+      class_names: each must have an image.
+      folders: maps each to its label.
+      suffixes: of images.
+      what: the tree is called in mistakes.
+    """
+    examples = []
+    for name in tree.files:
+        path = pathlib.PurePosixPath(name)
+        if path.suffix.lower() in suffixes and str(path.parent) in folders:
+            examples.append((name, folders[str(path.parent)]))
+    present = {label for _, label in examples}
     for label, name in enumerate(class_names):
         if label not in present:
-            raise UserError(f"data.path is {tree.path}: class {name!r} has no images")
-    return sorted(examples, key=_by_class)
+            raise UserError(f"{what} {tree.path}: class {name!r} has no images")
+    examples.sort(key=_by_class)
+    return Listing(tuple(class_names), examples, [], tree.contents)
 
 
-def _by_class(example: Example) -> tuple[int, str]:
-    return example.label, example.key.split("/")[-1]
+def _by_class(example: tuple[str, int]) -> tuple[int, str]:
+    return example[1], example[0].split("/")[-1]
 
 
-def _divided(tree: Tree, found: _Labelled, split: _Split) -> Encoded:
-    labels = np.array([example.label for example in found.examples])
-    train, test = split(labels)
-    skipped = collections.Counter(found.skipped)
-    skipped["left out by the split"] += len(labels) - len(train) - len(test)
-    return Encoded(
-        class_names=found.class_names,
-        train=[found.examples[index] for index in train],
-        test=[found.examples[index] for index in test],
-        contents=tree.contents,
-        skipped=+skipped,
+def divided(whole: Listing, split: Any) -> Listing:
+    """Moves a part of the training set to the test set."""
+    train, test = split(np.array([label for _, label in whole.train]))
+    return whole._replace(
+        train=[whole.train[index] for index in train],
+        test=[whole.train[index] for index in test],
     )
-
-
-def _lines(tree: Tree, name: str) -> list[str]:
-    try:
-        text = tree.read(name).decode()
-    except UnicodeDecodeError as error:
-        raise UserError(f"{tree.path / name} is not text: {error}") from None
-    return [line.strip() for line in text.splitlines() if line.strip()]
-
-
-def _pet(
-    line: str, names: dict[int, str], places: dict[str, str], path: pathlib.Path
-) -> Example:
-    """Reads a line of a list; takes its image from `places`, notes its class."""
-    words = line.split()
-    if len(words) != 4 or not words[1].isdecimal() or "_" not in words[0]:
-        raise UserError(f"{path}: {line!r} is not `<breed>_<number> <class> <n> <n>`")
-    if words[0] not in places:
-        raise UserError(f"{path}: {words[0]} has no image, or is listed twice")
-    number, name = int(words[1]), words[0].rsplit("_", 1)[0]
-    if names.setdefault(number, name) != name:
-        raise UserError(
-            f"{path}: class {number} is {names[number]} and, for {words[0]}, {name}"
-        )
-    return Example(places.pop(words[0]), number - 1)
-
-
-def _check_breeds(names: Mapping[int, str], path: pathlib.Path) -> None:
-    if sorted(names) != list(range(1, len(names) + 1)):
-        raise UserError(f"{path}: classes are {sorted(names)}, they must be 1, 2, ...")
-    if len(set(names.values())) != len(names):
-        raise UserError(f"{path}: a breed has two classes")

@@ -1,8 +1,10 @@
-"""From the bytes of an image file to uint8 pixels."""
+"""From the bytes of an image file to uint8 pixels, resized as CLIP does it."""
 
 import io
 from collections.abc import Mapping
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from PIL import Image, PngImagePlugin
 
@@ -82,6 +84,36 @@ def placement(width: int, height: int, image_size: int) -> tuple[int, int, int, 
     return width, height, left, top
 
 
+def resize_bicubic(images: jax.Array, size: int) -> jax.Array:
+    """Resizes and crops images as CLIP does it: `fit`, on the device.
+
+    So that small images can be stored and augmented as they are, and enlarged for an
+    encoder when they are needed. The shortest side becomes `size` by Pillow's bicubic
+    interpolation (Keys' with a = -0.5, widened where it shrinks): width first, then
+    height, each rounded to integers. Results are within 1 of Pillow's, which computes
+    with integers. Then the centre is cropped.
+
+    Args:
+      images: uint8 [..., H, W, C].
+      size: of the result, in pixels.
+
+    Returns:
+      uint8 [..., size, size, C].
+
+    Raises:
+      ValueError: for images that are not uint8.
+    """
+    if images.dtype != jnp.uint8:
+        raise ValueError(f"images are {images.dtype}: they must be uint8")
+    *leading, old_height, old_width, channels = images.shape
+    width, height, left, top = placement(old_width, old_height, size)
+    if width != old_width:
+        images = _resize(images, (*leading, old_height, width, channels))
+    if height != old_height:
+        images = _resize(images, (*leading, height, width, channels))
+    return images[..., top : top + size, left : left + size, :]
+
+
 def encode(pixels: np.ndarray, text: Mapping[str, str] | None = None) -> bytes:
     """Encodes uint8 [H, W, 1 or 3] as PNG, with pieces of text by keyword."""
     file, info = io.BytesIO(), PngImagePlugin.PngInfo()
@@ -106,3 +138,9 @@ def _converted(image: Image.Image, mode: str) -> Image.Image:
 def _check_size(width: int, height: int) -> None:
     if width * height > MAX_PIXELS:
         raise BadImageError(f"{width}x{height} are more than {MAX_PIXELS:,} pixels")
+
+
+def _resize(images: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    resized = jax.image.resize(images.astype(jnp.float32), shape, "cubic")
+    # Backends differ in what becomes of floats that no uint8 can hold.
+    return jnp.clip(jnp.round(resized), 0.0, 255.0).astype(jnp.uint8)

@@ -13,11 +13,10 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from dpmix_jax.data import DataConfig, Dataset, half, load_bank, sources
+from dpmix_jax.data import DataConfig, Dataset, datasets, half, load_bank
 from dpmix_jax.data.records import Records
+from dpmix_jax.data.rendered import rendered_digits
 from dpmix_jax.errors import UserError
-from dpmix_jax.synthetic import Plan
-from dpmix_jax.synthetic.render import Render
 
 RENDERED, _NUM_RENDERED = "rendered_digits", 1_500
 
@@ -31,52 +30,50 @@ class PublicConfig:
 
     Attributes:
       name: as for `DataConfig`, or `bank` for a folder of class folders of which all
-        images are taken, such as `experiments/generate_synthetic.py` writes, or
+        images are taken, such as `experiments/generate.py` writes, or
         `rendered_digits` for 1,500 digits drawn from fonts.
       path: as for `DataConfig`.
       image_size: as for `DataConfig`; None takes that of the private data.
       half: as for `DataConfig`, or None for all. The other half of the private dataset
         is what may be declared public of it.
+      download: as for `DataConfig`.
     """
 
     name: str
     path: str | None = None
     image_size: int | None = None
     half: int | None = None
+    download: bool = False
 
     def __post_init__(self):
-        if self.name == RENDERED:
-            for key in ("path", "image_size", "half"):
-                if getattr(self, key):
-                    raise UserError(
-                        f"public.{key} is {getattr(self, key)}: it must not be given"
-                        f" for public.name {RENDERED!r}"
-                    )
-            return
-        if self.is_bank and self.half:
-            raise UserError(
-                f"public.half is {self.half}: it must not be given for public.name"
-                " 'bank'"
-            )
+        refused = {RENDERED: ("path", "image_size", "half"), "bank": ("half",)}
+        for key in refused.get(self.name, ()):
+            if getattr(self, key):
+                raise UserError(
+                    f"public.{key} is {getattr(self, key)}: it must not be given for"
+                    f" public.name {self.name!r}"
+                )
         if self.is_bank and self.path is None:
             raise UserError(
                 "public.path is None: it must be the path of a folder for public.name"
                 " 'bank'"
             )
-        if not self.is_bank:
-            self.data_config()
+        if self.name not in refused:
+            with _named_public():
+                DataConfig(
+                    name=self.name,
+                    path=self.path,
+                    image_size=self.size(0),
+                    half=self.half or 0,
+                )
 
     @property
     def is_bank(self) -> bool:
         return self.name == "bank"
 
-    def data_config(self, default_size: int = 0) -> DataConfig:
-        """Returns it as any other dataset."""
-        size = default_size if self.image_size is None else self.image_size
-        with _named_public():
-            return DataConfig(
-                name=self.name, path=self.path, image_size=size, half=self.half or 0
-            )
+    def size(self, default: int) -> int:
+        """Returns `image_size`, or that of the private data where there is none."""
+        return default if self.image_size is None else self.image_size
 
     def is_other_half(self, private: DataConfig) -> bool:
         """Whether it has no record of the private data though they are of one set."""
@@ -90,10 +87,8 @@ def _named_public() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        text = re.sub(
-            r"\bdata\.(?=(name|path|image_size|half)\b)", "public.", str(error)
-        )
-        raise UserError(text) from None
+        keys = r"\bdata\.(?=(name|path|image_size|half|download)\b)"
+        raise UserError(re.sub(keys, "public.", str(error))) from None
 
 
 def load_public(
@@ -116,11 +111,10 @@ def load_public(
     """
     if config is None:
         return None
-    _refuse_private_place(config, private)
-    found = _read(config, private, dataset.train)
-    _check_alike(config, found, dataset.train)
-    _refuse_private_images(config, private, found, dataset)
-    return _scaled_as(dataset.train, found)
+    _refuse_private_files(config, private)
+    public = _alike(config, _read(config, private, dataset.train), dataset.train)
+    _refuse_private_images(config, private, public, dataset)
+    return public
 
 
 def blank_public(
@@ -139,23 +133,16 @@ def blank_public(
     """
     if config is None:
         return None
-    found = None
-    if not config.is_bank and config.name != RENDERED:
-        size = config.data_config(private.image_size).image_size
-        with _named_public():
-            found = sources.blank(config.name, size)
-        if found is not None:
-            count = len(found) // 2 if config.half else len(found)  # they are all black
-            found = dataclasses.replace(
-                found, images=found.images[:count], labels=found.labels[:count]
-            )
-    if found is None:
-        found = _read(config, private, records)
-    labels = np.arange(len(found), dtype=np.int32) % records.num_classes
+    with _named_public():
+        public = datasets.blank(config.name, config.size(private.image_size))
+    if public is None:
+        public = _read(config, private, records)
+    elif config.half:  # they are all black
+        public = public.subset(np.arange(len(public) // 2))
+    labels = np.arange(len(public), dtype=np.int32) % records.num_classes
     names = records.class_names  # of blank records they are not the real ones
-    found = dataclasses.replace(found, labels=labels, class_names=names)
-    _check_alike(config, found, records)
-    return _scaled_as(records, found)
+    public = dataclasses.replace(public, labels=labels, class_names=names)
+    return _alike(config, public, records)
 
 
 def describe(
@@ -209,24 +196,22 @@ def _read(config: PublicConfig, private: DataConfig, train: Records) -> Records:
     """Returns all images of a bank, or the training split of another dataset."""
     if config.name == RENDERED:
         return _rendered(train)
-    if config.is_bank:
-        channels = train.images.shape[-1]
-        if channels not in (1, 3):
-            raise UserError(
-                f"public.name is 'bank': images of {channels} channels have none, they"
-                " must have 1 or 3"
-            )
-        size = private.image_size if config.image_size is None else config.image_size
-        with _named_public():
-            return load_bank(
-                str(config.path), train.class_names, size, channels=channels
-            )
-    size = config.data_config(private.image_size).image_size
+    channels, size = train.images.shape[-1], config.size(private.image_size)
+    if config.is_bank and channels not in (1, 3):
+        raise UserError(
+            f"public.name is 'bank': images of {channels} channels have none, they must"
+            " have 1 or 3"
+        )
     with _named_public():
-        found, _ = sources.read(config.name, config.path, size)
-    if len(found) == 0:
+        if config.is_bank:
+            path, names = str(config.path), train.class_names
+            return load_bank(path, names, size, channels=channels)
+        public, _ = datasets.read(
+            config.name, config.path, size, download=config.download
+        )
+    if len(public) == 0:
         raise UserError(f"public.name is {config.name!r}: it has no training records")
-    return half(found, config.half or 0)
+    return half(public, config.half or 0)
 
 
 def _rendered(train: Records) -> Records:
@@ -238,26 +223,21 @@ def _rendered(train: Records) -> Records:
             " in square images"
         )
     shape = (height, width, channels)
-    plan = Plan(
-        class_names=train.class_names, count=_NUM_RENDERED, seed=0, image_shape=shape
-    )
-    wanted = list(plan.wanted())
-    drawn = Render(class_names=train.class_names, image_shape=shape)(wanted)
-    images = np.stack([image for image in drawn if image is not None])
-    labels = np.array([each.label for each in wanted], np.int32)
+    images, labels = rendered_digits(train.class_names, shape, _NUM_RENDERED)
     return dataclasses.replace(train, images=images, labels=labels)  # as many of both
 
 
-def _refuse_private_place(public: PublicConfig, private: DataConfig) -> None:
+def _refuse_private_files(public: PublicConfig, private: DataConfig) -> None:
     if public.name == RENDERED or public.is_other_half(private):
         return
-    theirs = sources.place(private.name, private.path)
+    theirs = datasets.location(private.name, private.path)
     if public.is_bank:
-        path = pathlib.Path(str(public.path)).expanduser()
-        ours: pathlib.Path | None = path.resolve()
+        ours: pathlib.Path | None = (
+            pathlib.Path(str(public.path)).expanduser().resolve()
+        )
     else:
         with _named_public():
-            ours = sources.place(public.name, public.path)
+            ours = datasets.location(public.name, public.path, download=public.download)
     same = public.name == private.name and ours == theirs  # also of embedded ones
     inside = ours is not None and theirs is not None and ours.is_relative_to(theirs)
     if same or inside:
@@ -269,7 +249,7 @@ def _refuse_private_place(public: PublicConfig, private: DataConfig) -> None:
 
 
 def _refuse_private_images(
-    config: PublicConfig, private: DataConfig, found: Records, dataset: Dataset
+    config: PublicConfig, private: DataConfig, public: Records, dataset: Dataset
 ) -> None:
     """Compares checksums, so it finds exact copies only, wherever they were read from.
 
@@ -282,15 +262,15 @@ def _refuse_private_images(
     """
     if config.is_other_half(private):
         return
-    public = set(_checksums(found.images))
+    images = set(_checksums(public.images))
     kept_back = () if dataset.validation is None else (dataset.validation,)
     for records in (dataset.train, *kept_back):
-        if not public.isdisjoint(_checksums(records.images)):
+        if not images.isdisjoint(_checksums(records.images)):
             raise UserError(
                 f"public.path is {config.path}: {config.name} has an image of the"
                 " private training set; public images must come from elsewhere"
             )
-    shared = sum(image in public for image in _checksums(dataset.test.images))
+    shared = sum(image in images for image in _checksums(dataset.test.images))
     if shared:  # accuracy on them would flatter
         raise UserError(
             f"public.path is {config.path}: {config.name} has {shared} of the test"
@@ -303,14 +283,15 @@ def _checksums(images: np.ndarray) -> Iterator[bytes]:
         yield hashlib.sha256(np.ascontiguousarray(image).data).digest()
 
 
-def _check_alike(config: PublicConfig, found: Records, train: Records) -> None:
-    shape, wanted = found.images.shape[1:], train.images.shape[1:]
+def _alike(config: PublicConfig, public: Records, train: Records) -> Records:
+    """Returns public images scaled as training images, if they are like those."""
+    shape, wanted = public.images.shape[1:], train.images.shape[1:]
     if shape != wanted:
         raise UserError(
             f"public.image_size is {config.image_size}: images of {config.name} are"
             f" {shape}, they must be {wanted} as training images are"
         )
-    ours, theirs = found.class_names, train.class_names
+    ours, theirs = public.class_names, train.class_names
     if ours != theirs:
         pairs = zip(ours, theirs, strict=False)
         unlike = (f"{a!r} instead of {b!r}" for a, b in pairs if a != b)
@@ -319,9 +300,6 @@ def _check_alike(config: PublicConfig, found: Records, train: Records) -> None:
             f"public.name is {config.name!r}: its classes must be those of the training"
             f" set in the same order, but it has {next(unlike, counts)}"
         )
-
-
-def _scaled_as(train: Records, found: Records) -> Records:
     return dataclasses.replace(
-        found, mean=train.mean, stddev=train.stddev, resize=train.resize
+        public, mean=train.mean, stddev=train.stddev, resize=train.resize
     )

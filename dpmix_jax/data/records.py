@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dpmix_jax.data import cache
-from dpmix_jax.data.preprocess import resize_bicubic
+from dpmix_jax.data.images import resize_bicubic
 from dpmix_jax.errors import UserError
 
 _DIGEST_BYTES = 2**26  # read at a time
@@ -70,19 +70,18 @@ class Records:
 
     def subset(self, indices: np.ndarray) -> "Records":
         """Returns some of the records; of memory-mapped images, another map."""
-        images = self.images
-        chosen = (
-            cache.rows(images, np.arange(len(self))[indices])
-            if cache.owns(images)
-            else images[indices]
-        )
-        return dataclasses.replace(self, images=chosen, labels=self.labels[indices])
+        rows = np.arange(len(self))[indices]
+        if isinstance(self.images, np.memmap) and len(rows):
+            images = cache.rows(self.images, rows)
+        else:
+            images = self.images[rows]
+        return dataclasses.replace(self, images=images, labels=self.labels[rows])
 
     def normalize(self, images: jax.Array) -> jax.Array:
         """Maps uint8 images [..., H, W, C] to float32 by the public constants.
 
-        With `resize`, images become [..., resize, resize, C] first, as by
-        `preprocess.resize_bicubic`.
+        With `resize`, images become [..., resize, resize, C] first, by
+        `images.resize_bicubic`.
         """
         if self.resize:
             images = resize_bicubic(images, self.resize)

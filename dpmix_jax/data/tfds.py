@@ -7,18 +7,18 @@ TensorFlow Datasets itself does from most of its builders, but only with TensorF
     tfds build cifar10 --file_format=array_record
 """
 
-import contextlib
+import functools
 import os
 import pathlib
 import re
 from collections.abc import Collection, Iterator
 from typing import Any
 
-import numpy as np
-
-from dpmix_jax.data import images, splits
-from dpmix_jax.data.cache import Encoded, Example
+from dpmix_jax.data import images
+from dpmix_jax.data.cache import Arrays, Listing, decoded
+from dpmix_jax.data.folder import divided, stratified
 from dpmix_jax.data.records import Records
+from dpmix_jax.data.trees import identity, reading
 from dpmix_jax.errors import UserError
 
 NAME = re.compile(
@@ -26,6 +26,12 @@ NAME = re.compile(
 )
 _CHUNK = 256  # examples in one call; one at a time takes twice as long
 _INFO = "dataset_info.json"
+
+
+def builder_of(name: str) -> str | None:
+    """Returns the builder in the name of a dataset, None where it is not `tfds:`."""
+    match = NAME.fullmatch(name)
+    return match["builder"] if match else None
 
 
 def find_version(name: str, path: str | None) -> pathlib.Path:
@@ -72,8 +78,8 @@ def find_version(name: str, path: str | None) -> pathlib.Path:
     return max(versions, key=lambda version: _numbers(version.name))
 
 
-def list_examples(folder: pathlib.Path, *, name: str) -> Encoded:
-    """Lists a prepared dataset, whose images are then read as encoded bytes.
+def read(name: str, path: str | None, image_size: int) -> Arrays:
+    """Reads a prepared dataset, its images through the cache of decoded ones.
 
     Splits: `train` (with `validation`, where there is a `test` too) and `test`, or else
     `validation`. Without either, the training set is split as `folder` is (EuroSAT).
@@ -82,36 +88,33 @@ def list_examples(folder: pathlib.Path, *, name: str) -> Encoded:
     label and file name where they have those, else that of the folder. Tfds shuffles
     when it prepares; these orders undo it.
 
+    Args:
+      name, path: see `find_version`.
+      image_size: 0 for images as they are; else what `images.fit` brings them to.
+
+    Returns:
+      Images that are RGB, or grey if all of them are and `image_size` is 0.
+
     Raises:
       UserError: if the folder cannot be read without TensorFlow, is of another builder,
         or has no images with labels.
     """
-    builder = _builder(folder, name)
-    with _reading(folder):
-        source = builder.as_data_source(decoders=_only_bytes(builder))
-    found = {
-        split: _list_split(source, split, folder, builder.info.features)
-        for split in ("train", "validation", "test")
-        if split in source
-    }
-    train, test = found.get("train", []), found.get("test", [])
-    if test:
-        train = _sorted(train + found.get("validation", []))
-    elif not (test := found.get("validation", [])):
-        indices = splits.stratified(np.array([e.label for _, e in train], np.int32))
-        train, test = ([train[index] for index in part] for part in indices)
-    return Encoded(
-        class_names=tuple(builder.info.features["label"].names),
-        train=[example for _, example in train],
-        test=[example for _, example in test],
-        contents=lambda keys: _contents(source, keys, folder),
-        skipped={},
-    )
-
-
-def channels(folder: pathlib.Path, *, name: str) -> int:
-    """Returns 1 if all images of a prepared dataset are grey, else 3."""
-    return 1 if _builder(folder, name).info.features["image"].shape[-1] == 1 else 3
+    folder = find_version(name, path)
+    with reading(f"data.path is {folder}"):
+        builder = _tfds().builder_from_directory(folder)
+        if builder.name != builder_of(name):
+            raise UserError(
+                f"data.path is {folder}: it holds {builder.name}, not {name}"
+            )
+        grey = not image_size and builder.info.features["image"].shape[-1] == 1
+        return decoded(
+            re.sub(r"\W", "-", name),
+            [identity(folder), image_size],
+            functools.partial(_listing, builder),
+            functools.partial(
+                images.decode, image_size=image_size, channels=1 if grey else 3
+            ),
+        )
 
 
 def write(name: str, train: Records, test: Records, data_dir: str) -> pathlib.Path:
@@ -172,92 +175,53 @@ def _tfds() -> Any:
     return tensorflow_datasets
 
 
-@contextlib.contextmanager
-def _reading(folder: pathlib.Path) -> Iterator[None]:
-    """Turns whatever tfds raises for damaged files into one line; there is no list."""
-    try:
-        yield
-    except Exception as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"data.path is {folder}: cannot be read ({reason})") from None
-
-
-def _builder(folder: pathlib.Path, name: str) -> Any:
-    tfds = _tfds()
-    with _reading(folder):
-        builder = tfds.builder_from_directory(folder)
-    match = NAME.fullmatch(name)
-    assert match is not None
-    if builder.name != match["builder"]:
-        raise UserError(f"data.path is {folder}: it holds {builder.name}, not {name}")
-    if builder.info.file_format.value != "array_record":
-        raise UserError(
-            f"data.path is {folder}: its format is {builder.info.file_format.value},"
-            " prepare it again with --file_format=array_record"
-        )
-    features = builder.info.features
-    if not {"image", "label"} <= set(features) or not features["label"].names:
-        raise UserError(
-            f"data.path is {folder}: it has {', '.join(features)}, there must be an"
-            " image and a label with names"
-        )
-    return builder
-
-
-def _only_bytes(builder: Any) -> Any:
-    """Returns tfds' decoders that leave images (segmentation masks too) encoded."""
-    tfds = _tfds()
-    return {
+def _listing(builder: Any) -> Listing:
+    tfds, features = _tfds(), builder.info.features
+    encoded = {  # segmentation masks too
         name: tfds.decode.SkipDecoding()
-        for name, feature in builder.info.features.items()
+        for name, feature in features.items()
         if isinstance(feature, tfds.features.Image)
     }
+    source = builder.as_data_source(decoders=encoded)
+    train, validation, test = (
+        [_keyed(*pair) for pair in _examples(source, split)] if split in source else []
+        for split in ("train", "validation", "test")
+    )
+    if test:
+        train += validation
+    listing = Listing(
+        tuple(features["label"].names),
+        [example for _, example in sorted(train)],
+        [example for _, example in sorted(test or validation)],
+        functools.partial(_contents, source),
+    )
+    return listing if listing.test else divided(listing, stratified)
 
 
-def _list_split(
-    source: Any, split: str, folder: pathlib.Path, features: Any
-) -> list[tuple[Any, Example]]:
-    """Returns pairs of what to sort by and an example, sorted."""
-    num_classes, found = len(features["label"].names), []
-    for key, example in _examples(source, split, range(len(source[split])), folder):
-        label = int(example["label"])
-        if not 0 <= label < num_classes:
-            raise UserError(
-                f"data.path is {folder}: label {label} of {split} {key[1]} is not in"
-                f" [0, {num_classes})"
-            )
-        name = example.get("filename", example.get("file_name"))
-        order: Any = key
-        if "id" in example:
-            order = example["id"]
-        elif name is not None:
-            order = label, name
-        found.append((order, Example(key, label)))
-    return _sorted(found)
+def _keyed(key: tuple[str, int], example: dict[str, Any]) -> tuple[Any, Any]:
+    """Returns what to sort an example by, and its key and label."""
+    label = int(example["label"])
+    name = example.get("filename", example.get("file_name"))
+    order = example.get("id", key if name is None else (label, name))
+    return order, (key, label)
 
 
-def _sorted(examples: list[tuple[Any, Example]]) -> list[tuple[Any, Example]]:
-    return sorted(examples, key=lambda pair: pair[0])
-
-
-def _contents(
-    source: Any, keys: Collection[Any], folder: pathlib.Path
-) -> Iterator[tuple[Any, bytes]]:
+def _contents(source: Any, keys: Collection[Any]) -> Iterator[tuple[Any, bytes]]:
     for split in sorted({split for split, _ in keys}):
         rows = sorted(row for other, row in keys if other == split)
-        for key, example in _examples(source, split, rows, folder):
+        for key, example in _examples(source, split, rows):
             yield key, example["image"]
 
 
 def _examples(
-    source: Any, split: str, rows: Collection[int], folder: pathlib.Path
+    source: Any, split: str, rows: Collection[int] | None = None
 ) -> Iterator[tuple[tuple[str, int], dict[str, Any]]]:
-    rows = list(rows)
+    """Yields keys, (split, row), and examples of some rows of a split, or of all."""
+    rows = list(range(len(source[split])) if rows is None else rows)
     for start in range(0, len(rows), _CHUNK):
         chunk = rows[start : start + _CHUNK]
-        with _reading(folder):
-            examples = source[split].__getitems__(chunk)
-        yield from (((split, row), ex) for row, ex in zip(chunk, examples, strict=True))
+        for row, example in zip(chunk, source[split].__getitems__(chunk), strict=True):
+            yield (split, row), example
 
 
 def _numbers(version: str) -> list[int]:

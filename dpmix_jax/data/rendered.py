@@ -4,6 +4,7 @@ A digit of a random font is drawn large, its stroke thickened, bent by a smooth 
 displacement, turned, sheared and stretched, then brought to the size of the dataset.
 """
 
+import hashlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,7 +15,6 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from scipy import ndimage
 
 from dpmix_jax.errors import UserError
-from dpmix_jax.synthetic.bank import Wanted
 
 _FONTS = (  # of matplotlib; its monospaced DejaVu has a dot in the zero
     *("DejaVuSans", "DejaVuSans-Oblique", "DejaVuSerif", "DejaVuSerif-Italic"),
@@ -28,6 +28,35 @@ _SMALL = 16
 _HEIGHT_SMALL, _HEIGHT = (0.9, 1.05), (0.62, 0.8)
 _NARROW_SMALL, _NARROW = (0.9, 1.25), (0.8, 1.15)
 _BRIGHTEST = 240  # as in the digits
+
+
+def image_seed(bank_seed: int, label: int, number: int, attempt: int = 0) -> int:
+    """Returns the seed of an image, of 63 bits: of the `number`-th of a class, from 1.
+
+    It does not depend on what else is made, nor in which order.
+    """
+    key = f"{bank_seed}/{label}/{number}/{attempt}".encode()
+    return int.from_bytes(hashlib.sha256(key).digest()[:8], "big") >> 1
+
+
+def rendered_digits(
+    class_names: Sequence[str], image_shape: Sequence[int], count: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Draws digits, one of each class in turn, as a bank of seed 0 has them.
+
+    Returns:
+      Images uint8 [count, H, W, C] and labels int32 [count].
+
+    Raises:
+      UserError: for a class that is no digit.
+    """
+    render = Render(class_names=class_names, image_shape=image_shape)
+    numbers, labels = np.divmod(np.arange(count), len(class_names))
+    images = [
+        render.draw(class_names[label], image_seed(0, label, number + 1))
+        for number, label in zip(numbers, labels, strict=True)
+    ]
+    return np.stack(images), labels.astype(np.int32)
 
 
 class Render:
@@ -53,10 +82,13 @@ class Render:
             "pillow": PIL.__version__,
         }
 
-    def __call__(self, wanted: Sequence[Wanted]) -> list[np.ndarray | None]:
-        return [self._draw(w.class_name, np.random.default_rng(w.seed)) for w in wanted]
+    def __call__(self, wanted: Sequence[Any]) -> list[np.ndarray | None]:
+        """Draws what is `synthetic.Wanted`, by its class and seed."""
+        return [self.draw(each.class_name, each.seed) for each in wanted]
 
-    def _draw(self, digit: str, rng: np.random.Generator) -> np.ndarray:
+    def draw(self, digit: str, seed: int) -> np.ndarray:
+        """Returns uint8 [H, W, C]."""
+        rng = np.random.default_rng(seed)
         canvas = Image.new("L", (_CANVAS, _CANVAS))
         ImageDraw.Draw(canvas).text(
             (_CANVAS // 2, _CANVAS // 2),
@@ -81,10 +113,10 @@ def _bent(canvas: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     ) @ np.array([[1, 0], [shear, 1]])
     middle = (_CANVAS - 1) / 2
     grid = np.indices((_CANVAS, _CANVAS)) - middle
-    places = np.einsum("ij,jhw->ihw", turn, grid) + middle
+    points = np.einsum("ij,jhw->ihw", turn, grid) + middle
     coarse = rng.normal(0, 3.0, (2, 4, 4))
-    places += np.stack([ndimage.zoom(part, _CANVAS / 4, order=3) for part in coarse])
-    return ndimage.map_coordinates(canvas, places, order=1)
+    points += np.stack([ndimage.zoom(part, _CANVAS / 4, order=3) for part in coarse])
+    return ndimage.map_coordinates(canvas, points, order=1)
 
 
 def _placed(canvas: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
