@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from dpmix_jax.models.norm import GroupNorm
+from dpmix_jax.models.layers import GroupNorm
 
 
 class CNN(nn.Module):

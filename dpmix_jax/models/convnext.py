@@ -1,26 +1,19 @@
-"""ConvNeXt as the image tower of CLIP, with a linear head."""
+"""The image tower of CLIP as a ConvNeXt."""
 
 from collections.abc import Sequence
-from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from dpmix_jax.models.norm import LayerNorm
-from dpmix_jax.models.patches import Patches
+from dpmix_jax.models.layers import LayerNorm, Patches, mlp
 
 _INIT = nn.initializers.normal(0.02)
 _EPSILON = 1e-6
 
 
 class ConvNeXt(nn.Module):
-    """ConvNeXt-B (Liu et al., 2022) with a projection and a linear head.
-
-    Parameters are `{"encoder": ..., "head": ...}`. `pretrained.load_encoder` reads
-    weights for the first; without it, `encode` can be applied alone. The head starts
-    at zero, as is usual for linear probes: all classes are equally likely, and its
-    first gradient does not depend on chance.
+    """ConvNeXt-B (Liu et al., 2022) with a projection: images to embeddings.
 
     The defaults are those of open_clip's `convnext_base_w`, timm's `convnext_base` with
     a projection: 88.2 million parameters, images of 256x256 pixels (others will do)
@@ -28,7 +21,6 @@ class ConvNeXt(nn.Module):
     depth.
 
     Attributes:
-      num_classes: O; None leaves the head out, the result is the embedding.
       depths: blocks of each stage.
       features: channels of each stage.
       patch_size: side of the square patches that the stem reads.
@@ -36,12 +28,12 @@ class ConvNeXt(nn.Module):
       layer_scale: what the factors on the result of each block start at.
       embedding_size: E of the projection; None leaves it out: E is the last of
         `features`.
-      dtype: of the computation; parameters, embedding and logits are float32.
+      dtype: of the computation; parameters and embedding are float32.
+
+    Raises:
+      ValueError: if `depths` and `features` differ in length, or images are too small.
     """
 
-    CPU_IMAGES: ClassVar[int | None] = None  # XLA:CPU is slow at convolutions in loops
-
-    num_classes: int | None = None
     depths: Sequence[int] = (3, 3, 27, 3)
     features: Sequence[int] = (128, 256, 512, 1024)
     patch_size: int = 4
@@ -49,44 +41,6 @@ class ConvNeXt(nn.Module):
     layer_scale: float = 1e-6
     embedding_size: int | None = 640
     dtype: jax.typing.DTypeLike = jnp.float32
-
-    def setup(self):
-        self.encoder = ConvNeXtEncoder(
-            depths=self.depths,
-            features=self.features,
-            patch_size=self.patch_size,
-            mlp_ratio=self.mlp_ratio,
-            layer_scale=self.layer_scale,
-            embedding_size=self.embedding_size,
-            dtype=self.dtype,
-        )
-        if self.num_classes is not None:
-            self.head = nn.Dense(self.num_classes, kernel_init=nn.initializers.zeros)
-
-    def __call__(self, images: jax.Array) -> jax.Array:
-        """[B, H, W, C] -> logits [B, O], or embeddings [B, E] without classes."""
-        embedding = self.encode(images)
-        return embedding if self.num_classes is None else self.head(embedding)
-
-    def encode(self, images: jax.Array) -> jax.Array:
-        """[B, H, W, C] -> embeddings [B, E], not normalised."""
-        return self.encoder(images)
-
-
-class ConvNeXtEncoder(nn.Module):
-    """From images to embeddings; attributes are those of `ConvNeXt`.
-
-    Raises:
-      ValueError: if `depths` and `features` differ in length, or images are too small.
-    """
-
-    depths: Sequence[int]
-    features: Sequence[int]
-    patch_size: int
-    mlp_ratio: float
-    layer_scale: float
-    embedding_size: int | None
-    dtype: jax.typing.DTypeLike
 
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:
@@ -156,12 +110,9 @@ class Block(nn.Module):
             kernel_init=_INIT,
             name="conv",
         )(x)
-        y = LayerNorm(_EPSILON, self.dtype, name="norm")(y)
-        y = self._dense(self.hidden, "fc1")(y)
-        y = self._dense(channels, "fc2")(nn.gelu(y, approximate=False))
+        y = mlp(
+            LayerNorm(_EPSILON, self.dtype, name="norm")(y), self.hidden, self.dtype
+        )
         start = nn.initializers.constant(self.layer_scale)
         gamma = self.param("gamma", start, (channels,))
         return x + y * gamma[None, None, None].astype(self.dtype)
-
-    def _dense(self, features: int, name: str) -> nn.Dense:
-        return nn.Dense(features, dtype=self.dtype, kernel_init=_INIT, name=name)

@@ -1,4 +1,4 @@
-"""Weights that models start from: CLIP's image towers, or an earlier run's.
+"""Weights that models start from: of CLIP's image towers, De et al. or earlier runs.
 
 Nothing is downloaded here. For the towers of DP-Mix (Bao et al., 2023),
 
@@ -17,12 +17,12 @@ pickle, which runs whatever code it holds; where it is trusted,
 makes a file of it that `load_weights` reads.
 """
 
-import fcntl
 import hashlib
+import itertools
 import os
 import pathlib
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax
@@ -31,34 +31,53 @@ import numpy as np
 import safetensors.numpy
 
 from dpmix_jax.errors import UserError
-from dpmix_jax.models import dialects
-from dpmix_jax.models.dialects import Dialect
-from dpmix_jax.models.tensor_files import StoredArray, open_arrays
-from dpmix_jax.places import cache_folder
-from dpmix_jax.progress import say
 
 PyTree = Any
-Shapes = Mapping[str, tuple[int, ...]]
 
-_VERSION = 1  # of the conversion
-_TOWERS = {  # by a parameter that only one has
-    "class_embedding": (dialects.VIT, "laion/CLIP-ViT-B-16-laion2B-s34B-b88K"),
-    "stem/kernel": (
-        dialects.CONVNEXT,
-        "laion/CLIP-convnext_base_w-laion2B-s13B-b82K",
-    ),
+# What open_clip calls the layers and parameters of its image towers, after `visual.`.
+# `{}` stands for the numbers of stages and blocks; a kernel or scale is a `.weight`
+# there, a bias a `.bias`.
+_VIT = {
+    "class_embedding": "class_embedding",
+    "positional_embedding": "positional_embedding",
+    "patches": "conv1",
+    "ln_pre": "ln_pre",
+    "block_{}/norm1": "transformer.resblocks.{}.ln_1",
+    "block_{}/qkv/kernel": "transformer.resblocks.{}.attn.in_proj_weight",
+    "block_{}/qkv/bias": "transformer.resblocks.{}.attn.in_proj_bias",
+    "block_{}/out": "transformer.resblocks.{}.attn.out_proj",
+    "block_{}/norm2": "transformer.resblocks.{}.ln_2",
+    "block_{}/fc1": "transformer.resblocks.{}.mlp.c_fc",
+    "block_{}/fc2": "transformer.resblocks.{}.mlp.c_proj",
+    "ln_post": "ln_post",
+    "proj/kernel": "proj",
+}
+_CONVNEXT = {
+    "stem": "trunk.stem.0",
+    "stem_norm": "trunk.stem.1",
+    "downsample_{}_norm": "trunk.stages.{}.downsample.0",
+    "downsample_{}": "trunk.stages.{}.downsample.1",
+    "stage_{}_{}/gamma": "trunk.stages.{}.blocks.{}.gamma",
+    "stage_{}_{}/conv": "trunk.stages.{}.blocks.{}.conv_dw",
+    "stage_{}_{}/norm": "trunk.stages.{}.blocks.{}.norm",
+    "stage_{}_{}/fc1": "trunk.stages.{}.blocks.{}.mlp.fc1",
+    "stage_{}_{}/fc2": "trunk.stages.{}.blocks.{}.mlp.fc2",
+    "norm": "trunk.head.norm",
+    "proj": "head.proj",
+}
+_TOWERS = {  # by a parameter that only one tower has
+    "class_embedding": (_VIT, "laion/CLIP-ViT-B-16-laion2B-s34B-b88K"),
+    "stem/kernel": (_CONVNEXT, "laion/CLIP-convnext_base_w-laion2B-s13B-b82K"),
 }
 
 
 def load_encoder(path: str | os.PathLike, like: PyTree) -> PyTree:
-    """Loads a pretrained image tower into the encoder of `vit` or `convnext`.
+    """Loads an image tower of open_clip into the encoder of `vit` or `convnext`.
 
-    The file is a safetensors file or what `torch.save` wrote of a state dict: of
-    open_clip, the whole model or `visual` alone; of transformers, `CLIPModel` or
-    `CLIPVisionModel` with or without projection; or of timm (where the projection is
-    the classifier). Every key and shape must be that of the model; positions are not
-    interpolated to another image size. The result is kept in the cache, under the
-    checksum of the file.
+    The file holds the whole model of open_clip, or its `visual` alone. It is a
+    safetensors file or, where PyTorch is installed, what `torch.save` wrote of a state
+    dict. Every key and shape of the tower must be that of the model; positions are not
+    interpolated to another image size.
 
     What a file cannot say is the number of heads, and which GELU its tower was trained
     with: ours is the exact one, OpenAI's weights want `x * sigmoid(1.702 x)`.
@@ -80,43 +99,33 @@ def load_encoder(path: str | os.PathLike, like: PyTree) -> PyTree:
         raise ValueError(
             "like must be the parameters of the encoder of vit or convnext"
         )
-    spoken, repository = towers[0]
-    if not path.is_file():
-        raise UserError(
-            f"weights are {path}: it must be a file, for instance the one that `hf"
-            f" download {repository} open_clip_model.safetensors` prints"
-        )
-    shapes = {key: leaf.shape for key, leaf in wanted.items()}
-    identity = repr((_VERSION, checksum(path), sorted(shapes.items())))
-    name = hashlib.sha256(identity.encode()).hexdigest()[:16]
-    cached = cache_folder() / "encoders" / f"{name}.safetensors"
-    found = _read_cache(cached, shapes)
-    if found is None:
-        found = _convert(path, shapes, spoken)
-        _write_cache(cached, found)
-    return _unflat(like, found)
+    names, repository = towers[0]
+    hint = f"the one that `hf download {repository} open_clip_model.safetensors` prints"
+    stored = _read(path, f"for instance {hint}")
+    stored = {key: _in_our_order(key, array) for key, array in stored.items()}
+    # PyTorch adds `module.` to a model that is trained on several devices.
+    prefixes = ("visual.", "module.visual.")
+    prefix = next((p for p in prefixes if any(k.startswith(p) for k in stored)), "")
+    keys = {ours: prefix + _open_clip_key(ours, names) for ours in wanted}
+    what = "the image tower of this model as open_clip names it"
+    return _fill(path, stored, keys, like, prefix, what)
 
 
 def load_weights(
-    path: str | os.PathLike,
-    like: PyTree,
-    *,
-    ema: bool = True,
-    skip: Collection[str] = (),
+    path: str | os.PathLike, like: PyTree, *, skip: Collection[str] = ()
 ) -> PyTree:
-    """Loads the `model.safetensors` of a run into the parameters of the same model.
+    """Loads the averaged weights of a run into the parameters of the same model.
 
     For `wrn` a file with the names of De et al. (2022) will do as well.
 
     Args:
-      path: of the file, see `checkpoint.export_weights`.
-      like: parameters of the model, as `init` returns them.
-      ema: whether to take the averaged weights, not the last.
-      skip: names of modules that are left as they are in `like`, and may differ in the
-        file, such as `head`, or `Dense_0` of `wrn`, for a model of other classes.
+      path: of the `model.safetensors` of the run, see `checkpoint.export_weights`.
+      like: parameters of the model, as `init` returns them, or the shapes of them.
+      skip: names of modules that are left as they are in `like`, and may have other
+        shapes in the file, such as `head`, or `Dense_0` of `wrn`, for other classes.
 
     Returns:
-      A tree as `like`, of NumPy arrays, but for what is skipped.
+      A tree as `like`, of NumPy arrays in float32, but for what is skipped.
 
     Raises:
       UserError: if the file is missing, damaged or not finite, if keys or shapes are
@@ -128,179 +137,14 @@ def load_weights(
             raise UserError(
                 f"skip is {name!r}: it must be the name of a module of the model"
             )
-    if not path.is_file():
-        raise UserError(
-            f"weights are {path}: it must be a file, the model.safetensors of a run"
-        )
-    prefix = "ema_params/" if ema else "params/"
-    with open_arrays(path) as stored:
-        keys, what = {key: prefix + key for key in wanted}, "weights of the same model"
-        theirs = dialects.jax_privacy_keys(wanted)
-        if theirs and any(key.startswith("wide_res_net/") for key in stored):
-            keys, prefix = theirs, "wide_res_net/"
-            what = f"{what} as jax_privacy names them"
-        # Modules to skip go by our names, and in the file perhaps by others.
-        known = {
-            theirs.rsplit("/", 1)[0]: ours.split("/")[:-1]
-            for ours, theirs in keys.items()
-        }
-
-        def skipped(key: str) -> bool:
-            names = {*key.split("/"), *known.get(key.rsplit("/", 1)[0], ())}
-            return not names.isdisjoint(skip)
-
-        shapes = {
-            theirs: wanted[ours].shape
-            for ours, theirs in keys.items()
-            if not skipped(theirs)
-        }
-        unexpected = [
-            key
-            for key in stored
-            if key.startswith(prefix) and key not in shapes and not skipped(key)
-        ]
-        _check(path, what, stored, shapes, unexpected)
-        found = {
-            ours: _read(path, theirs, stored[theirs])
-            for ours, theirs in keys.items()
-            if theirs in shapes
-        }
-    return _unflat(like, found)
-
-
-# From a file to parameters by path.
-
-
-def _convert(
-    path: pathlib.Path, shapes: Shapes, spoken: Iterable[Dialect]
-) -> dict[str, np.ndarray]:
-    """Reads parameters of given shapes from a file in one of some dialects."""
-    with open_arrays(path) as stored:
-        # What PyTorch wraps a model in that is trained on several devices.
-        stored = {key.removeprefix("module."): array for key, array in stored.items()}
-        dialect, sources = _recognized(path, shapes, spoken, stored)
-        expected = {key: shape for parts in sources.values() for key, shape in parts}
-        unexpected = _unexpected(dialect, shapes, stored, expected)
-        what = f"the image tower of this model as {dialect.name} names it"
-        _check(path, what, stored, expected, unexpected)
-        found = {}
-        for ours, parts in sources.items():
-            arrays = [_read(path, key, stored[key]) for key, _ in parts]
-            converted = dialect.convert(ours, shapes[ours], arrays)
-            found[ours] = np.ascontiguousarray(converted)
-        return found
-
-
-def _recognized(
-    path: pathlib.Path,
-    shapes: Shapes,
-    spoken: Iterable[Dialect],
-    stored: Mapping[str, StoredArray],
-) -> tuple[Dialect, dict[str, list[tuple[str, tuple[int, ...]]]]]:
-    """Returns the dialect of a file, and keys and shapes for each of our parameters."""
-    best: tuple[int, Any, Any] = (0, None, None)
-    for dialect in spoken:
-        sources = {
-            ours: list(dialect.source(ours, shape).items())
-            for ours, shape in shapes.items()
-        }
-        known = sum(key in stored for parts in sources.values() for key, _ in parts)
-        if known > best[0]:
-            best = known, dialect, sources
-    if not best[0]:
-        names = " or ".join(dict.fromkeys(dialect.name for dialect in spoken))
-        raise UserError(
-            f"weights are {path}: it must be an image tower of this model as {names}"
-            f" names it, but its keys are {min(stored, default='none')} and the like"
-        )
-    return best[1:]
-
-
-def _unexpected(
-    dialect: Dialect,
-    shapes: Shapes,
-    stored: Mapping[str, StoredArray],
-    expected: Collection[str],
-) -> list[str]:
-    """Returns the keys of a file that are neither the model's nor another tower's."""
-
-    def harmless(key: str) -> bool:
-        if key != dialect.zero or "proj/kernel" not in shapes:
-            return re.match(dialect.ignored, key) is not None
-        size = shapes["proj/kernel"][1:]
-        return stored[key].shape == size and not stored[key].read().any()
-
-    return [key for key in stored if key not in expected and not harmless(key)]
-
-
-def _check(
-    path: pathlib.Path,
-    what: str,
-    stored: Mapping[str, StoredArray],
-    expected: Shapes,
-    unexpected: Sequence[str],
-) -> None:
-    """Raises `UserError` if keys are missing or unexpected, or shapes wrong."""
-    missing = [key for key in expected if key not in stored]
-    wrong = [
-        f"{key} is {stored[key].shape}, not {shape}{_size_hint(key, stored, expected)}"
-        for key, shape in expected.items()
-        if key in stored and stored[key].shape != shape
-    ]
-    faults = [
-        f"{found[0]}{said}" + f" (and {len(found) - 1} more)" * (len(found) > 1)
-        for found, said in (
-            (wrong, ""),
-            (missing, " is missing"),
-            (unexpected, " is unexpected"),
-        )
-        if found
-    ]
-    if faults:
-        raise UserError(f"weights are {path}: it must be {what}; {', '.join(faults)}")
-
-
-def _size_hint(key: str, stored: Mapping[str, StoredArray], expected: Shapes) -> str:
-    """Says which images positions are for, where those are of another number."""
-    if "pos" not in key or stored[key].shape[-1:] != expected[key][-1:]:
-        return ""
-    kernel = next(shape for shape in expected.values() if len(shape) == 4)
-    sides = [
-        round((shape[-2] - 1) ** 0.5) * kernel[-1]
-        for shape in (stored[key].shape, expected[key])
-    ]
-    return (
-        f": it is for images of {sides[0]}x{sides[0]} pixels, not {sides[1]}x{sides[1]}"
-    )
-
-
-def _read(path: pathlib.Path, key: str, stored: StoredArray) -> np.ndarray:
-    """Returns an array as float32."""
-    if not jnp.issubdtype(stored.dtype, jnp.floating):
-        raise UserError(
-            f"weights are {path}: {key} is {stored.dtype}, it must be float"
-        )
-    array = stored.read().astype(np.float32)
-    if not np.isfinite(array).all():
-        raise UserError(f"weights are {path}: {key} is not finite, it must be")
-    return array
-
-
-def _flat(tree: PyTree) -> dict[str, Any]:
-    """Returns the leaves of a tree by their paths, as `checkpoint` names them."""
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-    }
-
-
-def _unflat(like: PyTree, found: Mapping[str, np.ndarray]) -> PyTree:
-    """Returns a tree as `like` with the leaves found; others stay."""
-    leaves = [found.get(key, leaf) for key, leaf in _flat(like).items()]
-    return jax.tree.unflatten(jax.tree.structure(like), leaves)
-
-
-# The cache of converted encoders.
+    stored = _read(path, "the model.safetensors of a run")
+    what, prefix = "weights of the same model", "ema_params/"
+    keys = {ours: prefix + ours for ours in wanted}
+    theirs = _de_et_al_keys(wanted)
+    if theirs and any(key.startswith("wide_res_net/") for key in stored):
+        what, prefix = f"{what} as jax_privacy names them", "wide_res_net/"
+        keys = theirs
+    return _fill(path, stored, keys, like, prefix, what, skip)
 
 
 def checksum(path: str | os.PathLike) -> str:
@@ -314,31 +158,185 @@ def checksum(path: str | os.PathLike) -> str:
         ) from None
 
 
-def _read_cache(path: pathlib.Path, shapes: Shapes) -> dict[str, np.ndarray] | None:
-    """Returns what the cache has, or None if it is not there or damaged."""
-    if not path.exists():
-        return None
-    try:
-        found = safetensors.numpy.load_file(path)
-    except (OSError, safetensors.SafetensorError):
-        return None
-    fits = {key: array.shape for key, array in found.items()} == dict(shapes)
-    return found if fits else None
+# From a file to arrays by key.
 
 
-def _write_cache(path: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> None:
-    """Writes a file that is whole or absent; without a place to write, none."""
-    partial = path.with_name(f".{path.name}.partial")
+def _read(path: pathlib.Path, hint: str) -> dict[str, np.ndarray]:
+    """Returns all arrays of a file; `hint` says which file could be meant."""
+    if not path.is_file():
+        raise UserError(f"weights are {path}: it must be a file, {hint}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with open(path.with_name(f".{path.name}.lock"), "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # of several processes, one at a time
-            try:
-                safetensors.numpy.save_file(dict(arrays), partial)
-                with open(partial, "rb") as file:
-                    os.fsync(file.fileno())
-                os.replace(partial, path)
-            finally:
-                partial.unlink(missing_ok=True)
-    except (OSError, safetensors.SafetensorError) as error:
-        say(f"warning: the encoder is not kept in the cache {path}: {error}")
+        with open(path, "rb") as file:
+            start = file.read(9)
+        if start.startswith(b"PK"):
+            return _read_torch(path)
+        if start[:1] == b"\x80" and start[8:] != b"{":
+            raise UserError(
+                f"weights are {path}: it must not be a pickle, which runs whatever code"
+                f" it holds; {__name__} has the lines that convert De et al.'s"
+            )
+        return safetensors.numpy.load_file(path)
+    except UserError:
+        raise
+    except Exception as error:  # damage makes decoders raise whatever they like
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"weights are {path}: it must be a safetensors file or a state dict of"
+            f" tensors that torch.save wrote, whole and not damaged ({reason})"
+        ) from None
+
+
+def _read_torch(path: pathlib.Path) -> dict[str, np.ndarray]:
+    """Returns the tensors of a state dict; runs no code that is in the file."""
+    try:
+        import torch
+    except ImportError:
+        raise UserError(
+            f"weights are {path}: to read a file of PyTorch, install torch, or convert"
+            " the file where torch is installed, by this line of Python: import torch,"
+            f" safetensors.torch as st; d = torch.load({str(path)!r},"
+            " map_location='cpu', weights_only=True); st.save_file({k:"
+            " v.contiguous().clone() for k, v in d.get('state_dict', d).items()},"
+            f" {str(path.with_suffix('.safetensors'))!r})"
+        ) from None
+    content = torch.load(path, map_location="cpu", weights_only=True)
+    content = content.get("state_dict", content)
+    return {
+        key: (v.float() if v.is_floating_point() else v).detach().numpy()
+        for key, v in content.items()
+    }
+
+
+# From arrays by key to parameters.
+
+
+def _fill(
+    path: pathlib.Path,
+    stored: Mapping[str, np.ndarray],
+    keys: Mapping[str, str],
+    like: PyTree,
+    prefix: str,
+    what: str,
+    skip: Collection[str] = (),
+) -> PyTree:
+    """Returns `like` with arrays of a file in the places of its leaves.
+
+    Args:
+      path: of the file, for errors.
+      stored: its arrays.
+      keys: the key of each leaf, by its path.
+      like: the tree.
+      prefix: of all keys of the file that must have a place.
+      what: says which weights the file must have.
+      skip: names of modules whose leaves stay as they are.
+    """
+    wanted = _flat(like)
+    places = {
+        ours: key for ours, key in keys.items() if set(skip).isdisjoint(ours.split("/"))
+    }
+    wrong = [
+        f"{key!r} is {stored[key].shape}, not {wanted[ours].shape}"
+        + ", for images of another size" * key.endswith("positional_embedding")
+        for ours, key in places.items()
+        if key in stored and stored[key].shape != wanted[ours].shape
+    ]
+    missing = [f"{key!r} is missing" for key in places.values() if key not in stored]
+    known = {*keys.values()}
+    unexpected = [
+        f"{key!r} is unexpected"
+        for key in stored
+        if key.startswith(prefix) and key not in known
+    ]
+    faults = [
+        found[0] + f" (and {len(found) - 1} more)" * (len(found) > 1)
+        for found in (wrong, missing, unexpected)
+        if found
+    ]
+    if faults:
+        raise UserError(f"weights are {path}: it must be {what}; {', '.join(faults)}")
+    found = {ours: _float32(path, key, stored[key]) for ours, key in places.items()}
+    leaves = [found.get(ours, leaf) for ours, leaf in wanted.items()]
+    return jax.tree.unflatten(jax.tree.structure(like), leaves)
+
+
+def _float32(path: pathlib.Path, key: str, array: np.ndarray) -> np.ndarray:
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        raise UserError(
+            f"weights are {path}: {key!r} is {array.dtype}, it must be float"
+        )
+    array = np.ascontiguousarray(array, np.float32)
+    if not np.isfinite(array).all():
+        raise UserError(f"weights are {path}: {key!r} is not finite, it must be")
+    return array
+
+
+def _flat(tree: PyTree) -> dict[str, Any]:
+    """Returns the leaves of a tree by their paths, as `checkpoint` names them."""
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+
+# Names and axes of others.
+
+
+def _open_clip_key(path: str, names: Mapping[str, str]) -> str:
+    """Returns open_clip's key of a parameter."""
+    numbers = re.findall(r"_(\d+)(?=[_/])", path)
+    path = re.sub(r"_\d+(?=[_/])", "_{}", path)
+    if path in names:
+        return names[path].format(*numbers)
+    layer, leaf = path.rsplit("/", 1)
+    return f"{names[layer].format(*numbers)}.{'bias' if leaf == 'bias' else 'weight'}"
+
+
+def _in_our_order(key: str, array: np.ndarray) -> np.ndarray:
+    """Transposes weights of PyTorch's layers: inputs before outputs, height first."""
+    axes = {2: (1, 0), 4: (2, 3, 1, 0)}.get(array.ndim)
+    return array.transpose(axes) if axes and key.endswith("weight") else array
+
+
+_HAIKU = {  # De et al.'s names of parameters, by our kinds of layers
+    "WSConv": {"kernel": "w", "gain": "gain", "bias": "bias"},
+    "GroupNorm": {"scale": "scale", "bias": "offset"},
+    "Dense": {"kernel": "w", "bias": "b"},
+}
+
+
+def _de_et_al_keys(paths: Collection[str]) -> dict[str, str] | None:
+    """Returns the key of each parameter of `wrn` in a file of De et al.'s weights.
+
+    Args:
+      paths: of all parameters, `params/<module>/<leaf>`.
+
+    Returns:
+      Keys `wide_res_net/<module>/<leaf>` by path, or None for another model.
+    """
+    modules = _de_et_al_modules(depth=sum(path.endswith("/gain") for path in paths))
+    keys = {}
+    for path in paths:
+        _, module, *leaf = path.split("/")
+        if module not in modules or len(leaf) != 1:
+            return None
+        theirs = _HAIKU[module.partition("_")[0]][leaf[0]]
+        keys[path] = f"wide_res_net/{modules[module]}/{theirs}"
+    return keys
+
+
+def _de_et_al_modules(depth: int) -> dict[str, str]:
+    """Returns their name of each module of `wrn`, which has `depth` convolutions."""
+    convolutions, norms = ["First_conv"], []
+    for stage, block in itertools.product((1, 2, 3), range((depth - 4) // 6)):
+        if block == 0:
+            convolutions.append(f"Block_{stage}_skip_conv")
+            norms.append(f"Block_{stage}_skip_norm")
+        for step in (0, 1):
+            convolutions.append(f"Block_{stage}Conv_{block}_{step}")
+            norms.append(f"Block_{stage}_norm_{block}_{step}")
+    norms.append("Final_norm")
+    return {
+        **{f"WSConv_{i}": name for i, name in enumerate(convolutions)},
+        **{f"GroupNorm_{i}": name for i, name in enumerate(norms)},
+        "Dense_0": "Softmax",
+    }

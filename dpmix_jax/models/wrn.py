@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from dpmix_jax.models.norm import GroupNorm
+from dpmix_jax.models.layers import GroupNorm
 
 _FAN_IN = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
 

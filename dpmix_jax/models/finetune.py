@@ -2,10 +2,12 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 from flax import traverse_util
+from jax_privacy import clipping
 
 from dpmix_jax.errors import UserError
 from dpmix_jax.models import pretrained
@@ -126,13 +128,55 @@ class FinetuneConfig:
         return tuple(map(traverse_util.unflatten_dict, (trained, frozen)))
 
 
-def join(trained: PyTree, frozen: PyTree) -> PyTree:
+def join(trained: PyTree, frozen: PyTree | None = None) -> PyTree:
     """Puts together what `split` has divided."""
     if not frozen:
         return trained
-    flat = map(traverse_util.flatten_dict, (trained, frozen))
-    first, second = flat
-    return traverse_util.unflatten_dict({**first, **second})
+    flat = [traverse_util.flatten_dict(part) for part in (trained, frozen)]
+    return traverse_util.unflatten_dict(flat[0] | flat[1])
+
+
+def is_head(trained: PyTree, frozen: PyTree) -> bool:
+    """Whether these are a whole head, and the encoder that feeds it."""
+    both = trained, frozen or {"params": {}}
+    return [set(part["params"]) for part in both] == [{"head"}, {"encoder"}]
+
+
+def on_embeddings(
+    gradient_fn: clipping.BoundedSensitivityCallable,
+    encode: Callable[[PyTree, jax.Array], jax.Array],
+) -> clipping.BoundedSensitivityCallable:
+    """Makes a clipped sum over embeddings one over images, encoded before any gradient.
+
+    Formal guarantees:
+      - Record i's term depends on the embeddings of its own images alone, and each of
+        them on its image and the encoder's parameters alone.
+
+    Args:
+      gradient_fn: from `gradients.clipped_gradient`, of a loss of a head over
+        embeddings [K, E] and labels [K, O].
+      encode: `f(frozen params, images [N, H, W, C]) -> [N, E]`, each from its image
+        alone.
+
+    Returns:
+      A clipped sum over images [B, K, H, W, C] and labels [B, K, O], of the same
+      sensitivity; the one constant is the tree of frozen parameters.
+    """
+
+    def clipped_sum(params, images, labels, *, constants, is_padding_example=None):
+        records, members, *shape = images.shape
+        (frozen,) = constants
+        embeddings = encode(frozen, images.reshape(-1, *shape))
+        return gradient_fn(
+            params,
+            embeddings.reshape(records, members, -1),
+            labels,
+            is_padding_example=is_padding_example,
+        )
+
+    return clipping.BoundedSensitivityCallable(
+        clipped_sum, gradient_fn.l2_norm_bound, has_aux=True
+    )
 
 
 def _names(text: str) -> tuple[str, ...]:

@@ -1,0 +1,130 @@
+"""A Flax model as pure functions of its parameters."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax.errors import FlaxError
+
+from dpmix_jax import models
+from dpmix_jax.errors import UserError
+
+PyTree = Any
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Classifier:
+    """What a run needs of a model.
+
+    Attributes:
+      shapes: `{"params": ...}` of `jax.ShapeDtypeStruct`.
+      init: `f(key) -> params`.
+      logits: `f(params, images [B, H, W, C]) -> [B, O]`.
+      encode: `f(params, images [N, H, W, C]) -> embeddings [N, E]`, each of its image
+        alone, or None for a model without an encoder and a head.
+      classify: `f(params, embeddings [B, E]) -> [B, O]`, by the head alone.
+      images_at_once: how many images `encode` takes at a time on this machine, or None
+        for all.
+    """
+
+    shapes: PyTree
+    init: Callable[[jax.Array], PyTree]
+    logits: Callable[[PyTree, jax.Array], jax.Array]
+    encode: Callable[[PyTree, jax.Array], jax.Array] | None
+    classify: Callable[[PyTree, jax.Array], jax.Array]
+    images_at_once: int | None
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(leaf.size for leaf in jax.tree.leaves(self.shapes))
+
+
+def make_classifier(
+    name: str,
+    options: Mapping[str, Any],
+    *,
+    image_shape: tuple[int, int, int],
+    num_classes: int,
+    dtype: jax.typing.DTypeLike = jnp.float32,
+    matmul_precision: str = "float32",
+) -> Classifier:
+    """Builds a model for images of one shape.
+
+    Args:
+      name: of `models.REGISTRY`.
+      options: of that model.
+      image_shape: H, W, C.
+      num_classes: O.
+      dtype: of the computation; parameters are float32.
+      matmul_precision: of float32 products, which accelerators lower if not told.
+
+    Raises:
+      UserError: for options that do not fit the images, or a model that keeps anything
+        but parameters, such as BatchNorm's statistics.
+    """
+    module: Any = models.create(name, num_classes, dtype=dtype, **options)
+    blank = jnp.zeros((1, *image_shape), jnp.float32)
+
+    def apply(params, inputs, **kwargs):
+        with jax.default_matmul_precision(matmul_precision):
+            return module.apply(params, inputs, **kwargs)
+
+    init = jax.jit(lambda key: module.init(key, blank))
+    try:
+        shapes = jax.eval_shape(init, jax.random.key(0))
+        extra = sorted(set(shapes) - {"params"})
+        if not extra:
+            jax.eval_shape(apply, shapes, blank)
+    except (ValueError, TypeError, ZeroDivisionError, FlaxError) as error:
+        raise UserError(
+            f"model {name!r} with options {dict(options)} does not fit images of"
+            f" {image_shape}: {error}"
+        ) from None
+    if extra:
+        raise UserError(
+            f"model {name!r} keeps {', '.join(extra)}: statistics of a batch mix"
+            " records, so that none has a gradient of its own; use GroupNorm or"
+            " LayerNorm"
+        )
+    on_cpu = jax.default_backend() == "cpu"
+    images_at_once = getattr(module, "CPU_IMAGES", None) if on_cpu else None
+
+    def embedding(params, image):
+        return apply(params, image[None], method="encode")[0]
+
+    return Classifier(
+        shapes=shapes,
+        init=init,
+        logits=apply,
+        encode=_in_chunks(embedding, images_at_once)
+        if hasattr(module, "encode")
+        else None,
+        classify=lambda params, embeddings: apply(
+            params, embeddings, method=lambda model, x: model.head(x)
+        ),
+        images_at_once=images_at_once,
+    )
+
+
+def _in_chunks(
+    function: Callable[[PyTree, jax.Array], jax.Array], size: int | None
+) -> Callable[[PyTree, jax.Array], jax.Array]:
+    """Maps a function of one image over images [N, ...], `size` at a time.
+
+    Under `jax.vmap` the model never sees two images, so that each embedding is of its
+    image alone whatever the model does.
+    """
+
+    def mapped(params, images):
+        of_each = jax.vmap(lambda image: function(params, image))
+        if size is None or len(images) <= size:
+            return of_each(images)
+        whole = len(images) // size * size
+        chunks = images[:whole].reshape(-1, size, *images.shape[1:])
+        first = jax.lax.map(of_each, chunks).reshape(whole, -1)
+        rest = [of_each(images[whole:])] if whole < len(images) else []
+        return jnp.concatenate([first, *rest])
+
+    return mapped

@@ -1,0 +1,162 @@
+"""Layers that several models share. None of them mixes records."""
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+
+class GroupNorm(nn.Module):
+    """Group normalisation (Wu and He, 2018) with a scale and a bias for each channel.
+
+    The result is that of `flax.linen.GroupNorm`. Sums are taken over each channel
+    first, then over the few channels of a group, and the rest is one product and one
+    sum, so that forward and backward pass read the images as rarely as they can: two
+    to four times faster on a CPU.
+
+    Attributes:
+      num_groups: must divide the channels.
+      epsilon: added to the variance.
+      dtype: of the result; statistics and parameters are float32.
+    """
+
+    num_groups: int
+    epsilon: float = 1e-5
+    dtype: jax.typing.DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[B, H, W, C] -> [B, H, W, C]."""
+        batch, height, width, channels = x.shape
+        if channels % self.num_groups:
+            raise ValueError(
+                f"Number of groups ({self.num_groups}) does not divide the number of"
+                f" channels ({channels})."
+            )
+        scale = self.param("scale", nn.initializers.ones, (channels,))
+        bias = self.param("bias", nn.initializers.zeros, (channels,))
+        each = channels // self.num_groups
+
+        def mean(values):  # of a group, for each of its channels: [B, C]
+            sums = values.sum((1, 2)).reshape(batch, self.num_groups, each).sum(-1)
+            return jnp.repeat(sums / (height * width * each), each, axis=-1)
+
+        x = x.astype(jnp.float32)
+        centre = mean(x)
+        variance = jnp.maximum(mean(x * x) - centre * centre, 0.0)
+        factor = jax.lax.rsqrt(variance + self.epsilon) * scale[None]
+        shift = bias[None] - centre * factor
+        return (x * factor[:, None, None] + shift[:, None, None]).astype(self.dtype)
+
+
+class LayerNorm(nn.Module):
+    """Layer normalisation (Ba et al., 2016) over the last axis.
+
+    The variance is of centred values: as mean(x^2) - mean(x)^2, flax.linen's default,
+    it would lose the digits of vectors with a large mean, which CLIP's towers have.
+
+    Attributes:
+      epsilon: added to the variance.
+      dtype: of the result; statistics and parameters are float32.
+    """
+
+    epsilon: float
+    dtype: jax.typing.DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., C] -> [..., C]."""
+        shape = (*[1] * (x.ndim - 1), x.shape[-1])
+        scale = self.param("scale", nn.initializers.ones, shape[-1:]).reshape(shape)
+        bias = self.param("bias", nn.initializers.zeros, shape[-1:]).reshape(shape)
+        x = x.astype(jnp.float32)
+        x = x - x.mean(-1, keepdims=True)
+        factor = jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + self.epsilon)
+        return (x * factor * scale + bias).astype(self.dtype)
+
+
+class Patches(nn.Module):
+    """A convolution with a stride as large as its kernel: one matrix product.
+
+    As a product it has fast gradients for each record under `jax.vmap`, which
+    convolutions have not. What is left at the lower and right edges is dropped, as
+    PyTorch's convolutions do without padding.
+
+    Attributes:
+      features: output channels.
+      size: side of the square patches.
+      use_bias: whether to add one.
+      dtype: of the computation; parameters are float32.
+    """
+
+    features: int
+    size: int
+    use_bias: bool = True
+    dtype: jax.typing.DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[B, H, W, C] -> [B, H // size, W // size, features]."""
+        batch, channels, size = x.shape[0], x.shape[-1], self.size
+        height, width = (side // size for side in x.shape[1:3])
+        kernel = self.param(
+            "kernel",
+            nn.initializers.normal(0.02),
+            (size, size, channels, self.features),
+        ).astype(self.dtype)
+        x = x[:, : height * size, : width * size].astype(self.dtype)
+        x = x.reshape(batch, height, size, width, size, channels)
+        x = x.swapaxes(2, 3).reshape(batch, height, width, -1)
+        out = x @ kernel.reshape(-1, self.features)
+        if self.use_bias:
+            bias = self.param("bias", nn.initializers.zeros, (self.features,))
+            out = out + bias[None, None, None].astype(self.dtype)
+        return out
+
+
+def dense(features: int, dtype: jax.typing.DTypeLike, name: str) -> nn.Dense:
+    """Returns a dense layer whose kernel starts normal, of deviation 0.02."""
+    start = nn.initializers.normal(0.02)
+    return nn.Dense(features, dtype=dtype, kernel_init=start, name=name)
+
+
+def mlp(x: jax.Array, hidden: int, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """[..., C] -> [..., C]: layers `fc1` and `fc2` with the exact GELU between them.
+
+    The layers belong to the module that calls this function.
+    """
+    y = nn.gelu(dense(hidden, dtype, "fc1")(x), approximate=False)
+    return dense(x.shape[-1], dtype, "fc2")(y)
+
+
+class EncoderAndHead(nn.Module):
+    """An image encoder with a linear head.
+
+    Parameters are `{"encoder": ..., "head": ...}`; `pretrained.load_encoder` reads
+    weights for the encoder. The head starts at zero, as is usual for linear probes: all
+    classes are equally likely, and its first gradient does not depend on chance.
+
+    Attributes:
+      encoder: maps images [B, H, W, C] to embeddings [B, E] in float32.
+      num_classes: O; None leaves the head out: the result is the embedding.
+    """
+
+    encoder: nn.Module
+    num_classes: int | None = None
+
+    def setup(self):
+        if self.num_classes is not None:
+            self.head = nn.Dense(self.num_classes, kernel_init=nn.initializers.zeros)
+
+    def __call__(self, images: jax.Array) -> jax.Array:
+        """[B, H, W, C] -> logits [B, O], or embeddings [B, E] without classes."""
+        embedding = self.encode(images)
+        return embedding if self.num_classes is None else self.head(embedding)
+
+    def encode(self, images: jax.Array) -> jax.Array:
+        """[B, H, W, C] -> embeddings [B, E], not normalised."""
+        return self.encoder(images)
+
+    @property
+    def CPU_IMAGES(self) -> int | None:  # noqa: N802, a constant of the encoder
+        """How many images the encoder takes at a time on a CPU; None for all."""
+        return getattr(self.encoder, "CPU_IMAGES", None)
