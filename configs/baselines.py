@@ -4,7 +4,7 @@ python experiments/sweep.py --config=configs/baselines.py
 
 The argument is the data: digits (if none is given, with public digits drawn from fonts)
 or cifar10 (WRN-16-4, with a bank in banks/cifar10, see experiments/
-generate_synthetic.py). Self-Aug at K = 34 and 36 does the work of DP-Mix_self and
+generate.py). Self-Aug at K = 34 and 36 does the work of DP-Mix_self and
 DP-Mix_diff without mixing. The last row trains on the public images first, without
 noise; the poster says that mixing them in helps and this does not.
 
@@ -19,28 +19,20 @@ validation records (one seed, epsilon 1 and 8).
 
 import ml_collections
 
-from dpmix_jax.config import choose
+from configs._base import method
+from dpmix_jax.run.config import choose
 
 # By data: config of one run, its public images, updates of pre-training, learning
 # rates of microbatch_mixup at m = 2 and 8.
 BASES = {
-    "digits": (
-        "digits",
-        {"public.name": "rendered_digits"},
-        {"pretrain.num_updates": 200},
-        (0.1, 0.03),
-    ),
+    "digits": ("digits", {"public.name": "rendered_digits"}, 200, (0.1, 0.03)),
     "cifar10": (
         "wrn16_4_cifar10",
         {"public.name": "bank", "public.path": "banks/cifar10"},
-        {"pretrain.num_updates": 20_000},
+        20_000,
         (0.1, 0.03),
     ),
 }
-
-
-def method(name: str, **sizes: int) -> dict:
-    return {"method.name": name} | {f"method.{key}": n for key, n in sizes.items()}
 
 
 def get_config(data: str = "digits") -> ml_collections.ConfigDict:
@@ -50,23 +42,24 @@ def get_config(data: str = "digits") -> ml_collections.ConfigDict:
         | {"optimizer.learning_rate": rate}
         for m, rate in zip((2, 8), rates, strict=True)
     ]
-    diff = {"k_diff": 2, "k_self": 18}
+    self_aug = {k: method("self_aug", k_base=k) for k in (16, 34, 36)}
     rows = (
         ("DP-SGD", method("dp_sgd")),
-        ("Self-Aug, K = 16", method("self_aug", k_base=16)),
-        ("Self-Aug, K = 34", method("self_aug", k_base=34)),
-        ("Self-Aug, K = 36", method("self_aug", k_base=36)),
+        *((f"Self-Aug, K = {k}", settings) for k, settings in self_aug.items()),
         ("DP-Mix_self, 16 + 18", method("dp_mix_self", k_base=16, k_self=18)),
         (
             "DP-Mix_diff, 16 + 2 + 18",
-            method("dp_mix_diff", k_base=16, **diff) | public,
+            method("dp_mix_diff", k_base=16, k_diff=2, k_self=18) | public,
         ),
-        ("Pure-DP-Mix_diff, 2 + 18", method("pure_dp_mix_diff", **diff) | public),
+        (
+            "Pure-DP-Mix_diff, 2 + 18",
+            method("pure_dp_mix_diff", k_diff=2, k_self=18) | public,
+        ),
         ("Microbatch mixup, m = 2", naive[0]),
         ("Microbatch mixup, m = 8", naive[1]),
         (
             "Pre-trained, then Self-Aug, K = 16",
-            method("self_aug", k_base=16) | public | pretrain,
+            self_aug[16] | public | {"pretrain.num_updates": pretrain},
         ),
     )
     return ml_collections.ConfigDict(
@@ -75,7 +68,6 @@ def get_config(data: str = "digits") -> ml_collections.ConfigDict:
             "base": f"configs/{base}.py:{{epsilon}}",
             "rows": rows,
             "columns": {"epsilon": ("1", "8")},
-            "common": {},
             "seeds": 5,
             "metric": "test_accuracy_ema",
         }

@@ -15,17 +15,15 @@ the training records: DP-Mix_self 96.2 on CIFAR-10, 76.7 on CIFAR-100, 93.8 on E
 76.4 on Caltech256, 70.1 on SUN397, 64.6 on Oxford Pet.
 """
 
-import pathlib
-import runpy
-
 import ml_collections
 
-VIT = runpy.run_path(str(pathlib.Path(__file__).with_name("vit_b16.py")))
-DATASETS, POINTS, RATES, SIZE = VIT["DATASETS"], VIT["POINTS"], VIT["RATES"], 256
+from configs import vit_b16
+
+POINTS, SIZE = vit_b16.POINTS, 256
 
 
 def get_config(point: str = "cifar10-1") -> ml_collections.ConfigDict:
-    config = VIT["get_config"](point)
+    config = vit_b16.get_config(point)
     for key in ("image_size", "resize"):
         if config.data[key]:
             config.data[key] = SIZE

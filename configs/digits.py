@@ -12,9 +12,9 @@ records; T at the others is scaled by eye from there, and their rate is that of 
 """
 
 import ml_collections
-from ml_collections import config_dict
 
-from dpmix_jax.config import choose
+from configs._base import experiment
+from dpmix_jax.run.config import choose
 
 # By epsilon: updates, learning rate.
 ROWS = {
@@ -25,61 +25,22 @@ ROWS = {
     "6": (140, 1.0),
     "8": (160, 1.0),
 }
-RATES = (0.25, 0.5, 1.0, 2.0, 4.0)
 
 
 def get_config(epsilon: str = "3") -> ml_collections.ConfigDict:
     num_updates, learning_rate = choose(ROWS, epsilon)
-    return ml_collections.ConfigDict(
-        {
-            # None draws a secret seed, as a guarantee needs; give one to repeat a run.
-            "seed": config_dict.placeholder(int),
-            "data": {
-                "name": "digits",
-                "path": config_dict.placeholder(str),
-                "validation_size": 0,
-            },
-            # What dp_mix_diff draws from, for instance npz and a path.
-            "public": {
-                "name": config_dict.placeholder(str),
-                "path": config_dict.placeholder(str),
-                "image_size": config_dict.placeholder(int),
-                "half": config_dict.placeholder(int),
-            },
-            # On the public images, without noise, before the private training.
-            "pretrain": {"num_updates": 0, "batch_size": 256, "learning_rate": 0.1},
-            # Weights to start from, and names of the modules to train.
-            "finetune": {
-                "encoder": config_dict.placeholder(str),
-                "weights": config_dict.placeholder(str),
-                "skip": "",
-                "trainable": "all",
-            },
-            "model": {"name": "cnn", "features": (16, 32), "groups": 8},
-            "method": {
-                "name": "dp_mix_self",  # or self_aug, dp_sgd, dp_mix_diff
-                "k_base": 4,
-                "k_self": 4,
-                "alpha": 0.2,
-                "distinct_pairs": True,
-            },
-            # At 8x8 a whole pixel is a large move, and a mirrored digit is no digit.
-            "augmentation": {"flip": False, "max_shift": 0.5, "subpixel": True},
-            "privacy": {
-                "epsilon": float(epsilon),
-                "delta": 1e-5,
-                "expected_batch_size": 256,
-                "num_updates": num_updates,
-                "l2_clip_norm": 1.0,
-                "neighboring_relation": "add_or_remove_one",
-            },
-            "optimizer": {
-                "learning_rate": learning_rate,
-                "momentum": 0.0,
-                "ema_decay": 0.95,
-            },
-            # Records at a time: a number, or auto for as many as fit into memory.
-            "performance": {"microbatch_size": "32", "precision": "float32"},
-            "logging": {"log_every": 5, "eval_every": 10, "checkpoint_every": 10},
-        }
+    return experiment(
+        data={"name": "digits"},
+        model={"name": "cnn", "features": (16, 32), "groups": 8},
+        method={"name": "dp_mix_self", "k_base": 4, "k_self": 4},
+        # At 8x8 a whole pixel is a large move, and a mirrored digit is no digit.
+        augmentation={"flip": False, "max_shift": 0.5, "subpixel": True},
+        privacy={
+            "epsilon": float(epsilon),
+            "expected_batch_size": 256,
+            "num_updates": num_updates,
+        },
+        optimizer={"learning_rate": learning_rate, "ema_decay": 0.95},
+        performance={"microbatch_size": "32"},
+        logging={"log_every": 5, "eval_every": 10, "checkpoint_every": 10},
     )

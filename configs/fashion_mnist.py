@@ -2,9 +2,10 @@
 
 python experiments/run.py --config=configs/fashion_mnist.py
 
-The argument is the epsilon, one of 1, 2, 3, 4, 6, 8 (3 if none is given). The sets of
---config.method.name=dp_mix_self are of 2 + 2 images; Self-Aug at the same cost is
---config.method.name=self_aug --config.method.k_base=4.
+The argument is the epsilon, one of 1, 2, 3, 4, 6, 8 (3 if none is given). DP-Mix_self
+on 2 + 2 images is --config.method.name=dp_mix_self --config.method.k_base=2
+--config.method.k_self=2, Self-Aug at the same cost is --config.method.name=self_aug
+--config.method.k_base=4.
 
 Hardware: two CPU cores. Hours: 0.1 at epsilon 3, beside other jobs; 0.5 for four images
 a record.
@@ -21,9 +22,9 @@ mirrored.
 """
 
 import ml_collections
-from ml_collections import config_dict
 
-from dpmix_jax.config import choose
+from configs._base import experiment
+from dpmix_jax.run.config import choose
 
 # By epsilon: updates, learning rate.
 ROWS = {
@@ -38,60 +39,17 @@ ROWS = {
 
 def get_config(epsilon: str = "3") -> ml_collections.ConfigDict:
     num_updates, learning_rate = choose(ROWS, epsilon)
-    return ml_collections.ConfigDict(
-        {
-            # None draws a secret seed, as a guarantee needs; give one to repeat a run.
-            "seed": config_dict.placeholder(int),
-            "data": {
-                "name": "fashion_mnist",
-                "path": config_dict.placeholder(str),  # None: the default place
-                "image_size": 0,
-                "validation_size": 0,
-            },
-            # What dp_mix_diff draws from, for instance npz and a path.
-            "public": {
-                "name": config_dict.placeholder(str),
-                "path": config_dict.placeholder(str),
-                "image_size": config_dict.placeholder(int),
-                "half": config_dict.placeholder(int),
-            },
-            # On the public images, without noise, before the private training.
-            "pretrain": {"num_updates": 0, "batch_size": 256, "learning_rate": 0.1},
-            # Weights to start from, and names of the modules to train.
-            "finetune": {
-                "encoder": config_dict.placeholder(str),
-                "weights": config_dict.placeholder(str),
-                "skip": "",
-                "trainable": "all",
-            },
-            "model": {"name": "cnn", "features": (16, 32), "groups": 8},
-            "method": {
-                "name": "dp_sgd",  # or self_aug, dp_mix_self, dp_mix_diff
-                "k_base": 2,
-                "k_self": 2,
-                "alpha": 0.2,
-                "distinct_pairs": True,
-            },
-            "augmentation": {"flip": True, "max_shift": 2, "subpixel": False},
-            "privacy": {
-                "epsilon": float(epsilon),
-                "delta": 1e-5,
-                "expected_batch_size": 2048,
-                "num_updates": num_updates,
-                "l2_clip_norm": 1.0,
-                "neighboring_relation": "add_or_remove_one",
-            },
-            "optimizer": {
-                "learning_rate": learning_rate,
-                "momentum": 0.0,
-                "ema_decay": 0.98,
-            },
-            # Records at a time: a number, or auto for as many as fit into memory.
-            "performance": {"microbatch_size": "256", "precision": "float32"},
-            "logging": {
-                "log_every": 5,
-                "eval_every": 50,
-                "checkpoint_every": 25,
-            },
-        }
+    return experiment(
+        data={"name": "fashion_mnist"},
+        model={"name": "cnn", "features": (16, 32), "groups": 8},
+        method={"name": "dp_sgd"},
+        augmentation={"max_shift": 2.0},
+        privacy={
+            "epsilon": float(epsilon),
+            "expected_batch_size": 2048,
+            "num_updates": num_updates,
+        },
+        optimizer={"learning_rate": learning_rate, "ema_decay": 0.98},
+        performance={"microbatch_size": "256"},
+        logging={"log_every": 5, "eval_every": 50, "checkpoint_every": 25},
     )

@@ -3,10 +3,10 @@
 python experiments/sweep.py --config=configs/rates.py:vit_b16:caltech256-2 \
     --set=finetune.encoder=open_clip_model.safetensors
 
-The argument is a config of this folder that names its RATES (vit_b16, convnext_base,
-wrn28_10, digits), and that config's own argument. Self-Aug and DP-Mix_self try each
-rate with 3 seeds; the table shows accuracy on validation records, a tenth of the
-training set, that no run trains on.
+The argument is a config of this folder (vit_b16, convnext_base, wrn28_10 or digits),
+and that config's own argument. Self-Aug and DP-Mix_self try each rate with 3 seeds; the
+table shows accuracy on validation records, a tenth of the training set, that no run
+trains on.
 
 All runs look at the same private records. The epsilon of a model trained with the rate
 that comes out, `choice.json`, covers its own run and not this search, as its privacy
@@ -20,37 +20,36 @@ Hardware, Hours: those of the config, 30 times. Accuracy: there. The paper searc
 and gives no row of it.
 """
 
-import pathlib
-import runpy
+import importlib
 
 import ml_collections
 
 from dpmix_jax import data
-from dpmix_jax.errors import UserError
+from dpmix_jax.run.config import choose
 
-FOLDER = pathlib.Path(__file__).parent
+RATES = {
+    "vit_b16": (0.5, 1.0, 2.0, 4.0, 8.0),
+    "convnext_base": (0.5, 1.0, 2.0, 4.0, 8.0),
+    "wrn28_10": (0.25, 0.5, 1.0, 2.0, 4.0),
+    "digits": (0.25, 0.5, 1.0, 2.0, 4.0),
+}
 
 
 def get_config(base: str = "vit_b16:cifar10-1") -> ml_collections.ConfigDict:
     name, _, argument = base.partition(":")
-    path = FOLDER / f"{name}.py"
-    found = runpy.run_path(str(path)) if path.is_file() else {}
-    if "RATES" not in found:
-        raise UserError(f"base is {base!r}: it must be a config with RATES")
-    config = found["get_config"](*filter(None, [argument]))
+    rates = choose(RATES, name, "config")
+    file = importlib.import_module(f"configs.{name}")
+    config = file.get_config(*filter(None, [argument]))
     records = len(data.blank(data.DataConfig(**config.data.to_dict())))
     return ml_collections.ConfigDict(
         {
             "title": f"Learning rates, {base}",
             "base": f"configs/{name}.py" + (f":{argument}" if argument else ""),
-            "rows": tuple(
-                (title, {"method.name": method})
-                for title, method in (
-                    ("Self-Aug", "self_aug"),
-                    ("DP-Mix_self", "dp_mix_self"),
-                )
+            "rows": (
+                ("Self-Aug", {"method.name": "self_aug", "method.k_self": 0}),
+                ("DP-Mix_self", {"method.name": "dp_mix_self"}),
             ),
-            "columns": {"optimizer": {"learning_rate": found["RATES"]}},
+            "columns": {"optimizer": {"learning_rate": rates}},
             "common": {"data": {"validation_size": records // 10}},
             "seeds": 3,
             "metric": "nonprivate/validation/accuracy_ema",

@@ -16,7 +16,8 @@ is of ViT-B-16 and ConvNeXt, fine-tuned, and is not comparable.
 
 import ml_collections
 
-from dpmix_jax.config import choose
+from configs._base import method
+from dpmix_jax.run.config import choose
 
 # By data: config of one run, its synthetic images.
 BASES = {
@@ -26,24 +27,23 @@ BASES = {
         {"public.name": "bank", "public.path": "banks/cifar10"},
     ),
 }
-DIFF = {"method.name": "dp_mix_diff", "method.k_base": 16, "method.k_self": 18}
 
 
 def get_config(data: str = "digits") -> ml_collections.ConfigDict:
     base, synthetic = choose(BASES, data, "data")
-    other_half = {"public.name": data, "public.half": 2}
+    diff = method("dp_mix_diff", k_base=16, k_diff=2, k_self=18)
     return ml_collections.ConfigDict(
         {
             "title": f"Table 10: methods A, B and C, {data}",
             "base": f"configs/{base}.py:{{epsilon}}",
             "rows": (
+                ("Self-Aug, K = 36", method("self_aug", k_base=36)),
+                ("A: DP-Mix_self", method("dp_mix_self", k_base=16, k_self=18)),
+                ("B: DP-Mix_diff, synthetic", diff | synthetic),
                 (
-                    "Self-Aug, K = 36",
-                    {"method.name": "self_aug", "method.k_base": 36},
+                    "C: DP-Mix_diff, S2",
+                    diff | {"public.name": data, "public.half": 2},
                 ),
-                ("A: DP-Mix_self", DIFF | {"method.name": "dp_mix_self"}),
-                ("B: DP-Mix_diff, synthetic", DIFF | synthetic),
-                ("C: DP-Mix_diff, S2", DIFF | other_half),
             ),
             "columns": {"epsilon": ("2",)},
             "common": {"data": {"half": 1}},

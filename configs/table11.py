@@ -14,7 +14,8 @@ CPU cores (docs/results/table11_digits.md). Accuracy: printed beside the paper's
 
 import ml_collections
 
-from dpmix_jax.config import choose
+from configs._base import method
+from dpmix_jax.run.config import choose
 
 # By data: config of one run, k_base, k_self.
 BASES = {
@@ -22,8 +23,6 @@ BASES = {
     "digits": ("digits", 4, 4),
     "fashion_mnist": ("fashion_mnist", 2, 2),
 }
-SELF_AUG = {"method.name": "self_aug"}
-DP_MIX_SELF = {"method.name": "dp_mix_self"}
 PAPER = {
     "source": (
         "Table 11 of Bao et al., 2023: median of 5; we take the numbers in parentheses,"
@@ -40,23 +39,23 @@ PAPER = {
 
 def get_config(data: str = "cifar10") -> ml_collections.ConfigDict:
     base, k_base, k_self = choose(BASES, data, "data")
-    k = k_base + k_self
-    config = {
-        "title": f"Table 11: Self-Aug and DP-Mix_self, {data}",
-        "base": f"configs/{base}.py:{{epsilon}}",
-        "rows": (
-            (f"Self-Aug, K = {k_base}", {**SELF_AUG, "method.k_base": k_base}),
-            (f"Self-Aug, K = {k}", {**SELF_AUG, "method.k_base": k}),
-            (
-                f"DP-Mix_self, {k_base} + {k_self}",
-                {**DP_MIX_SELF, "method.k_base": k_base, "method.k_self": k_self},
+    return ml_collections.ConfigDict(
+        {
+            "title": f"Table 11: Self-Aug and DP-Mix_self, {data}",
+            "base": f"configs/{base}.py:{{epsilon}}",
+            "rows": (
+                *(
+                    (f"Self-Aug, K = {k}", method("self_aug", k_base=k))
+                    for k in (k_base, k_base + k_self)
+                ),
+                (
+                    f"DP-Mix_self, {k_base} + {k_self}",
+                    method("dp_mix_self", k_base=k_base, k_self=k_self),
+                ),
             ),
-        ),
-        "columns": {"epsilon": ("1", "8")},
-        "common": {},
-        "seeds": 5,
-        "metric": "test_accuracy_ema",
-    }
-    if data == "cifar10":
-        config["paper"] = PAPER
-    return ml_collections.ConfigDict(config)
+            "columns": {"epsilon": ("1", "8")},
+            "seeds": 5,
+            "metric": "test_accuracy_ema",
+            "paper": PAPER if data == "cifar10" else None,
+        }
+    )

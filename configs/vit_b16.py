@@ -22,17 +22,16 @@ and Bindschaedler, 2024:
 
 Where the rows come from: batch, epochs, sets, EMA and weight decay are those of the
 paper's script. It searched the learning rate for each dataset and gives no values: ours
-is a guess, to be replaced by a search on validation records over RATES, for instance
-with configs/rates.py. That search costs privacy which the statement does not cover.
+is a guess, to be replaced by a search on validation records, for instance with
+configs/rates.py. That search costs privacy which the statement does not cover.
 """
 
 import ml_collections
-from ml_collections import config_dict
 
-from dpmix_jax.config import choose
+from configs._base import experiment
+from dpmix_jax.run.config import choose
 
 BATCH_SIZE, EPOCHS, SIZE = 1_000, 10, 224
-RATES = (0.5, 1.0, 2.0, 4.0, 8.0)
 # By dataset: training records, side at which images are stored (0: their own; those of
 # one size are enlarged on the device), learning rate.
 DATASETS = {
@@ -53,68 +52,28 @@ POINTS = {
 def get_config(point: str = "cifar10-1") -> ml_collections.ConfigDict:
     data, epsilon = choose(POINTS, point, "dataset and epsilon")
     num_records, stored, learning_rate = DATASETS[data]
-    return ml_collections.ConfigDict(
-        {
-            # None draws a secret seed, as a guarantee needs; give one to repeat a run.
-            "seed": config_dict.placeholder(int),
-            "data": {
-                "name": data,
-                "path": config_dict.placeholder(str),  # None: the default place
-                "image_size": stored,
-                "resize": 0 if stored else SIZE,
-                "normalization": "clip",
-                "half": 0,
-                "validation_size": 0,
-            },
-            # What dp_mix_diff draws from, for instance npz and a path.
-            "public": {
-                "name": config_dict.placeholder(str),
-                "path": config_dict.placeholder(str),
-                "image_size": config_dict.placeholder(int),
-                "half": config_dict.placeholder(int),
-            },
-            # On the public images, without noise, before the private training.
-            "pretrain": {"num_updates": 0, "batch_size": 256, "learning_rate": 0.1},
-            # Weights to start from, and names of the modules to train.
-            "finetune": {
-                "encoder": config_dict.placeholder(str),
-                "weights": config_dict.placeholder(str),
-                "skip": "",
-                "trainable": "head",
-            },
-            "model": {
-                "name": "vit",
-                "patch_size": 16,
-                "width": 768,
-                "depth": 12,
-                "heads": 12,
-                "embedding_size": 512,
-            },
-            "method": {
-                "name": "dp_mix_self",  # or self_aug, dp_sgd, dp_mix_diff
-                "k_base": 16,
-                "k_self": 18,
-                "k_diff": 2,
-                "alpha": 0.2,
-                "distinct_pairs": True,
-            },
-            "augmentation": {"flip": True, "max_shift": 4, "subpixel": False},
-            "privacy": {
-                "epsilon": epsilon,
-                "delta": 1e-5,
-                "expected_batch_size": BATCH_SIZE,
-                "num_updates": -(-EPOCHS * num_records // BATCH_SIZE),
-                "l2_clip_norm": 1.0,
-                "neighboring_relation": "add_or_remove_one",
-            },
-            "optimizer": {
-                "learning_rate": learning_rate,
-                "momentum": 0.0,
-                "weight_decay": 1e-5,
-                "ema_decay": 0.9999,
-            },
-            # Records at a time: a number, or auto for as many as fit into memory.
-            "performance": {"microbatch_size": "auto", "precision": "float32"},
-            "logging": {"log_every": 5, "eval_every": 50, "checkpoint_every": 10},
-        }
+    return experiment(
+        data={
+            "name": data,
+            "image_size": stored,
+            "resize": 0 if stored else SIZE,
+            "normalization": "clip",
+        },
+        finetune={"trainable": "head"},
+        model={
+            "name": "vit",
+            "patch_size": 16,
+            "width": 768,
+            "depth": 12,
+            "heads": 12,
+            "embedding_size": 512,
+        },
+        method={"name": "dp_mix_self"},
+        privacy={
+            "epsilon": epsilon,
+            "expected_batch_size": BATCH_SIZE,
+            "num_updates": -(-EPOCHS * num_records // BATCH_SIZE),
+        },
+        optimizer={"learning_rate": learning_rate, "weight_decay": 1e-5},
+        logging={"log_every": 5, "eval_every": 50, "checkpoint_every": 10},
     )

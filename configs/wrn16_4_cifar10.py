@@ -26,9 +26,9 @@ spent exactly.
 """
 
 import ml_collections
-from ml_collections import config_dict
 
-from dpmix_jax.config import choose
+from configs._base import experiment
+from dpmix_jax.run.config import choose
 
 # By epsilon: updates, learning rate.
 ROWS = {
@@ -43,59 +43,15 @@ ROWS = {
 
 def get_config(epsilon: str = "8") -> ml_collections.ConfigDict:
     num_updates, learning_rate = choose(ROWS, epsilon)
-    return ml_collections.ConfigDict(
-        {
-            # None draws a secret seed, as a guarantee needs; give one to repeat a run.
-            "seed": config_dict.placeholder(int),
-            "data": {
-                "name": "cifar10",
-                "path": config_dict.placeholder(str),  # None: the default place
-                "image_size": 0,
-                "validation_size": 0,
-            },
-            # What dp_mix_diff draws from, for instance npz and a path.
-            "public": {
-                "name": config_dict.placeholder(str),
-                "path": config_dict.placeholder(str),
-                "image_size": config_dict.placeholder(int),
-                "half": config_dict.placeholder(int),
-            },
-            # On the public images, without noise, before the private training.
-            "pretrain": {"num_updates": 0, "batch_size": 256, "learning_rate": 0.1},
-            # Weights to start from, and names of the modules to train.
-            "finetune": {
-                "encoder": config_dict.placeholder(str),
-                "weights": config_dict.placeholder(str),
-                "skip": "",
-                "trainable": "all",
-            },
-            "model": {"name": "wrn", "depth": 16, "width": 4, "groups": 16, "order": 0},
-            "method": {
-                "name": "dp_mix_self",  # or self_aug, dp_sgd, dp_mix_diff
-                "k_base": 16,
-                "k_self": 18,
-                "alpha": 0.2,
-                "distinct_pairs": True,
-            },
-            "augmentation": {"flip": True, "max_shift": 4, "subpixel": False},
-            "privacy": {
-                "epsilon": float(epsilon),
-                "delta": 1e-5,
-                "expected_batch_size": 4096,
-                "num_updates": num_updates,
-                "l2_clip_norm": 1.0,
-                "neighboring_relation": "add_or_remove_one",
-            },
-            "optimizer": {
-                "learning_rate": learning_rate,
-                "momentum": 0.0,
-                "ema_decay": 0.9999,
-            },
-            "performance": {"microbatch_size": "auto", "precision": "float32"},
-            "logging": {
-                "log_every": 10,
-                "eval_every": 100,
-                "checkpoint_every": 50,
-            },
-        }
+    return experiment(
+        data={"name": "cifar10"},
+        model={"name": "wrn", "depth": 16, "width": 4, "groups": 16, "order": 0},
+        method={"name": "dp_mix_self"},
+        privacy={
+            "epsilon": float(epsilon),
+            "expected_batch_size": 4_096,
+            "num_updates": num_updates,
+        },
+        optimizer={"learning_rate": learning_rate},
+        logging={"log_every": 10, "eval_every": 100, "checkpoint_every": 50},
     )

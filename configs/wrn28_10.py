@@ -23,12 +23,11 @@ these epsilons. The rate is the same for all.
 """
 
 import ml_collections
-from ml_collections import config_dict
 
-from dpmix_jax.config import choose
+from configs._base import experiment
+from dpmix_jax.run.config import choose
 
 UPDATES = {1: 250, 2: 500, 4: 1000, 8: 2000}
-RATES = (0.25, 0.5, 1.0, 2.0, 4.0)
 LEARNING_RATES = {"cifar10": 1.0, "cifar100": 1.0}
 POINTS = {
     f"{data}-{epsilon}": (data, float(epsilon), updates)
@@ -39,64 +38,16 @@ POINTS = {
 
 def get_config(point: str = "cifar10-1") -> ml_collections.ConfigDict:
     data, epsilon, num_updates = choose(POINTS, point, "dataset and epsilon")
-    return ml_collections.ConfigDict(
-        {
-            # None draws a secret seed, as a guarantee needs; give one to repeat a run.
-            "seed": config_dict.placeholder(int),
-            "data": {
-                "name": data,
-                "path": config_dict.placeholder(str),  # None: the default place
-                "image_size": 0,
-                "half": 0,
-                "validation_size": 0,
-            },
-            # What dp_mix_diff draws from, for instance npz and a path.
-            "public": {
-                "name": config_dict.placeholder(str),
-                "path": config_dict.placeholder(str),
-                "image_size": config_dict.placeholder(int),
-                "half": config_dict.placeholder(int),
-            },
-            # On the public images, without noise, before the private training.
-            "pretrain": {"num_updates": 0, "batch_size": 256, "learning_rate": 0.1},
-            # Weights to start from, and names of the modules to train.
-            "finetune": {
-                "encoder": config_dict.placeholder(str),
-                "weights": config_dict.placeholder(str),
-                "skip": "Dense_0",
-                "trainable": "all",
-            },
-            "model": {
-                "name": "wrn",
-                "depth": 28,
-                "width": 10,
-                "groups": 16,
-                "order": 0,
-            },
-            "method": {
-                "name": "dp_mix_self",  # or self_aug, dp_sgd, dp_mix_diff
-                "k_base": 16,
-                "k_self": 18,
-                "k_diff": 2,
-                "alpha": 0.2,
-                "distinct_pairs": True,
-            },
-            "augmentation": {"flip": True, "max_shift": 4, "subpixel": False},
-            "privacy": {
-                "epsilon": epsilon,
-                "delta": 1e-5,
-                "expected_batch_size": 16_384,
-                "num_updates": num_updates,
-                "l2_clip_norm": 1.0,
-                "neighboring_relation": "add_or_remove_one",
-            },
-            "optimizer": {
-                "learning_rate": LEARNING_RATES[data],
-                "momentum": 0.0,
-                "ema_decay": 0.9,
-            },
-            # Records at a time: a number, or auto for as many as fit into memory.
-            "performance": {"microbatch_size": "auto", "precision": "float32"},
-            "logging": {"log_every": 5, "eval_every": 50, "checkpoint_every": 10},
-        }
+    return experiment(
+        data={"name": data},
+        finetune={"skip": "Dense_0"},
+        model={"name": "wrn", "depth": 28, "width": 10, "groups": 16, "order": 0},
+        method={"name": "dp_mix_self"},
+        privacy={
+            "epsilon": epsilon,
+            "expected_batch_size": 16_384,
+            "num_updates": num_updates,
+        },
+        optimizer={"learning_rate": LEARNING_RATES[data], "ema_decay": 0.9},
+        logging={"log_every": 5, "eval_every": 50, "checkpoint_every": 10},
     )

@@ -15,22 +15,25 @@ selection are drawn from; then `metric` and `seeds` play no part.
 """
 
 import dataclasses
+import functools
 import itertools
 import pathlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from dpmix_jax.config import (
-    ExperimentConfig,
-    check_keys,
-    differences,
-    flatten,
-    to_dict,
-)
 from dpmix_jax.errors import UserError
+from dpmix_jax.run.cli import load_experiment
+from dpmix_jax.run.config import ExperimentConfig, check_keys, flatten
 
 Point = tuple[Any, ...]  # a value of each column
+# Of what a run writes into `results.json` and the last line of `metrics.jsonl`.
+METRICS = (
+    *("test_accuracy", "test_accuracy_ema", "nonprivate/validation/accuracy"),
+    *("nonprivate/validation/accuracy_ema", "nonprivate/loss"),
+    *("nonprivate/clipped_fraction", "noise_multiplier", "images_per_second"),
+    "seconds",
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,15 +45,22 @@ class Run:
       point: value of each column.
       seed: the same seed draws the same weights and batches in every row; None for a
         candidate of a private selection, whose seed is secret.
-      flags: for `experiments/run.py`, without `--workdir`.
+      name: all of these, for messages.
       folder: relative to the sweep's.
+      flags: for `experiments/run.py`, without `--workdir`.
+      config: what these flags say; `UserError` if a run would refuse them.
     """
 
     row: str
     point: Point
     seed: int | None
-    flags: tuple[str, ...]
+    name: str
     folder: pathlib.Path
+    flags: tuple[str, ...]
+
+    @functools.cached_property
+    def config(self) -> ExperimentConfig:
+        return load_experiment(self.flags)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,7 +74,7 @@ class SweepConfig:
       columns: values to go through, by setting.
       common: settings of every run.
       seeds: n, for the seeds 0 to n - 1.
-      metric: key of `results.json` or of the last line of `metrics.jsonl`.
+      metric: one of `METRICS`.
       paper: `source`, and `cells` (row, value of each column, text) to print beside
         ours; or None.
     """
@@ -91,19 +101,19 @@ class SweepConfig:
                 raise UserError(f"base is {self.base}: {key} is none of the columns")
         settings = [key for key in self.columns if f"{{{key}}}" not in self.base]
         for name, row in self.rows.items():
-            keys = sorted(["seed", *settings, *row, *self.common])
-            for key, following in itertools.pairwise(keys):
-                if key == following:
-                    raise UserError(
-                        f"rows.{name}: {key} is set twice, by two of rows, columns,"
-                        " common (with --set) and seeds"
-                    )
-        folders = [run.folder for run in self.runs()]
-        for folder in folders:
-            if folders.count(folder) > 1:
+            for key in _repeated([*self.common, *settings, *row, "seed"]):
                 raise UserError(
-                    f"rows or columns share the folder {folder}: rename one"
+                    f"rows.{name}: {key} is set twice, by two of rows, columns, common"
+                    " (with --set) and seeds"
                 )
+        for folder in _repeated([run.folder for run in self.candidates()]):
+            raise UserError(
+                f"rows or columns share the folder {folder.parent}: rename one"
+            )
+        if self.metric not in METRICS:
+            raise UserError(
+                f"metric is {self.metric!r}: it must be one of {', '.join(METRICS)}"
+            )
 
     @property
     def points(self) -> list[Point]:
@@ -150,16 +160,23 @@ class SweepConfig:
         if seed is not None:
             settings["seed"] = seed
         flags = (f"--config.{key}={value}" for key, value in settings.items())
-        column = _slug(self.label(point).replace(" = ", "="))
-        row_folder = _slug(row.replace("=", " ")).lower()
-        folder = pathlib.Path(row_folder, column, f"seed={seed}")
+        label = self.label(point)
         return Run(
             row=row,
             point=point,
             seed=seed,
+            name=", ".join(filter(None, (row, label, f"seed {seed}"))),
             flags=(f"--config={base}", *flags),
-            folder=folder,
+            folder=pathlib.Path(
+                _slug(row.replace("=", " ")).lower(),
+                _slug(label.replace(" = ", "=")),
+                f"seed={seed}",
+            ),
         )
+
+
+def _repeated(items: Sequence[Any]) -> list[Any]:
+    return [item for i, item in enumerate(items) if item in items[:i]]
 
 
 def _slug(text: str) -> str:
@@ -176,79 +193,28 @@ def from_config_dict(config: Any, settings: Iterable[str] = ()) -> SweepConfig:
     Raises:
       UserError: naming the first key that is unknown, missing or has a bad value.
     """
-    values = config.to_dict()
-    check_keys(values, (field.name for field in dataclasses.fields(SweepConfig)))
-    values = {"columns": {}, "common": {}, "paper": None, **values}
-    for name, kind in (
-        ("title", str),
-        ("base", str),
-        ("rows", tuple),
-        ("columns", dict),
-        ("common", dict),
-        ("seeds", int),
-        ("metric", str),
-    ):
+    kinds = {"title": str, "base": str, "seeds": int, "metric": str}
+    kinds |= {"rows": tuple, "columns": dict, "common": dict}
+    values = {"columns": {}, "common": {}, "paper": None, **config.to_dict()}
+    check_keys(values, (*kinds, "paper"))
+    for name, kind in kinds.items():
         if name not in values:
             raise UserError(f"{name} is missing from the config")
         if not isinstance(values[name], kind):
             raise UserError(
                 f"{name} is {values[name]!r}: it must be of type {kind.__name__}"
             )
-    rows: dict[str, Mapping[str, Any]] = {}
     for pair in values["rows"]:
         if not (isinstance(pair, tuple) and [*map(type, pair)] == [str, dict]):
             raise UserError(f"rows has {pair!r}: it must be a name and its settings")
-        if pair[0] in rows:
-            raise UserError(f"rows has {pair[0]!r} twice")
-        rows[pair[0]] = flatten(pair[1])
+    for name in _repeated([name for name, _ in values["rows"]]):
+        raise UserError(f"rows has {name!r} twice")
+    rows = {name: flatten(row) for name, row in values["rows"]}
     common = flatten(values["common"])
     for setting in settings:
         key, equals, value = setting.partition("=")
         if not equals:
             raise UserError(f"--set is {setting}: it must be <key>=<value>")
         common[key] = value
-    return SweepConfig(
-        **{
-            **values,
-            "rows": rows,
-            "columns": flatten(values["columns"]),
-            "common": common,
-        }
-    )
-
-
-# What candidates must have in common: all that the accountant sees, the records, and
-# what counts as public. C is no part of it: noise is a multiple of the sensitivity.
-_SHARED = (
-    "privacy.",
-    "data.",
-    "public",
-    "finetune.encoder",
-    "finetune.weights",
-    "performance.",  # of it, what changes the sum
-)
-_NOT_SHARED = "privacy.l2_clip_norm"
-
-
-def check_candidates(configs: Sequence[ExperimentConfig]) -> None:
-    """Raises `UserError` unless these can be candidates of one private selection.
-
-    The accountant takes them for the same mechanism, and the statement of the one that
-    is selected speaks for all of them.
-    """
-    for config in configs:
-        if config.seed is not None:
-            raise UserError(
-                f"seed is {config.seed}: it must be None for privacy.selection, whose"
-                " runs are released"
-            )
-        apart = [
-            text
-            for text in differences(to_dict(configs[0]), to_dict(config))
-            if text.startswith(_SHARED) and not text.startswith(_NOT_SHARED)
-        ]
-        if apart:
-            raise UserError(
-                "privacy.selection: candidates must not differ in what the accountant"
-                f" sees, in records or in public data; these do: {', '.join(apart)}"
-            )
+    columns = flatten(values["columns"])
+    return SweepConfig(**{**values, "rows": rows, "columns": columns, "common": common})

@@ -1,19 +1,19 @@
 """Runs in processes of their own, which a killed parent does not lose."""
 
 import contextlib
-import fcntl
 import os
 import pathlib
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 
-from dpmix_jax.progress import say
+from dpmix_jax.errors import UserError
+from dpmix_jax.files import locked
+from dpmix_jax.run.experiment import DIVERGED
 
 
-def attempt(
+def run_process(
     program: pathlib.Path,
     flags: Sequence[str],
     workdir: pathlib.Path,
@@ -33,7 +33,12 @@ def attempt(
     Returns:
       Why it failed, or None if it did not, or if a signal came before it began.
     """
-    _wait_until_free(workdir, signals)
+    try:
+        # A run that a killed parent has left running is waited for, not lost.
+        with locked(workdir, f"workdir {workdir}", wait=True):
+            pass
+    except UserError as error:
+        return str(error)
     if signals:
         return None
     log = workdir.with_name(f"{workdir.name}.log")
@@ -49,27 +54,12 @@ def attempt(
             env={"JAX_COMPILATION_CACHE_DIR": str(cache.resolve()), **os.environ},
         )
     status = _wait(process, log, signals)
-    if status == 0:
+    if status in (0, DIVERGED):  # a bad rate is a result too
         return None
     how = f"exit status {status}"
     if status < 0:
         how = f"killed by {signal.Signals(-status).name}"
     return f"{how}: {_last_line(log).removeprefix('error: ')} ({log})"
-
-
-def _wait_until_free(workdir: pathlib.Path, signals: Sequence[int]) -> None:
-    """Waits for a run that a killed parent has left running, so as not to lose it."""
-    with contextlib.suppress(FileNotFoundError), open(workdir / ".lock") as lock:
-        told = False
-        while not signals:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return
-            except BlockingIOError:
-                if not told:
-                    say(f"waiting for the process that is still running {workdir}")
-                told = True
-                time.sleep(0.5)
 
 
 def _wait(process: subprocess.Popen, log: pathlib.Path, signals: Sequence[int]) -> int:
@@ -84,9 +74,10 @@ def _wait(process: subprocess.Popen, log: pathlib.Path, signals: Sequence[int]) 
             process.send_signal(signals[0])
             handed_on = True
         if live:
-            line = _last_line(log)
             columns = os.get_terminal_size(sys.stderr.fileno()).columns
-            print(f"\r\033[K{line[: columns - 1]}\r", end="", file=sys.stderr)
+            print(
+                f"\r\033[K{_last_line(log)[: columns - 1]}\r", end="", file=sys.stderr
+            )
 
 
 def _last_line(log: pathlib.Path) -> str:

@@ -3,62 +3,57 @@
 import csv
 import io
 import itertools
-import math
 import statistics
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import scipy.stats
 
-from dpmix_jax.errors import UserError
-from dpmix_jax.sweep import Point, Run, SweepConfig
-from dpmix_jax.workdir import Workdir
+from dpmix_jax.run.workdir import Workdir
+from dpmix_jax.sweeps.grid import Point, Run, SweepConfig
 
+Record = Mapping[str, Any]  # a finished run: one line of the CSV
 Cells = Mapping[tuple[str, Point], Mapping[int, float]]  # the values by seed
 
+NOT_COVERED = {
+    "privacy": "this choice looked at the private records, and no epsilon covers it"
+}
 
-def read_record(sweep: SweepConfig, run: Run, workdir: Workdir) -> dict[str, Any]:
+
+def read_record(sweep: SweepConfig, run: Run, workdir: Workdir) -> Record:
     """Returns a finished run as one line of the CSV.
 
     What was measured under the name of a column, as the epsilon that was spent, is
     named `measured_<name>`. A sweep that chooses does not see test accuracies.
     """
-    results = workdir.results()
-    assert results is not None
-    found = {
-        key: value for line in workdir.metrics()[-1:] for key, value in line.items()
-    }
-    found.update(results)
     columns = dict(zip(sweep.columns, run.point, strict=True))
-    keys = {"row": run.row, **columns, "seed": run.seed}
-    measured = {
-        f"measured_{key}" if key in keys else key: value
-        for key, value in found.items()
-        if isinstance(value, int | float | str)
-        and not (sweep.chooses and key.startswith("test"))
-    }
-    if not isinstance(measured.get(sweep.metric), int | float):
-        numbers = [key for key, value in measured.items() if not isinstance(value, str)]
-        raise UserError(
-            f"metric is {sweep.metric!r}: it must be one of {', '.join(numbers)}"
-        )
-    return {**keys, **measured, "workdir": str(run.folder)}
+    record = {"row": run.row, **columns, "seed": run.seed}
+    for found in (*workdir.metrics()[-1:], workdir.results() or {}):
+        for key, value in found.items():
+            hidden = sweep.chooses and key.startswith("test")
+            if isinstance(value, int | float | str) and not hidden:
+                record[f"measured_{key}" if key in columns else key] = value
+    return {**record, "workdir": str(run.folder)}
 
 
-def to_csv(records: Iterable[Mapping[str, Any]]) -> str:
-    """Returns a tidy CSV: one line for each run."""
-    records = list(records)
-    names = list(dict.fromkeys(key for record in records for key in record))
-    buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, names, lineterminator="\n")
+def write(sweep: SweepConfig, folder: Workdir, records: Sequence[Record]) -> str:
+    """Writes CSV, table and choice, as far as runs have ended; returns the table."""
+    names = dict.fromkeys(key for record in records for key in record)
+    lines = io.StringIO()
+    writer = csv.DictWriter(lines, list(names), lineterminator="\n")
     writer.writeheader()
     writer.writerows(records)
-    return buffer.getvalue()
+    folder.write("runs.csv", lines.getvalue())
+    table = to_markdown(sweep, records)
+    folder.write("table.md", table)
+    if chosen := choices(sweep, records):
+        folder.write_json("choice.json", {"choices": chosen, **NOT_COVERED})
+    else:
+        (folder.path / "choice.json").unlink(missing_ok=True)
+    return table
 
 
-def choices(
-    sweep: SweepConfig, records: Iterable[Mapping[str, Any]]
-) -> list[dict[str, Any]]:
+def choices(sweep: SweepConfig, records: Iterable[Record]) -> list[dict[str, Any]]:
     """Chooses settings by the median over seeds, for each row.
 
     Columns in braces in `base`, such as epsilon, are given: there is a choice for each.
@@ -76,15 +71,15 @@ def choices(
         named = dict(zip(sweep.columns, point, strict=True))
         given = {k: v for k, v in named.items() if f"{{{k}}}" in sweep.base}
         settings = {k: v for k, v in named.items() if k not in given}
-        median = statistics.median(by_seed.values())
-        key = (row, *given.values())
-        if key not in best or median > best[key]["median"]:
-            best[key] = {
-                "row": row,
-                "given": given,
-                "settings": {**sweep.rows[row], **settings},
-                "median": median,
-            }
+        choice = {
+            "row": row,
+            "given": given,
+            "settings": {**sweep.rows[row], **settings},
+            "median": statistics.median(by_seed.values()),
+        }
+        first = best.setdefault((row, *given.values()), choice)
+        if choice["median"] > first["median"]:
+            first.update(choice)
     return list(best.values())
 
 
@@ -92,17 +87,18 @@ def choices(
 # best: that would be choosing by the test set.
 
 
-def to_markdown(sweep: SweepConfig, records: Iterable[Mapping[str, Any]]) -> str:
+def to_markdown(sweep: SweepConfig, records: Sequence[Record]) -> str:
     """Returns the tables of a sweep, of the runs that have finished."""
-    records = list(records)
     cells, chosen = _cells(sweep, records), choices(sweep, records)
     total = len(cells) * sweep.seeds
+    missing = f"**{len(records)} of {total} runs have finished.**"
     blocks = [
         [f"# {sweep.title}"],
         [
             f"`{sweep.metric}`{sweep.unit and ' in' + sweep.unit}, at the last update:"
             f" median (standard deviation) over {sweep.seeds} paired seeds."
         ],
+        [missing] if len(records) < total else [],
         _table(*_summary(sweep, cells)),
         _notes(sweep, records),
         ["## Chosen"] if chosen else [],
@@ -123,12 +119,10 @@ def to_markdown(sweep: SweepConfig, records: Iterable[Mapping[str, Any]]) -> str
             " d: Cohen's, mean over standard deviation of the differences."
         ],
     ]
-    if len(records) < total:
-        blocks.insert(2, [f"**{len(records)} of {total} runs have finished.**"])
     return "\n\n".join("\n".join(block) for block in blocks if block) + "\n"
 
 
-def _cells(sweep: SweepConfig, records: Iterable[Mapping[str, Any]]) -> Cells:
+def _cells(sweep: SweepConfig, records: Iterable[Record]) -> Cells:
     cells: dict[tuple[str, Point], dict[int, float]] = {
         (row, point): {} for row in sweep.rows for point in sweep.points
     }
@@ -136,15 +130,6 @@ def _cells(sweep: SweepConfig, records: Iterable[Mapping[str, Any]]) -> Cells:
         point = tuple(record[key] for key in sweep.columns)
         cells[record["row"], point][record["seed"]] = record[sweep.metric]
     return cells
-
-
-def _choice_lines(
-    sweep: SweepConfig, chosen: Iterable[Mapping[str, Any]]
-) -> Iterator[list[str]]:
-    for choice in chosen:
-        named = {**choice["given"], **choice["settings"]}.items()
-        settings = ", ".join(f"{key} = {value}" for key, value in named)
-        yield [choice["row"], settings, sweep.show(choice["median"])]
 
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
@@ -173,7 +158,7 @@ def _summary(sweep: SweepConfig, cells: Cells) -> tuple[list[str], list[list[str
     return header, rows
 
 
-def _notes(sweep: SweepConfig, records: Sequence[Mapping[str, Any]]) -> list[str]:
+def _notes(sweep: SweepConfig, records: Iterable[Record]) -> list[str]:
     places = sorted({f"{r.get('device')}, jax {r.get('jax')}" for r in records})
     lines = [f"- ours: run here, on {'; '.join(places)}."] if places else []
     if sweep.paper:
@@ -183,13 +168,21 @@ def _notes(sweep: SweepConfig, records: Sequence[Mapping[str, Any]]) -> list[str
     return lines
 
 
+def _choice_lines(
+    sweep: SweepConfig, chosen: Iterable[Mapping[str, Any]]
+) -> Iterator[list[str]]:
+    for choice in chosen:
+        named = {**choice["given"], **choice["settings"]}.items()
+        settings = ", ".join(f"{key} = {value}" for key, value in named)
+        yield [choice["row"], settings, sweep.show(choice["median"])]
+
+
 def _spread(sweep: SweepConfig, values: Collection[float]) -> list[str]:
     """Returns n, median, standard deviation, least and greatest."""
     if not values:
         return ["0", "-", "-", "-", "-"]
-    median, sd = sweep.show(statistics.median(values)), _sd(sweep, values)
-    ends = [sweep.show(end) for end in (min(values), max(values))]
-    return [str(len(values)), median, sd, *ends]
+    median, *ends = (sweep.show(f(values)) for f in (statistics.median, min, max))
+    return [str(len(values)), median, _sd(sweep, values), *ends]
 
 
 def _sd(sweep: SweepConfig, values: Collection[float]) -> str:
@@ -213,9 +206,8 @@ def paired_test(differences: Sequence[float]) -> tuple[float | None, float | Non
     Args:
       differences: of pairs; for fewer than two, or all equal, neither is defined.
     """
-    n = len(differences)
     # Accuracies are multiples of 1 / (number of test images): less is rounding.
-    if n < 2 or (sd := statistics.stdev(differences)) < 1e-9:
+    if len(differences) < 2 or (sd := statistics.stdev(differences)) < 1e-9:
         return None, None
-    d = statistics.fmean(differences) / sd
-    return float(2 * scipy.stats.t.sf(abs(d) * math.sqrt(n), n - 1)), d
+    p = scipy.stats.ttest_1samp(differences, 0.0).pvalue
+    return float(p), statistics.fmean(differences) / sd

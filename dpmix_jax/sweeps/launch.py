@@ -1,0 +1,266 @@
+"""Does the runs of a sweep one after another, and goes on with what a stop has left."""
+
+import json
+import pathlib
+import secrets
+import shutil
+import sys
+import time
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from dpmix_jax import data
+from dpmix_jax.data.public import load_public
+from dpmix_jax.errors import UserError
+from dpmix_jax.files import write_atomically
+from dpmix_jax.progress import duration, say
+from dpmix_jax.run.config import ExperimentConfig, differences, to_dict
+from dpmix_jax.run.experiment import caught_signals, data_digest
+from dpmix_jax.run.release import final_line
+from dpmix_jax.run.workdir import Workdir
+from dpmix_jax.sweeps import tables
+from dpmix_jax.sweeps.grid import Run, SweepConfig
+
+# Does a run in a folder, or goes on with it; returns why it failed, or None.
+Attempt = Callable[[Run, Workdir], str | None]
+
+
+class _StoppedError(Exception):
+    """A signal has come."""
+
+
+def launch(
+    config: SweepConfig, path: pathlib.Path, run_one: Callable[..., str | None]
+) -> int:
+    """Does what is left of a sweep, or of a private selection if a run asks for one.
+
+    Args:
+      config: of the sweep.
+      path: its folder.
+      run_one: does one run, as `processes.run_process` does with its program.
+
+    Returns:
+      The exit status: 0, 1 if a run failed, or 128 + n after signal n.
+
+    Raises:
+      UserError: for a config or data that a run would refuse; nothing has begun then.
+    """
+    folder, runs = Workdir(path), config.candidates()
+    selects = any(run.config.privacy.selection is not None for run in runs)
+    if selects:
+        _check_candidates(runs)
+        left = [] if (path / "selected").exists() else runs
+    else:
+        runs = config.runs()
+        left = [run for run in runs if Workdir(path / run.folder).results() is None]
+        if config.chooses and not all(r.config.data.validation_size for r in runs):
+            raise UserError(
+                "data.validation_size is 0: it must be positive for metric"
+                f" {config.metric!r}"
+            )
+    _check_inputs(left)
+    with folder.locked(), caught_signals() as signals:
+
+        def attempt(run: Run, workdir: Workdir) -> str | None:
+            cache = path / ".jax_cache"
+            error = run_one(run.flags, workdir.path, cache=cache, signals=signals)
+            if signals:
+                raise _StoppedError
+            return error
+
+        try:
+            if selects:
+                return _select(runs, folder, attempt)
+            return _sweep(config, runs, folder, attempt)
+        except _StoppedError:
+            say("stopped: the same command goes on from there")
+            return 128 + signals[0]
+
+
+def _check_inputs(runs: Sequence[Run]) -> None:
+    """Raises `UserError` unless the files that runs read are there, and fit."""
+    num_records: dict[tuple, int] = {}
+    for config in (run.config for run in runs):
+        inputs = config.data, config.public, config.finetune
+        if inputs not in num_records:
+            dataset, *_ = _read(config)
+            num_records[inputs] = len(dataset.train)
+        config.privacy.sampling_prob(num_records[inputs])
+
+
+def _read(
+    config: ExperimentConfig,
+) -> tuple[data.Dataset, data.Records | None, list[str]]:
+    """Returns records, public images and checksums of the weights of a run."""
+    dataset = data.load(config.data)
+    public = load_public(config.public, config.data, dataset)
+    return dataset, public, config.finetune.checksums()
+
+
+def _has_ended(run: Run, workdir: Workdir) -> bool:
+    """Whether a folder has results; raises `UserError` if they are of another run."""
+    if workdir.results() is None:
+        return False
+    workdir.check(run.config)
+    return True
+
+
+def _eta(started: float, done: int, total: int) -> str:
+    return duration((time.time() - started) / done * (total - done))
+
+
+def _sweep(
+    config: SweepConfig, runs: Sequence[Run], folder: Workdir, attempt: Attempt
+) -> int:
+    """Does the runs that have not ended and prints the table; returns the status."""
+    records: dict[int, tables.Record] = {}  # by index of the run
+    failures: dict[int, str] = {}
+    workdirs = [Workdir(folder.path / run.folder) for run in runs]
+
+    def collect(i: int) -> None:
+        records[i] = tables.read_record(config, runs[i], workdirs[i])
+
+    def write() -> str:
+        return tables.write(config, folder, [records[i] for i in sorted(records)])
+
+    for i, run in enumerate(runs):
+        try:
+            if _has_ended(run, workdirs[i]):
+                collect(i)
+        except UserError as error:
+            failures[i] = str(error)
+    total, started = len(runs), time.time()
+    say(f"{total} runs into {folder.path}, {len(records)} of them finished before")
+    left = [i for i in range(total) if i not in records and i not in failures]
+    for done, i in enumerate(left, 1):
+        began = time.time()
+        why = attempt(runs[i], workdirs[i])
+        if why is None:
+            collect(i)
+            value = config.show(records[i][config.metric]) + config.unit
+            outcome = f"{config.metric} {value}, {time.time() - began:.0f} s"
+        else:
+            failures[i], outcome = why, f"FAILED: {why}"
+        write()
+        number = f"{total - len(left) + done:>{len(str(total))}}/{total}"
+        eta = _eta(started, done, len(left))
+        say(f"run {number}  {runs[i].name}: {outcome}; ETA {eta}")
+    print(write(), end="", flush=True)
+    for i, why in failures.items():
+        say(f"failed: {runs[i].name}: {why}")
+    return 1 if failures else 0
+
+
+# Private selections.
+
+# What candidates must have in common: all that the accountant sees, the records, and
+# what counts as public. C is no part of it: noise is a multiple of the sensitivity.
+_SHARED = (
+    *("privacy.", "data.", "public", "finetune.encoder", "finetune.weights"),
+    "performance.",  # of it, what changes the sum
+)
+_NOT_SHARED = "privacy.l2_clip_norm"
+
+
+def _check_candidates(runs: Sequence[Run]) -> None:
+    """Raises `UserError` unless these can be candidates of one private selection.
+
+    The accountant takes them for the same mechanism, and the statement of the one that
+    is selected speaks for all of them.
+    """
+    for config in (run.config for run in runs):
+        if config.seed is not None:
+            raise UserError(
+                f"seed is {config.seed}: it must be None for privacy.selection, whose"
+                " runs are released"
+            )
+        apart = [
+            text
+            for text in differences(to_dict(runs[0].config), to_dict(config))
+            if text.startswith(_SHARED) and not text.startswith(_NOT_SHARED)
+        ]
+        if apart:
+            raise UserError(
+                "privacy.selection: candidates must not differ in what the accountant"
+                f" sees, in records or in public data; these do: {', '.join(apart)}"
+            )
+
+
+def _select(points: Sequence[Run], folder: Workdir, attempt: Attempt) -> int:
+    """Does the candidates, drawn from points of the grid, and leaves the best alone.
+
+    Which candidates there are is decided, and kept, before the first begins: a
+    selection that is stopped goes on with the same ones.
+
+    Returns:
+      The exit status.
+    """
+    selected = Workdir(folder.path / "selected")
+    candidates = folder.path / "candidates"
+    if selected.results() is None:
+        drawn = [points[point] for point in _plan(points, folder)]
+        if not drawn:
+            say(
+                "nothing is released: the number of candidates was drawn as 0. To start"
+                " over because of that would be another selection, not covered by this"
+            )
+            return 1
+        candidates.mkdir(mode=0o700, exist_ok=True)
+        workdirs = [Workdir(candidates / str(n)) for n in range(len(drawn))]
+        pairs = enumerate(zip(drawn, workdirs, strict=True), 1)
+        left = [(n, *pair) for n, pair in pairs if not _has_ended(*pair)]
+        started = time.time()
+        for done, (n, run, workdir) in enumerate(left, 1):
+            if why := attempt(run, workdir):
+                say(f"failed: candidate {n}: {why}")
+                say("a selection needs them all: the same command tries again")
+                return 1
+            eta = _eta(started, done, len(left))
+            say(f"nonprivate candidate {n}/{len(drawn)}; ETA {eta}")
+        best = max(workdirs, key=lambda workdir: (workdir.results() or {})["score"])
+        best.clean_up()
+        best.path.rename(selected.path)
+    config = json.loads((selected.path / "config.json").read_text())
+    if all(differences(config, to_dict(run.config)) for run in points):
+        raise UserError(
+            f"workdir {folder.path} holds a selection among other settings: use another"
+            " --workdir"
+        )
+    # The others are not covered by what the statement of the best one says, nor is
+    # which of them were compiled.
+    for path in (candidates, folder.path / ".jax_cache"):
+        if path.exists():
+            shutil.rmtree(path)
+    (folder.path / "plan.json").unlink(missing_ok=True)
+    say(f"selected: {selected.path}; no other candidate is left there")
+    say(final_line(selected.results() or {}), file=sys.stdout)
+    return 0
+
+
+def _plan(points: Sequence[Run], folder: Workdir) -> list[int]:
+    """Returns the point of each candidate, drawn once and for all."""
+    path, configs = folder.path / "plan.json", [to_dict(run.config) for run in points]
+    dataset, public, files = _read(points[0].config)
+    assert dataset.validation is not None  # the config has seen to it
+    read = [data_digest(dataset.train, public, files), dataset.validation.digest()]
+    if path.exists():
+        kept = json.loads(path.read_text())
+        same = len(kept["points"]) == len(configs) and kept["read"] == read
+        if not same or any(map(differences, kept["points"], configs)):
+            raise UserError(
+                f"workdir {folder.path} holds a selection that began with other"
+                " settings or data: put those back, or use another --workdir"
+            )
+        return kept["drawn"]
+    found = sorted(file.name for file in folder.path.iterdir())
+    if strange := [name for name in found if name[0] != "."]:
+        raise UserError(
+            f"workdir {folder.path} holds {strange[0]}: use a new or empty --workdir"
+        )
+    how = points[0].config.privacy.private_selection
+    assert how is not None
+    drawn = how.draw(len(points), np.random.default_rng(secrets.randbits(128)))
+    plan = {"points": configs, "read": read, "drawn": drawn}
+    write_atomically(path, json.dumps(plan), mode=0o600)
+    return drawn
