@@ -6,112 +6,107 @@
         --public_path=banks/digits --data=digits
 
 Features are taken of public and test images only: of the private training set, and of
-validation records, which come from it, there is no way to ask for them. The encoder is
-the EMA weights of a finished run, or the normalised pixels. The weights of a run are
-what its guarantee covers, so using them here is post-processing. The distances depend
-on the test images, which are not protected, as test accuracy does.
+validation records, which come from it, there is no way to ask for them.
 """
 
+import dataclasses
 import json
 import pathlib
 from typing import Any
 
-from absl import app, flags, logging
+import jax
+import numpy as np
+from absl import flags
 
-from dpmix_jax import command_line, domain_gap
-from dpmix_jax.data import DataConfig
+from dpmix_jax.data import DataConfig, Records
 from dpmix_jax.data.public import PublicConfig
-from dpmix_jax.domain_gap import Encoder
 from dpmix_jax.errors import UserError
-from dpmix_jax.files import write_atomically
-from dpmix_jax.workdir import Workdir
+from dpmix_jax.models.pretrained import load_weights
+from dpmix_jax.run import build, cli
+from dpmix_jax.run.config import ExperimentConfig, from_config_dict
+from dpmix_jax.synthetic import domain_gap
 
 _ENCODER = flags.DEFINE_string(
-    "encoder", None, "Workdir of a finished run, or pixels, which needs no model."
+    "encoder", None, "Workdir of a finished run, or pixels.", required=True
 )
-_PUBLIC = flags.DEFINE_string("public", None, "As public.name of a config.")
+_PUBLIC = flags.DEFINE_string(
+    "public", None, "As public.name of a config.", required=True
+)
 _PUBLIC_PATH = flags.DEFINE_string("public_path", None, "As public.path of a config.")
-_DATA = flags.DEFINE_string(
-    "data", None, "As data.name of a config; by default that of the encoder's run."
-)
-_PATH = flags.DEFINE_string("path", None, "As data.path of a config.")
-_IMAGE_SIZE = flags.DEFINE_integer(
-    "image_size",
-    None,
-    "As data.image_size of a config; by default that of the encoder's run.",
-)
+_DATA = {  # of a config
+    "name": flags.DEFINE_string("data", None, "By default that of the encoder's run."),
+    "path": flags.DEFINE_string("path", None, "As data.path of a config."),
+    "image_size": flags.DEFINE_integer("image_size", None, "As data.image_size."),
+}
 _PER_CLASS = flags.DEFINE_bool("per_class", False, "Compares each class, too.")
-_DRAWS = flags.DEFINE_integer("draws", 10, "Draws of images for each comparison.")
-_BATCH_SIZE = flags.DEFINE_integer("batch_size", 512, "Images encoded at a time.")
-_JSON = flags.DEFINE_string("json", None, "File to write all distances to.")
+_DRAWS = flags.DEFINE_integer("draws", 10, "Draws of images for a comparison.", 1)
 
 
-def main(argv: list[str]) -> None:
-    logging.set_verbosity(logging.WARNING)
-    try:
-        if len(argv) > 1:
-            raise UserError(f"unknown argument {argv[1]}: settings are --<key>=<value>")
-        result = _measure()
-        print(domain_gap.table(result))
-        if _JSON.value is not None:
-            _write(pathlib.Path(_JSON.value), result)
-    except UserError as error:
-        command_line.fail(error)
-
-
-def _measure() -> dict[str, Any]:
-    if _ENCODER.value is None:
-        raise UserError("--encoder is missing: give the workdir of a run, or pixels")
-    if _PUBLIC.value is None:
-        raise UserError(
-            "--public is missing: give the name of a public dataset, or bank"
-        )
-    for flag in (_DRAWS, _BATCH_SIZE):
-        if flag.value < 1:
-            raise UserError(f"--{flag.name} is {flag.value}: it must be at least 1")
+def measure() -> dict[str, domain_gap.Gap | None]:
+    """Does what the flags say."""
+    run = None if _ENCODER.value == "pixels" else finished(_ENCODER.value)
     public = PublicConfig(name=_PUBLIC.value, path=_PUBLIC_PATH.value)
-    workdir = (
-        None if _ENCODER.value == "pixels" else Workdir(pathlib.Path(_ENCODER.value))
-    )
-    test, bank = domain_gap.load_images(_data(workdir), public)
-    if workdir is None:
-        encoder = Encoder("pixels", domain_gap.pixels, ())
-    else:
-        encoder = domain_gap.load_encoder(workdir, test.images.shape[1:])
-    return domain_gap.measure(
-        encoder,
-        bank,
-        test,
-        num_draws=_DRAWS.value,
-        per_class=_PER_CLASS.value,
-        batch_size=_BATCH_SIZE.value,
-    )
+    test, bank = domain_gap.load_images(dataset(run[0].data if run else None), public)
+    features_fn, params = encoder(*run, test) if run else (pixels, ())
+    both = [domain_gap.features(features_fn, params, each) for each in (bank, test)]
+    gaps = {"all": domain_gap.compare(*both, num_draws=_DRAWS.value)}
+    for label, name in enumerate(test.class_names if _PER_CLASS.value else ()):
+        of_class = (both[0][bank.labels == label], both[1][test.labels == label])
+        gap = domain_gap.compare(*of_class, num_draws=_DRAWS.value, seed=[0, label])
+        gaps[f"class {name}"] = gap
+    return gaps
 
 
-def _data(workdir: Workdir | None) -> DataConfig:
+def dataset(of_run: DataConfig | None) -> DataConfig:
     """Takes what the flags do not say from the encoder's run."""
-    trained_on = None if workdir is None else domain_gap.read_config(workdir).data
-    if _DATA.value is None:
-        for flag in (_PATH, _IMAGE_SIZE):
-            if flag.value is not None:
-                raise UserError(f"--{flag.name} is {flag.value}: it needs --data")
-        if trained_on is None:
-            raise UserError("--data is missing: --encoder=pixels has no dataset")
-        return trained_on
-    size = _IMAGE_SIZE.value
-    if size is None:
-        size = 0 if trained_on is None else trained_on.image_size
-    return DataConfig(name=_DATA.value, path=_PATH.value, image_size=size)
+    given: dict[str, Any] = {
+        key: flag.value for key, flag in _DATA.items() if flag.value is not None
+    }
+    if "name" in given:
+        given.setdefault("path", None)
+    elif of_run is None:
+        raise UserError("--data is missing: --encoder=pixels has no dataset")
+    return dataclasses.replace(of_run or DataConfig(), **given)
 
 
-def _write(path: pathlib.Path, result: dict[str, Any]) -> None:
+def finished(workdir: str) -> tuple[ExperimentConfig, int]:
+    """Returns the config of a finished run, and its number of classes."""
     try:
-        write_atomically(path, json.dumps(result, indent=2) + "\n")
-    except OSError as error:
+        config, results = (
+            json.loads((pathlib.Path(workdir) / name).read_text())
+            for name in ("config.json", "results.json")
+        )
+        return from_config_dict(config), len(results["per_class_accuracy_ema"])
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise UserError(
-            f"--json is {path}: cannot be written ({error.strerror})"
+            f"--encoder is {workdir}: it must be pixels or the workdir of a finished"
+            f" run ({error})"
         ) from None
 
 
+def encoder(
+    config: ExperimentConfig, num_classes: int, test: Records
+) -> tuple[domain_gap.Function, Any]:
+    """Returns the features of a run's model and its EMA weights; reads no data."""
+    labels, names = np.zeros(0, np.int32), tuple(map(str, range(num_classes)))
+    none = dataclasses.replace(
+        test, images=test.images[:0], labels=labels, class_names=names
+    )
+    model = build.classifier(config, none)
+    weights = load_weights(
+        pathlib.Path(_ENCODER.value) / "model.safetensors", model.shapes
+    )
+    return domain_gap.penultimate(model.logits), weights
+
+
+def pixels(params: Any, images: jax.Array) -> jax.Array:
+    """Returns normalised images as features."""
+    return images.reshape(len(images), -1)
+
+
+def main() -> None:
+    print(domain_gap.table(measure(), _ENCODER.value))
+
+
 if __name__ == "__main__":
-    app.run(main, flags_parser=command_line.parse)
+    cli.start(main)

@@ -10,7 +10,6 @@ augmentation and mixing cost. Each method takes the sets of the config, by defau
 """
 
 import dataclasses
-import statistics
 from collections.abc import Callable
 from typing import Any
 
@@ -18,46 +17,31 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import timing
-from absl import app, flags, logging
+from absl import flags
 
-from dpmix_jax import command_line, data, privacy, training
-from dpmix_jax.config import ExperimentConfig, check_flags, from_config_dict
+from dpmix_jax import data, privacy, training
 from dpmix_jax.data.public import PublicConfig
 from dpmix_jax.errors import UserError
-from dpmix_jax.pipeline import Model, Pipeline
+from dpmix_jax.mixup import METHODS, MethodConfig
+from dpmix_jax.models import finetune
+from dpmix_jax.run import build, cli
+from dpmix_jax.run.config import ExperimentConfig, check_flags, from_config_dict
 
-METHODS = {
+TITLES = {
     "Self-Aug": "self_aug",
     "DP-Mix_self": "dp_mix_self",
     "DP-Mix_diff": "dp_mix_diff",
 }
 POOL = 64  # public images to draw from
+PAPER = (
+    "The paper's table, ViT-B-16 on Caltech256 on one A100, 245 updates: 2 h 12, 7 h 33"
+    " (3.43 x), 7 h 40 (3.48 x)"
+)
 
-_CONFIG = command_line.define_config()
+_CONFIG = cli.define_config()
 _RECORDS = flags.DEFINE_integer("records", 2, "At a time.", lower_bound=1)
 _ROUNDS = flags.DEFINE_integer("rounds", 5, "Timings of each row.", lower_bound=1)
 _JSON = flags.DEFINE_string("json", None, "Where to write all that was measured.")
-
-
-@dataclasses.dataclass
-class Row:
-    """One line of the table.
-
-    Attributes:
-      name: unique.
-      k: images of a record.
-      ready: what it does, compiled.
-      seconds: one for each round.
-    """
-
-    name: str
-    k: int
-    ready: timing.Ready | None
-    seconds: list[float] = dataclasses.field(default_factory=list)
-
-    @property
-    def images_per_second(self) -> float:
-        return _RECORDS.value * self.k / statistics.median(self.seconds)
 
 
 def random_records(config: ExperimentConfig, count: int, seed: int) -> data.Records:
@@ -71,15 +55,25 @@ def random_records(config: ExperimentConfig, count: int, seed: int) -> data.Reco
     )
 
 
-def rows_of(config: ExperimentConfig, name: str, records: data.Records) -> list[Row]:
-    """Returns the rows of a method: a part of its update, and the model alone."""
-    method = dataclasses.replace(config.method, name=METHODS[name])
+def rows_of(
+    config: ExperimentConfig, name: str, records: data.Records
+) -> tuple[timing.Row, timing.Row]:
+    """Returns the rows of a method, compiled: its update, and the model alone."""
+    given, (views, public_images, mixes) = config.method, METHODS[TITLES[name]]
+    assert isinstance(given, MethodConfig)
+    method = MethodConfig(
+        name=TITLES[name],
+        k_base=views and given.k_base,
+        k_diff=public_images and (given.k_diff or None),
+        k_self=mixes and given.k_self,
+    )
     public = PublicConfig(name="bank", path="random") if method.num_public else None
     config = dataclasses.replace(config, method=method, public=public)
-    model = Model(config, records)
-    pipeline = Pipeline(
+    model, k = build.classifier(config, records), method.set_size
+    parts = build.build(
         config,
         model,
+        config.finetune.load(model.shapes),
         records,
         mechanism=privacy.Mechanism(
             sampling_prob=1.0, num_updates=1, noise_multiplier=1.0
@@ -87,104 +81,78 @@ def rows_of(config: ExperimentConfig, name: str, records: data.Records) -> list[
         seed=0,
         public=random_records(config, POOL, seed=1) if public else None,
     )
-    batch = pipeline.accumulate.place(np.arange(_RECORDS.value))
-    state, k = pipeline.state, method.set_size
+    state, batch = parts.state, parts.put(np.arange(len(records)))
 
     def update() -> Any:
-        totals = training.init_totals(state.params, pipeline.mesh)
-        return jax.block_until_ready(
-            pipeline.accumulate(state.params, state.step, batch, totals)
-        )
+        sums = training.init_sums(state.params, parts.mesh)
+        return parts.accumulate(sums, state.params, state.step, batch, parts.inputs)
 
-    shape = (_RECORDS.value * k, *records.image_shape)
+    shape = (len(records) * k, *records.image_shape)
     images = jnp.asarray(np.random.default_rng(2).standard_normal(shape, np.float32))
-    params, frozen = pipeline.all_params(state.params), pipeline.accumulate.frozen
-    is_head = bool(frozen) and model.is_head(state.params, frozen)
-    forward = jax.jit(model.encode if is_head else model.logits)
-    return [
-        Row(f"{name}, K = {k}", k, timing.Ready(update)),
-        Row(f"forward, {k} images", k, timing.Ready(call(forward, params, images))),
-    ]
+    params = parts.all_params(state.params)
+    is_head = finetune.is_head(state.params, parts.frozen)
+    forward = jax.jit((is_head and model.encode) or model.logits)
+
+    def row(name: str, function: Callable[[], Any]) -> timing.Row:
+        def call():
+            return jax.block_until_ready(function())
+
+        call()  # compiles
+        return timing.Row(name=name, k=k, call=call)
+
+    alone = row(f"forward, {len(images)} images", lambda: forward(params, images))
+    return row(f"{name}, K = {k}", update), alone
 
 
-def call(function: Callable[..., Any], *args: Any) -> Callable[[], Any]:
-    return lambda: jax.block_until_ready(function(*args))
-
-
-def table13(config: ExperimentConfig) -> None:
-    """Does what the flags say."""
-    path = timing.output_file(_JSON.value)
-    if _RECORDS.value % jax.device_count():
+def table13() -> dict[str, Any]:
+    """Does what the flags say, and returns all that was measured."""
+    cli.config_file()
+    config, count = from_config_dict(_CONFIG.value), _RECORDS.value
+    if count % jax.device_count():
         raise UserError(
-            f"--records is {_RECORDS.value}: it must be a multiple of the number of"
-            f" devices, {jax.device_count()}"
+            f"--records is {count}: it must be a multiple of the number of devices,"
+            f" {jax.device_count()}"
         )
-    result: dict[str, Any] = {"environment": timing.environment()}
-    timing.tell_environment(result["environment"])
-    records = random_records(config, _RECORDS.value, seed=0)
-    result["workload"] = (
+    environment = timing.environment()
+    records = random_records(config, count, seed=0)
+    workload = (
         f"{config.model.name}, {'x'.join(map(str, records.image_shape))},"
         f" {records.num_classes} classes, trainable {config.finetune.trainable},"
-        f" {config.performance.precision}, {_RECORDS.value} records at a time,"
+        f" {config.performance.precision}, {count} records at a time,"
         f" {_ROUNDS.value} paired rounds: medians (least to greatest)"
     )
-    print(result["workload"], flush=True)
-    pairs = [rows_of(config, name, records) for name in METHODS]
-    rows = [row for pair in pairs for row in pair]
-    for row in rows:
-        assert row.ready is not None
-        row.ready.call()  # compiles
-    timing.measure(rows, _ROUNDS.value)
-    updates, batch = config.privacy.num_updates, config.privacy.expected_batch_size
-    lines = []
-    result["rows"] = []
+    print(workload, flush=True)
+    pairs = [rows_of(config, name, records) for name in TITLES]
+    timing.measure([row for pair in pairs for row in pair], _ROUNDS.value)
+    updates = config.privacy.num_updates
+    num_records = updates * config.privacy.expected_batch_size
+    rows = []
     for step, forward in pairs:
-        median = statistics.median(step.seconds)
-        ratios = timing.paired(step, pairs[0][0]), timing.paired(step, forward)
-        hours = updates * batch * median / _RECORDS.value / 3600
-        found = {
-            "name": step.name,
-            "k": step.k,
-            "ratio_to_self_aug": ratios[0],
-            "ratio_to_forward": ratios[1],
-            "images_per_second": step.images_per_second,
-            "hours": hours,
-            "seconds": step.seconds,
-            "forward_seconds": forward.seconds,
-        }
-        result["rows"].append(found)
-        lines.append(
-            [
-                step.name,
-                *map(timing.ratio, ratios),
-                f"{median:.3g}",
-                f"{step.images_per_second:,.1f}",
-                f"{hours:.3g}",
-            ]
+        assert step.median is not None
+        rows.append(
+            {
+                "name": step.name,
+                "k": step.k,
+                "ratio_to_self_aug": step.over(pairs[0][0]),
+                "ratio_to_forward": step.over(forward),
+                "median_seconds": step.median,
+                "images_per_second": count * step.k / step.median,
+                "hours": num_records / count * step.median / 3600,
+                "seconds": step.seconds,
+                "forward_seconds": forward.seconds,
+            }
         )
-    columns = ["", "x Self-Aug", "x forward alone", "seconds", "images/s"]
-    print("\n" + timing.table([*columns, f"hours, {updates} updates"], lines))
-    print(
-        "\nThe paper's table, ViT-B-16 on Caltech256 on one A100, 245 updates: 2 h 12,"
-        " 7 h 33 (3.43 x), 7 h 40 (3.48 x)"
-    )
-    timing.write(path, result)
-
-
-def main(argv: list[str]) -> None:
-    logging.set_verbosity(logging.WARNING)
-    try:
-        if argv[1:]:
-            raise UserError(f"{argv[1]} is not a flag: they begin with --")
-        command_line.config_file()
-        table13(from_config_dict(_CONFIG.value))
-    except UserError as error:
-        command_line.fail(error)
-
-
-def parse(argv: list[str]) -> list[str]:
-    return command_line.parse(argv, check=check_flags)
+    columns: timing.Columns = {
+        "": ("name", str),
+        "x Self-Aug": ("ratio_to_self_aug", timing.ratio),
+        "x forward alone": ("ratio_to_forward", timing.ratio),
+        "seconds": ("median_seconds", "{:.3g}".format),
+        "images/s": ("images_per_second", "{:,.1f}".format),
+        f"hours, {updates} updates": ("hours", "{:.3g}".format),
+    }
+    print(f"\n{timing.table(columns, rows)}\n\n{PAPER}")
+    return {"environment": environment, "workload": workload, "rows": rows}
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=parse)
+    cli.start(lambda: timing.run(_JSON.value, table13), check=check_flags)

@@ -1,12 +1,12 @@
-"""What benchmarks share: rounds in which every row is timed once, and what they print.
+"""What the two benchmarks share: rows timed in rounds, and what is printed of them.
 
-Ratios are taken within rounds, so that a machine that slows down for a while spoils no
-comparison.
+Every round times every row once, in rotated order, and ratios are taken within rounds,
+so that a machine that slows down for a while spoils no comparison.
 """
 
 import collections
-import glob
-import gzip
+import contextlib
+import dataclasses
 import importlib.metadata
 import json
 import os
@@ -15,99 +15,91 @@ import platform
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 
 from dpmix_jax.errors import UserError
 from dpmix_jax.files import write_atomically
 
+Columns = dict[str, tuple[str, Callable[[Any], str]]]
 PACKAGES = ("jax", "jaxlib", "jax_privacy", "flax", "torch", "opacus")
 
 
-class Ready(NamedTuple):
-    """A compiled row.
+@dataclasses.dataclass(kw_only=True)
+class Row:
+    """One line of a table.
 
     Attributes:
-      call: does the work and returns the sum when it is done.
-      peak_bytes: arguments, outputs and temporaries, where the compiler tells.
-      flops: of one call, where the compiler tells.
+      name: of what is timed.
+      k: images of a record.
+      call: does the work and returns its result when it is done; None if it cannot.
+      seconds: of `call`, one for each round.
     """
 
-    call: Callable[[], Any]
-    peak_bytes: int | None = None
-    flops: float | None = None
-
-
-class Timed(Protocol):
-    """A row of a benchmark: what it does, and its seconds, one for each round."""
-
     name: str
-    ready: Ready | None
-    seconds: list[float]
+    k: int
+    call: Callable[[], Any] | None
+    seconds: list[float] = dataclasses.field(default_factory=list)
+
+    @property
+    def median(self) -> float | None:
+        return statistics.median(self.seconds) if self.seconds else None
+
+    def over(self, base: "Row | None") -> dict[str, float] | None:
+        """Returns median, least and greatest ratio of seconds within rounds."""
+        if base is None or not self.seconds or not base.seconds:
+            return None
+        ratios = [a / b for a, b in zip(self.seconds, base.seconds, strict=True)]
+        middle = statistics.median(ratios)
+        return {"median": middle, "min": min(ratios), "max": max(ratios)}
 
 
-def measure(rows: Sequence[Timed], rounds: int) -> None:
-    """Times the rows that have started, in rounds, in rotated order."""
-    able = [row for row in rows if row.ready]
+def measure(rows: Sequence[Row], rounds: int) -> None:
+    """Times the rows that can run."""
+    able = [(row, row.call) for row in rows if row.call is not None]
     for turn in range(rounds):
         offset = turn % len(able)
-        for row in able[offset:] + able[:offset]:
-            assert row.ready is not None
+        for row, call in able[offset:] + able[:offset]:
             begin = time.perf_counter()
-            row.ready.call()
+            call()
             row.seconds.append(time.perf_counter() - begin)
 
 
-def profile(row: Timed, calls: int = 3) -> list[tuple[str, float]]:
-    """Returns the operations of a row and their seconds in one call, longest first."""
-    assert row.ready is not None
+def profile(call: Callable[[], Any], calls: int = 3) -> list[tuple[str, float]]:
+    """Returns the operations of a call and their seconds, longest first."""
     spent: dict[str, float] = collections.defaultdict(float)
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
             for _ in range(calls):
-                row.ready.call()
-        (path,) = glob.glob(f"{folder}/**/*.trace.json.gz", recursive=True)
-        with gzip.open(path) as file:
-            events = json.load(file)["traceEvents"]
-    for event in events:
-        if event.get("ph") == "X" and "hlo_op" in event.get("args", {}):
-            spent[event["name"]] += event["dur"] / 1e6 / calls
+                call()
+        (path,) = pathlib.Path(folder).rglob("*.xplane.pb")
+        trace = jax.profiler.ProfileData.from_file(str(path))
+        for plane in trace.planes:
+            for line in plane.lines:
+                for event in line.events:
+                    if "hlo_op" in dict(event.stats):
+                        spent[event.name] += event.duration_ns / 1e9 / calls
     return sorted(spent.items(), key=lambda item: -item[1])
 
 
-def paired(row: Timed, base: Timed | None) -> dict[str, float] | None:
-    """Returns median, least and greatest ratio of two rows within rounds."""
-    if base is None or not row.seconds or not base.seconds:
-        return None
-    ratios = [a / b for a, b in zip(row.seconds, base.seconds, strict=True)]
-    middle = statistics.median(ratios)
-    return {"median": middle, "min": min(ratios), "max": max(ratios)}
-
-
-def environment(with_torch: bool = False) -> dict[str, Any]:
-    """Returns hardware and versions."""
-    versions = {"python": platform.python_version()}
-    for package in PACKAGES:
-        if with_torch or package not in ("torch", "opacus"):
-            versions[package] = importlib.metadata.version(package)
-    found = {
-        "processor": processor(),
+def environment() -> dict[str, Any]:
+    """Prints and returns hardware and versions."""
+    found: dict[str, Any] = {
+        "processor": _processor(),
         "cores": len(os.sched_getaffinity(0)),
-        "jax_device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-        "versions": versions,
+        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "python": platform.python_version(),
     }
-    if with_torch:
-        import torch
-
-        cuda = torch.cuda.is_available()
-        found["torch_device"] = torch.cuda.get_device_name() if cuda else "cpu"
-        found["torch_threads"] = torch.get_num_threads()
+    for package in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    print(", ".join(f"{name} {value}" for name, value in found.items()))
     return found
 
 
-def processor() -> str:
+def _processor() -> str:
     """Returns the name of the CPU; `platform.processor` is empty on most Linuxes."""
     cpuinfo = pathlib.Path("/proc/cpuinfo")
     for line in cpuinfo.read_text().splitlines() if cpuinfo.exists() else ():
@@ -116,39 +108,35 @@ def processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def ratio(found: dict[str, float] | None) -> str:
-    if found is None:
-        return "-"
+def ratio(found: Mapping[str, float]) -> str:
     return f"{found['median']:.2f} ({found['min']:.2f} to {found['max']:.2f})"
 
 
-def number(value: float | None, spec: str) -> str:
-    return "-" if value is None else format(value, spec)
+def table(columns: Columns, rows: Sequence[Mapping[str, Any]]) -> str:
+    """Returns a Markdown table; a None is a dash, a column of them is left out.
+
+    Args:
+      columns: by title, the key of a row and what shows its value.
+      rows: one for each line.
+    """
+    shown = {
+        title: ["-" if row[key] is None else show(row[key]) for row in rows]
+        for title, (key, show) in columns.items()
+        if any(row[key] is not None for row in rows)
+    }
+    lines = [list(shown), ["---"] * len(shown), *zip(*shown.values(), strict=True)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def table(columns: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """Returns a Markdown table."""
-    rows = [columns, ["---"] * len(columns), *lines]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+def run(json_file: str | None, benchmark: Callable[[], dict[str, Any]]) -> None:
+    """Runs a benchmark, and writes what it returns to a file, if one is named.
 
-
-def output_file(name: str | None) -> pathlib.Path | None:
-    """Returns where `--json` says; a mistake is told before anything is timed."""
-    path = pathlib.Path(name) if name else None
+    Raises:
+      UserError: for a file that cannot be written, before anything is timed.
+    """
+    path = pathlib.Path(json_file) if json_file else None
     if path and (path.is_dir() or not path.parent.is_dir()):
         raise UserError(f"--json is {path}: it must be a file in a folder that exists")
-    return path
-
-
-def tell_environment(found: dict[str, Any]) -> None:
-    """Prints what `environment` has found."""
-    for name, value in found.items():
-        if isinstance(value, dict):
-            value = ", ".join(" ".join(item) for item in value.items())
-        print(f"{name.replace('_', ' ')}: {value}")
-
-
-def write(path: pathlib.Path | None, result: dict[str, Any]) -> None:
-    """Writes all that was measured, if that was asked for."""
+    result = benchmark()
     if path:
         write_atomically(path, json.dumps(result, indent=2) + "\n")

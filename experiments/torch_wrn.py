@@ -33,10 +33,8 @@ warnings.filterwarnings("ignore", "Full backward hook is firing")
 class WSConv(nn.Conv2d):
     """Convolution with scaled weight standardisation, a gain and a bias."""
 
-    def __init__(self, inputs: int, features: int, kernel_size: int, stride: int):
-        super().__init__(
-            inputs, features, kernel_size, stride, padding=kernel_size // 2
-        )
+    def __init__(self, inputs: int, features: int, size: int = 3, stride: int = 1):
+        super().__init__(inputs, features, size, stride, padding=size // 2)
         self.gain = nn.Parameter(torch.ones(features))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -83,54 +81,46 @@ class _Block(nn.Module):
         super().__init__()
         self.shortcut = nn.Sequential()
         if reshape:
-            self.shortcut = nn.Sequential(
-                _Norm(inputs), WSConv(inputs, channels, 1, stride)
-            )
-        self.residual = nn.Sequential(
-            _Norm(inputs),
-            WSConv(inputs, channels, 3, stride),
-            _Norm(channels),
-            WSConv(channels, channels, 3, 1),
-        )
+            conv = WSConv(inputs, channels, 1, stride)
+            self.shortcut = nn.Sequential(_Norm(inputs), conv)
+        first, second = WSConv(inputs, channels, 3, stride), WSConv(channels, channels)
+        self.residual = nn.Sequential(_Norm(inputs), first, _Norm(channels), second)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.residual(x) + self.shortcut(x)
 
 
-class WideResNet(nn.Module):
-    """WRN-16-width with layers in the order of the JAX one; pads symmetrically.
+def wide_resnet(num_classes: int, depth: int, width: int) -> nn.Sequential:
+    """Returns WRN-depth-width; images are [N, 3, H, W].
 
-    Images are [N, 3, H, W]. The JAX model pads as `SAME` does, at the cost of the same
-    number of products.
+    It pads symmetrically where the JAX model pads as `SAME` does, at the cost of the
+    same number of products.
     """
-
-    def __init__(self, num_classes: int, width: int):
-        super().__init__()
-        layers: list[nn.Module] = [WSConv(3, 16, 3, 1)]
-        inputs = 16
-        for stage, channels in enumerate((16 * width, 32 * width, 64 * width)):
-            for block in range(2):
-                stride = 2 if stage > 0 and block == 0 else 1
-                layers.append(_Block(inputs, channels, stride, block == 0))
-                inputs = channels
-        self.features = nn.Sequential(*layers, _Norm(inputs))
-        self.classifier = nn.Linear(inputs, num_classes)
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return self.classifier(self.features(images).mean((2, 3)))
+    layers: list[nn.Module] = [WSConv(3, 16)]
+    inputs = 16
+    for stage, channels in enumerate((16 * width, 32 * width, 64 * width)):
+        for block in range((depth - 4) // 6):
+            stride = 2 if stage > 0 and block == 0 else 1
+            layers.append(_Block(inputs, channels, stride, block == 0))
+            inputs = channels
+    head = (nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inputs, num_classes))
+    return nn.Sequential(*layers, _Norm(inputs), *head)
 
 
 class Gradients:
-    """One workload in PyTorch; every method returns a function that is to be timed.
+    """One workload in PyTorch, on the GPU if PyTorch sees one.
 
-    Attributes:
-      images: [B, K, 3, H, W], on the GPU if PyTorch sees one.
+    Args:
+      options: `depth` and `width`.
+      images: [B, K, H, W, 3].
       labels: [B, K, O].
+      l2_clip_norm: C.
+      precision: as `performance.precision`.
     """
 
     def __init__(
         self,
-        width: int,
+        options: dict[str, int],
         images: np.ndarray,
         labels: np.ndarray,
         l2_clip_norm: float,
@@ -138,14 +128,16 @@ class Gradients:
     ):
         torch.backends.cudnn.allow_tf32 = precision == "tensorfloat32"
         torch.backends.cuda.matmul.allow_tf32 = precision == "tensorfloat32"
-        self._precision = precision
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.images = torch.tensor(images).movedim(-1, 2).contiguous().to(self.device)
+        self._bfloat16 = precision == "bfloat16"
+        self._options, self._clip_norm = options, l2_clip_norm
+        images_first = torch.tensor(images).movedim(-1, 2).contiguous()
+        self.images = images_first.to(self.device)  # [B, K, 3, H, W]
         self.labels = torch.tensor(labels).to(self.device)
-        self._width, self._clip_norm = width, l2_clip_norm
+        self._flat = self.images.flatten(0, 1), self.labels.flatten(0, 1)
 
     def methods(self) -> dict[str, Callable[[], Call]]:
-        """Returns what builds each row of the table."""
+        """Returns what builds the function to be timed, for each row of the table."""
         hooks = functools.partial(self.per_image, functorch=False)
         rows: dict[str, Callable[[], Call]] = {
             "torch non-private": self.nonprivate,
@@ -155,25 +147,15 @@ class Gradients:
             "Opacus ghost": self.ghost,
             "K-averaged hooks": functools.partial(hooks, averaged=True),
         }
-        return {
-            name: functools.partial(self._in_precision, make)
-            for name, make in rows.items()
-        }
-
-    def _in_precision(self, make: Callable[[], Call]) -> Call:
-        enabled = self._precision == "bfloat16"
-        return torch.autocast(self.device, torch.bfloat16, enabled)(make())
+        return {name: functools.partial(self._whole, rows[name]) for name in rows}
 
     def nonprivate(self) -> Call:
         """Gradient of the mean loss of all images."""
-        model = self._model()
-        images, labels = self._flat()
-
-        def call():
-            loss = F.cross_entropy(model(images), labels)
-            return self._done(torch.autograd.grad(loss, list(model.parameters())))
-
-        return call
+        model, (images, labels) = self._model(), self._flat
+        params = list(model.parameters())
+        return lambda: torch.autograd.grad(
+            F.cross_entropy(model(images), labels), params
+        )
 
     def vmapped(self) -> Call:
         """Gradients of each record's mean loss, clipped and summed."""
@@ -184,12 +166,9 @@ class Gradients:
             return F.cross_entropy(functional_call(model, params, images), labels)
 
         per_record = vmap(grad(loss_fn), (None, 0, 0))
-
-        def call():
-            found = per_record(params, self.images, self.labels)
-            return self._done(self._clipped_sum(list(found.values())))
-
-        return call
+        return lambda: self._clipped_sum(
+            list(per_record(params, self.images, self.labels).values())
+        )
 
     def per_image(self, *, functorch: bool, averaged: bool = False) -> Call:
         """Opacus's per-image gradients, clipped and summed.
@@ -201,7 +180,7 @@ class Gradients:
         model = GradSampleModule(
             self._model(), loss_reduction="sum", force_functorch=functorch
         )
-        images, labels = self._flat()
+        images, labels = self._flat
 
         def call():
             model.zero_grad(set_to_none=True)
@@ -209,47 +188,50 @@ class Gradients:
             found = [p.grad_sample for p in model.parameters()]
             if averaged:
                 found = [g.unflatten(0, self.images.shape[:2]).mean(1) for g in found]
-            return self._done(self._clipped_sum(found))
+            return self._clipped_sum(found)
 
         return call
 
     def ghost(self) -> Call:
         """Opacus's ghost clipping: norms, then the gradient of weighted losses."""
-        model = GradSampleModuleFastGradientClipping(
-            self._model(), loss_reduction="sum", max_grad_norm=self._clip_norm
-        )
+        options = {"loss_reduction": "sum", "max_grad_norm": self._clip_norm}
+        model = GradSampleModuleFastGradientClipping(self._model(), **options)
         optimizer = DPOptimizerFastGradientClipping(
             torch.optim.SGD(model.parameters(), lr=0.0),
             noise_multiplier=0.0,
-            max_grad_norm=self._clip_norm,
             expected_batch_size=None,
-            loss_reduction="sum",
+            **options,
         )
         criterion = DPLossFastGradientClipping(
             model, optimizer, nn.CrossEntropyLoss(reduction="sum"), "sum"
         )
-        images, labels = self._flat()
+        images, labels = self._flat
 
         def call():
             model.zero_grad(set_to_none=True)
             criterion(model(images), labels).backward()
-            return self._done([p.grad for p in model.parameters()])
+            return [p.grad for p in model.parameters()]
 
         return call
 
-    def _model(self) -> WideResNet:
+    def _model(self) -> nn.Module:
         torch.manual_seed(0)
-        return WideResNet(self.labels.shape[-1], self._width).to(self.device)
-
-    def _flat(self) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.images.flatten(0, 1), self.labels.flatten(0, 1)
+        return wide_resnet(self.labels.shape[-1], **self._options).to(self.device)
 
     def _clipped_sum(self, gradients: list[torch.Tensor]) -> list[torch.Tensor]:
         norms = torch.stack([g.flatten(1).norm(dim=1) for g in gradients]).norm(dim=0)
         factors = (self._clip_norm / norms).clamp(max=1.0)
         return [torch.tensordot(factors, g, dims=1) for g in gradients]
 
-    def _done(self, gradients) -> list[torch.Tensor]:
-        if self.device == "cuda":
-            torch.cuda.synchronize()
-        return list(gradients)
+    def _whole(self, make: Callable[[], Call]) -> Call:
+        """Calls in this precision, to the end of the GPU's work."""
+        call = make()
+
+        def whole():
+            with torch.autocast(self.device, torch.bfloat16, self._bfloat16):
+                found = call()
+            if self.device == "cuda":
+                torch.cuda.synchronize()
+            return found
+
+        return whole

@@ -1,10 +1,15 @@
 """Public synthetic images: banks for DP-Mix_diff, made without any private record.
 
-bank        which image gets which class and seed; writing, resuming, the manifest
+plan        which image gets which class and seed
+bank        writing them, resuming, the manifest
 diffusion   a generator: Stable Diffusion through diffusers, extra `diffusion`
-render      a generator: digits drawn from fonts, which needs no model
+generate    plan, generator and bank put together: `experiments/generate.py`
+domain_gap  how far a bank is from a dataset: `experiments/domain_gap.py`
+
+`data.rendered.Render` is a generator too: digits drawn from fonts, without a model.
 """
 
-from dpmix_jax.synthetic.bank import Generator, Plan, Wanted, fill
+from dpmix_jax.synthetic.bank import Generator, fill
+from dpmix_jax.synthetic.plan import Plan, Wanted
 
 __all__ = ["Generator", "Plan", "Wanted", "fill"]

@@ -11,7 +11,7 @@ import numpy as np
 
 from dpmix_jax.data import images
 from dpmix_jax.errors import UserError
-from dpmix_jax.synthetic.bank import Wanted
+from dpmix_jax.synthetic.plan import Wanted
 
 PROMPT = "a photo of a {name}"  # DP-Mix, Section 5
 SAMPLERS = {
@@ -50,19 +50,16 @@ class DiffusionConfig:
     safety_checker: bool = True
 
     def __post_init__(self):
-        if "{name}" not in self.prompt:
-            raise UserError(f"--prompt is {self.prompt!r}: it must contain {{name}}")
-        if not 1 <= self.steps <= 1000:
-            raise UserError(f"--steps is {self.steps}: it must be in [1, 1000]")
-        if not 0 <= self.guidance <= 100:
-            raise UserError(f"--guidance is {self.guidance}: it must be in [0, 100]")
-        for flag, value, allowed in (
-            ("sampler", self.sampler, (None, *SAMPLERS)),
-            ("dtype", self.dtype, DTYPES),
+        for flag, valid, allowed in (
+            ("prompt", "{name}" in self.prompt, "a text with {name}"),
+            ("steps", 1 <= self.steps <= 1000, "in [1, 1000]"),
+            ("guidance", 0 <= self.guidance <= 100, "in [0, 100]"),
+            ("sampler", self.sampler in (None, *SAMPLERS), ", ".join(SAMPLERS)),
+            ("dtype", self.dtype in DTYPES, ", ".join(DTYPES)),
         ):
-            if value not in allowed:
-                known = ", ".join(str(name) for name in allowed if name)
-                raise UserError(f"--{flag} is {value!r}: it must be one of {known}")
+            if not valid:
+                value = getattr(self, flag)
+                raise UserError(f"--{flag} is {value!r}: it must be {allowed}")
 
 
 def spoken(class_name: str) -> str:
@@ -99,19 +96,17 @@ class Diffusion:
             dtype = "float16" if device == "cuda" else "float32"
         if dtype == "float16" and device == "cpu":
             raise UserError("--dtype is float16: it needs a GPU, here is none")
-        folder, revision = _located(diffusers, config)
-        self._pipeline = _pipeline(
-            diffusers, config, folder, getattr(self._torch, dtype)
-        ).to(device)
-        checker = self._pipeline.safety_checker
+        pipeline, revision = _load(diffusers, config, getattr(self._torch, dtype))
+        self._pipeline = pipeline.to(device)
+        checker = pipeline.safety_checker
         self.settings: dict[str, Any] = {
             "generator": "diffusion",
             **dataclasses.asdict(config),
             "revision": revision,
-            "sampler": type(self._pipeline.scheduler).__name__,
+            "sampler": type(pipeline.scheduler).__name__,
             "dtype": dtype,
             "device": device,
-            "safety_checker": type(checker).__name__ if checker is not None else None,
+            "safety_checker": None if checker is None else type(checker).__name__,
             "diffusers": diffusers.__version__,
             "torch": self._torch.__version__,
         }
@@ -154,56 +149,36 @@ def _libraries() -> tuple[Any, Any]:
     return torch, diffusers
 
 
-def _located(diffusers: Any, config: DiffusionConfig) -> tuple[pathlib.Path, str]:
-    """Returns the folder of a model, and its commit or else a checksum of it."""
+def _load(diffusers: Any, config: DiffusionConfig, dtype: Any) -> tuple[Any, str]:
+    """Returns the pipeline, and the commit of its model or else a checksum of it."""
+    kind = diffusers.StableDiffusionPipeline
     folder = pathlib.Path(config.model).expanduser()
-    if folder.is_dir():
-        if config.revision is not None:
-            raise UserError(
-                f"--revision is {config.revision}: {folder} is a folder, which has none"
+    on_hub = not folder.is_dir()
+    if config.revision is not None and not on_hub:
+        raise UserError(
+            f"--revision is {config.revision}: {folder} is a folder, which has none"
+        )
+    unchecked = {} if config.safety_checker else {"safety_checker": None}
+    safe = {"use_safetensors": True}
+    try:
+        if on_hub:
+            folder = pathlib.Path(
+                kind.download(config.model, revision=config.revision, **safe)
             )
-        if not (folder / "model_index.json").is_file():
-            raise UserError(f"--model is {folder}: it has no model_index.json")
-        return folder, f"sha256:{_checksum(folder)}"
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", config.model):
-        raise UserError(
-            f"--model is {config.model}: there is no such folder, and an id on the hub"
-            " is <owner>/<name>"
-        )
-    try:
-        found = diffusers.StableDiffusionPipeline.download(
-            config.model, revision=config.revision, use_safetensors=True
-        )
-    except Exception as error:  # of diffusers, the hub and three layers of network
-        raise UserError(
-            f"--model is {config.model}: it is no folder and cannot be had from the hub"
-            f" ({_first_line(error)})"
-        ) from None
-    return pathlib.Path(found), pathlib.Path(found).name  # a snapshot, by its commit
-
-
-def _pipeline(
-    diffusers: Any, config: DiffusionConfig, folder: pathlib.Path, dtype: Any
-) -> Any:
-    options = {} if config.safety_checker else {"safety_checker": None}
-    try:
-        pipeline = diffusers.StableDiffusionPipeline.from_pretrained(
-            str(folder),
-            dtype=dtype,
-            use_safetensors=True,
-            local_files_only=True,
-            **options,
+        pipeline = kind.from_pretrained(
+            str(folder), dtype=dtype, local_files_only=True, **safe, **unchecked
         )
         if config.sampler is not None:
-            kind = getattr(diffusers, SAMPLERS[config.sampler])
-            pipeline.scheduler = kind.from_config(pipeline.scheduler.config)
-    except Exception as error:  # a damaged or other model raises anything
+            sampler = getattr(diffusers, SAMPLERS[config.sampler])
+            pipeline.scheduler = sampler.from_config(pipeline.scheduler.config)
+    except Exception as error:  # of diffusers, damaged files, the hub and its network
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise UserError(
-            f"--model is {config.model}: it cannot be loaded as a"
-            f" StableDiffusionPipeline ({_first_line(error)})"
+            f"--model is {config.model}: it must be a folder with a"
+            f" StableDiffusionPipeline, or the id of one on the hub ({reason})"
         ) from None
     pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+    return pipeline, folder.name if on_hub else f"sha256:{_checksum(folder)}"
 
 
 def _checksum(folder: pathlib.Path) -> str:
@@ -213,7 +188,3 @@ def _checksum(folder: pathlib.Path) -> str:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         content.update(f"{path.relative_to(folder).as_posix()}\0{digest}\n".encode())
     return content.hexdigest()
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -1,0 +1,67 @@
+"""Writes a bank of public synthetic images, a folder for each class.
+
+    python experiments/generate.py --out=banks/digits --data=digits --generator=render
+    python experiments/generate.py --out=banks/cifar10 --data=cifar10 \
+        --generator=diffusion --model=<folder, or id on the hub> [--count=50000]
+
+No private record is read: of a dataset only its classes, its number of records and the
+shape of its images are taken, which are constants but for `npz`, `folder` and unknown
+`tfds:`. Without --data, give --classes, --count and --image_size. Stopped or killed,
+the same command goes on; `manifest.json` says how the images were made.
+"""
+
+from absl import flags
+
+from dpmix_jax.run import cli
+from dpmix_jax.synthetic.diffusion import DTYPES, SAMPLERS, DiffusionConfig
+from dpmix_jax.synthetic.generate import generate
+
+_OUT = flags.DEFINE_string("out", None, "Folder of the bank.", required=True)
+_GENERATOR = flags.DEFINE_enum(
+    "generator", None, ["diffusion", "render"], "What makes images.", required=True
+)
+_BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Images made at a time.", 1)
+_PLAN = [
+    flags.DEFINE_string("data", None, "As data.name of a config."),
+    flags.DEFINE_string("path", None, "As data.path of a config."),
+    flags.DEFINE_string(
+        "classes",
+        None,
+        "File with the name of a class on each line, or folder with one for each.",
+    ),
+    flags.DEFINE_integer(
+        "count", None, "Images, by default as many as there are training records."
+    ),
+    flags.DEFINE_integer(
+        "image_size", 0, "As data.image_size of a config; 0 is the dataset's own."
+    ),
+    flags.DEFINE_integer("seed", 0, "Public; of all images."),
+]
+_DIFFUSION = [
+    flags.DEFINE_string("model", None, "Folder, or id on the hub."),
+    flags.DEFINE_string("revision", None, "Commit, tag or branch."),
+    flags.DEFINE_string("prompt", DiffusionConfig.prompt, "With {name} for the class."),
+    flags.DEFINE_integer("steps", DiffusionConfig.steps, "Of the sampler."),
+    flags.DEFINE_float("guidance", DiffusionConfig.guidance, "Weight of the prompt."),
+    flags.DEFINE_enum("sampler", None, SAMPLERS, "By default the model's own."),
+    flags.DEFINE_enum("dtype", "auto", DTYPES, "Auto is float16 on a GPU."),
+    flags.DEFINE_bool(
+        "safety_checker", True, "Whether the model's own checker refuses images."
+    ),
+]
+
+
+def main() -> None:
+    print(
+        generate(
+            _OUT.value,
+            _GENERATOR.value,
+            batch_size=_BATCH_SIZE.value,
+            diffusion={flag.name: flag.value for flag in _DIFFUSION if flag.present},
+            **{flag.name: flag.value for flag in _PLAN},
+        )
+    )
+
+
+if __name__ == "__main__":
+    cli.start(main)
