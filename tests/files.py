@@ -141,13 +141,15 @@ def eurosat_members(count=10):
     return class_members(EUROSAT.split(), count, top="2750/", suffix=".jpg")
 
 
+CALTECH = ("001.ak47", "056.dog", "198.spider")
+
+
 def caltech_members(count=6):
     """Three classes, with the two oddities of the official archive."""
     top = "256_ObjectCategories/"
-    classes = ["001.ak47", "056.dog", "198.spider"]
     return [
-        *class_members(classes, count, top=top, suffix=".jpg"),
-        (f"{top}056.dog/greg/vision301/056_0100.jpg", encoded(picture(1), ".jpg")),
+        *class_members(CALTECH, count, top=top, suffix=".jpg"),
+        (f"{top}056.dog/greg/vision301/056_0100.jpg", encoded(picture(5000), ".jpg")),
         (f"{top}198.spider/RENAME2", b"#!/usr/bin/perl\n"),
     ]
 

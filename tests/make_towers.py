@@ -1,26 +1,22 @@
-"""Makes the fixtures of image towers, with the libraries that the towers come from.
+"""Makes the fixtures of image towers, with the library that the towers come from.
 
     pip install -e ".[towers]" && python -m tests.make_towers
 
-writes `tests/fixtures/towers.npz`, `towers.json` and `tensors.pt`. They were made with
-open_clip_torch 3.3.0, timm 1.0.31, transformers 5.23.0 and torch 2.13.0 on a CPU. All
-weights are random; nothing is downloaded. No code of `dpmix_jax` is used.
+writes into `tests/fixtures/`. They were made with open_clip_torch 3.3.0, timm 1.0.31
+and torch 2.13.0 on a CPU. All weights are random; nothing is downloaded. No code of
+`dpmix_jax` is used.
 
-- `towers.npz` has, for each tiny tower, below `<tower>/<library>/`: its state dict,
-  `state/<key>`; `images` (uint8); a linear head, `head/weight` and `head/bias`;
-  `labels`; and what comes out: `embedding`, `logits`, and the gradients of the mean
-  cross-entropy, `gradient/<key>`, for the head and the kernel that reads the images.
-- `towers.json` has keys and shapes of the towers at full size, by tower and library.
-- `tensors.pt` is written by `torch.save`; `towers.npz` has its arrays as `tensors/`.
+- `vit.safetensors` and `convnext.safetensors` have the state dict of a tiny tower,
+  below `visual.`, and what `results` returns for it.
+- `towers.json` has keys and shapes of the towers at full size, by tower.
 """
 
-import collections
 import functools
 import json
 import pathlib
 import unittest.mock
 
-import numpy as np
+import safetensors.numpy
 import torch
 
 FIXTURES = pathlib.Path(__file__).parent / "fixtures"
@@ -30,7 +26,7 @@ FULL = {"vit": ("ViT-B-16", 224), "convnext": ("convnext_base_w", 256)}
 
 
 def libraries():
-    """Returns open_clip, timm and transformers.
+    """Returns open_clip and timm.
 
     torchvision 0.28.0 beside a CPU build of PyTorch 2.13.0 lacks operators that it
     expects; nothing here uses them.
@@ -43,9 +39,8 @@ def libraries():
         torch.library.define("torchvision::qnms", operator)
     import open_clip
     import timm
-    import transformers
 
-    return open_clip, timm, transformers
+    return open_clip, timm
 
 
 def full(tower):
@@ -55,60 +50,9 @@ def full(tower):
     return libraries()[0].create_model(name, pretrained=None).eval(), size
 
 
-def randomize(module, seed):
-    """Draws all weights anew, so that none is 0 or 1 and each matters."""
-    generator = torch.Generator().manual_seed(seed)
-    for name, weight in module.named_parameters():
-        noise = torch.randn(weight.shape, generator=generator)
-        if weight.ndim > 1 and "pos" not in name and "cls" not in name:
-            noise = noise * weight[0].numel() ** -0.5
-        elif weight.ndim == 1 and name.endswith(("weight", "gamma")):
-            noise = 1.0 + 0.3 * noise
-        else:
-            noise = 0.3 * noise
-        weight.data = noise.half().float()  # half as long when they are compressed
-
-
-def expected(module, embed, images, num_classes, seed):
-    """Computes what comes out of a tower with a random linear head.
-
-    Args:
-      module: the tower.
-      embed: maps images [B, 3, H, W] to embeddings [B, E].
-      images: uint8 [B, H, W, 3].
-      num_classes: O.
-      seed: of the head and the labels.
-
-    Returns:
-      A dictionary of arrays, see above.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    pixels = (torch.tensor(images) / 255.0 - torch.tensor(MEAN)) / torch.tensor(STDDEV)
-    embedding = embed(pixels.permute(0, 3, 1, 2))
-    head = torch.nn.Linear(embedding.shape[-1], num_classes)
-    for weight in head.parameters():
-        weight.data = torch.randn(weight.shape, generator=generator) * 0.3
-    labels = torch.randint(num_classes, images.shape[:1], generator=generator)
-    logits = head(embedding)
-    torch.nn.functional.cross_entropy(logits, labels).backward()
-    first = next(p for p in module.parameters() if p.ndim == 4)
-    found = {
-        "images": images,
-        "labels": labels,
-        "head/weight": head.weight,
-        "head/bias": head.bias,
-        "embedding": embedding,
-        "logits": logits,
-        "gradient/head/weight": head.weight.grad,
-        "gradient/head/bias": head.bias.grad,
-        "gradient/first": first.grad,
-    }
-    return {key: np.asarray(torch.as_tensor(v).detach()) for key, v in found.items()}
-
-
 def tiny():
-    """Yields tower, library, module, function and image shape, of tiny towers."""
-    open_clip, timm, transformers = libraries()
+    """Yields the name, the module and the image size of each tiny tower."""
+    open_clip, timm = libraries()
     vit = open_clip.transformer.VisionTransformer(
         image_size=(12, 8),
         patch_size=4,
@@ -118,30 +62,7 @@ def tiny():
         mlp_ratio=4.0,
         output_dim=8,
     )
-    yield "vit", "open_clip", vit, vit, (12, 8)
-    vit = transformers.CLIPVisionModelWithProjection(
-        transformers.CLIPVisionConfig(
-            hidden_size=16,
-            intermediate_size=64,
-            projection_dim=8,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            image_size=8,
-            patch_size=4,
-            hidden_act="gelu",
-        )
-    )
-    yield "vit", "transformers", vit, lambda x: vit(x).image_embeds, (8, 8)
-    timm_vit = timm.create_model(
-        "vit_base_patch16_clip_224",
-        num_classes=8,
-        img_size=(12, 8),
-        patch_size=4,
-        embed_dim=16,
-        depth=2,
-        num_heads=2,
-    )
-    yield "vit", "timm", timm_vit, timm_vit, (12, 8)
+    yield "vit", vit, (12, 8)
     # 48x40 is 5x5, then 2x2 pixels: what is left over at the edges must be dropped.
     sizes = {"depths": (1, 1, 2, 1), "dims": (4, 8, 8, 12)}
     create = functools.partial(timm.create_model, **sizes)
@@ -149,79 +70,59 @@ def tiny():
         convnext = open_clip.timm_model.TimmModel(
             "convnext_base", embed_dim=8, image_size=48, pool="", proj="linear"
         )
-    yield "convnext", "open_clip", convnext, convnext, (48, 40)
-    convnext = create("convnext_base", num_classes=8)
-    yield "convnext", "timm", convnext, convnext, (48, 40)
+    yield "convnext", convnext, (48, 40)
 
 
-def make_tiny():
-    """Returns the arrays of `towers.npz`."""
-    arrays = {}
-    rng = np.random.default_rng(0)
-    for seed, (tower, library, module, embed, size) in enumerate(tiny()):
-        randomize(module, seed)
-        if library == "timm":  # as timm converts CLIP's projection
-            (module.head if tower == "vit" else module.head.fc).bias.data.zero_()
-        module.eval()
-        images = rng.integers(0, 256, (2, *size, 3), np.uint8)
-        prefix = "visual." if library == "open_clip" else ""
-        found = {
-            f"state/{prefix}{key}": value.numpy()
-            for key, value in module.state_dict().items()
-        }
-        found.update(expected(module, embed, images, 5, seed))
-        arrays.update({f"{tower}/{library}/{k}": v for k, v in found.items()})
-    return arrays
+def results(visual, size, seed):
+    """Draws weights and images for a tower, and computes what comes out.
 
+    No weight is left at 0 or 1, so that each matters.
 
-def make_shapes():
-    """Returns the content of `towers.json`."""
-    _, timm, transformers = libraries()
-    config = transformers.CLIPVisionConfig(hidden_act="gelu", patch_size=16)
-    with torch.device("meta"):
-        convnext = timm.create_model("convnext_base", num_classes=0)
-        vit = timm.create_model("vit_base_patch16_clip_224", num_classes=0)
-        clip = transformers.CLIPVisionModelWithProjection(config)
-    models = {
-        "vit": {"open_clip": full("vit")[0], "transformers": clip, "timm": vit},
-        "convnext": {"open_clip": full("convnext")[0], "timm": convnext},
-    }
+    Args:
+      visual: the tower, whose weights are changed.
+      size: of the images, in pixels.
+      seed: of all that is drawn.
+
+    Returns:
+      Arrays by name: `images`, uint8 [B, H, W, 3]; `embedding` [B, E]; `direction` [B,
+      E]; and `gradient`, that of the sum of embedding times direction, with respect to
+      the kernel [O, 3, h, w] that reads the images.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for name, weight in visual.named_parameters():
+        noise = torch.randn(weight.shape, generator=generator)
+        if weight.ndim > 1 and "pos" not in name:
+            noise = noise * weight[0].numel() ** -0.5
+        elif weight.ndim == 1 and name.endswith(("weight", "gamma")):
+            noise = 1.0 + 0.3 * noise
+        else:
+            noise = 0.3 * noise
+        weight.data = noise
+    images = torch.randint(256, (2, *size, 3), generator=generator, dtype=torch.uint8)
+    pixels = (images / 255.0 - torch.tensor(MEAN)) / torch.tensor(STDDEV)
+    embedding = visual.eval()(pixels.permute(0, 3, 1, 2))
+    direction = torch.randn(embedding.shape, generator=generator)
+    (embedding * direction).sum().backward()
     return {
-        tower: {
-            library: {key: list(v.shape) for key, v in model.state_dict().items()}
-            for library, model in libraries.items()
-        }
-        for tower, libraries in models.items()
+        "images": images.numpy(),
+        "embedding": embedding.detach().numpy(),
+        "direction": direction.numpy(),
+        "gradient": next(p for p in visual.parameters() if p.ndim == 4).grad.numpy(),
     }
-
-
-def make_tensors():
-    """Returns the content of `tensors.pt`, and its arrays by key."""
-    torch.manual_seed(0)
-    base = torch.randn(4, 6)
-    content = collections.OrderedDict(
-        plain=base,
-        transposed=base.t(),
-        part=base[1:3, ::2],
-        half=base.half(),
-        brain=base.bfloat16(),
-        double=base.double(),
-        integers=torch.arange(5),
-        scalar=torch.tensor(2.5),
-        empty=torch.zeros(0, 3),
-    )
-    content._metadata = collections.OrderedDict(version=1)  # as state_dict has
-    return content, {k: np.asarray(v.double()) for k, v in content.items()}
 
 
 def main():
-    FIXTURES.mkdir(exist_ok=True)
-    content, arrays = make_tensors()
-    torch.save(content, FIXTURES / "tensors.pt")
-    arrays = {f"tensors/{key}": value for key, value in arrays.items()}
-    np.savez_compressed(FIXTURES / "towers.npz", **arrays, **make_tiny())
-    shapes = json.dumps(make_shapes(), separators=(",", ":"))
-    (FIXTURES / "towers.json").write_text(shapes + "\n")
+    shapes = {}
+    for seed, (tower, visual, size) in enumerate(tiny()):
+        arrays = results(visual, size, seed)
+        for key, value in visual.state_dict().items():
+            arrays[f"visual.{key}"] = value.numpy()
+        safetensors.numpy.save_file(arrays, FIXTURES / f"{tower}.safetensors")
+        state = full(tower)[0].state_dict()
+        visual = {key: v for key, v in state.items() if key.startswith("visual.")}
+        shapes[tower] = {key: list(value.shape) for key, value in visual.items()}
+    text = json.dumps(shapes, separators=(",", ":"))
+    (FIXTURES / "towers.json").write_text(text + "\n")
 
 
 if __name__ == "__main__":

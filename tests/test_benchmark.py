@@ -1,76 +1,88 @@
-"""What the benchmark prints and writes, and what it refuses; never how fast it was."""
+"""What the benchmarks print and write, and what they refuse; never how fast it was."""
 
 import json
-import math
-import subprocess
-import sys
 
 import pytest
 
-from tests.conftest import ROOT
-from tests.programs import run_each
+from tests.programs import call
+
+SCRIPT = "experiments/benchmark.py"
+TINY = ("--depth=10", "--width=1", "--k=1", "--records=2", "--rounds=2")
 
 
-def benchmark(*args):
-    return subprocess.run(
-        [sys.executable, ROOT / "experiments/benchmark.py", *args],
-        capture_output=True,
-        text=True,
-    )
+def ratio(found):
+    return f"{found['median']:.2f} ({found['min']:.2f} to {found['max']:.2f})"
 
 
-def test_it_prints_and_writes_every_row(tmp_path):
+def check_ratio(found, seconds, base):
+    """Two rounds: the median is the mean."""
+    ratios = [a / b for a, b in zip(seconds, base, strict=True)]
+    assert found["median"] == pytest.approx(sum(ratios) / 2)
+    assert (found["min"], found["max"]) == (min(ratios), max(ratios))
+
+
+def test_every_row_is_printed_and_written(tmp_path):
     path = tmp_path / "speed.json"
-    done = benchmark(
-        *("--width=1", "--k=1", "--records=2", "--rounds=2", f"--json={path}"),
-        "--methods=non-private,ours,ours:ghost,jax_privacy,torch non-private",
-    )
+    done = call(SCRIPT, [*TINY, "--methods=ours", f"--json={path}"])
     assert done.returncode == 0, done.stderr
     result = json.loads(path.read_text())
-    names = ["non-private", "ours", "ours:ghost", "jax_privacy"]
-    if "torch" in result["environment"]["versions"]:
-        names.append("torch non-private")
-    else:
-        assert 'pip install -e ".[peers]"' in done.stdout
     lines = [line for line in done.stdout.splitlines() if line.startswith("| ")]
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
-    assert cells[0][1:3] == ["x JAX non-private", "x own non-private"]
-    assert [line[0] for line in cells[2:]] == names
-    assert cells[2][1] == "1.00 (1.00 to 1.00)"
-    assert result["environment"]["versions"]["jax"] in done.stdout
-    assert [row["name"] for row in result["rows"]] == names
+    assert cells[0][1:4] == ["K", "x JAX non-private", "x own non-private"]
+    assert [line[:2] for line in cells[2:]] == [
+        ["non-private", "1"],
+        ["ours", "1"],
+        ["jax_privacy", "1"],
+    ]
+    assert cells[2][2] == "1.00 (1.00 to 1.00)"
+    assert f"jax {result['environment']['jax']}" in done.stdout
+    assert [row["name"] for row in result["rows"]] == [line[0] for line in cells[2:]]
     base = result["rows"][0]["seconds"]
     for row, line in zip(result["rows"], cells[2:], strict=True):
-        found = row["ratio_to_jax_nonprivate"]
         assert len(row["seconds"]) == 2
         assert min(row["seconds"]) > 0
-        ratios = [a / b for a, b in zip(row["seconds"], base, strict=True)]
-        assert found["median"] == pytest.approx(sum(ratios) / 2)
-        assert (found["min"], found["max"]) == (min(ratios), max(ratios))
-        assert line[1].startswith(f"{found['median']:.2f} (")
-        assert math.isclose(
-            row["images_per_second"], 2 / row["median_seconds"], rel_tol=1e-9
-        )
+        check_ratio(row["ratio_to_jax_nonprivate"], row["seconds"], base)
+        assert line[2] == ratio(row["ratio_to_jax_nonprivate"])
+        assert row["images_per_second"] == pytest.approx(2 / row["median_seconds"])
         assert row["error"] is None
-    for name in ("ours", "ours:ghost"):
-        assert result["difference_from_jax_privacy"][name] <= 1e-5
+    assert result["rows"][1]["difference_from_jax_privacy"] <= 1e-5
     assert [file.name for file in tmp_path.iterdir()] == ["speed.json"]
 
 
-def test_a_mistake_is_one_line():
-    mistakes = {
-        ("--methods=ours,theirs",): "'theirs'",
-        ("--k=0",): "--k=0",
-        ("--json=nowhere/speed.json",): "nowhere/speed.json",
-        ("--dpmix_over_self_aug", "--k=2"): "--k",
-    }
-    done = run_each("experiments/benchmark.py", list(mistakes))
-    for shown, named in zip(done, mistakes.values(), strict=True):
-        assert shown.returncode == 2
-        assert shown.stderr.startswith("error: ")
-        assert shown.stderr.count("\n") == 1
-        assert named in shown.stderr
-        assert not shown.stdout
+@pytest.mark.slow
+def test_two_k_are_compared_and_operations_named(tmp_path):
+    path = tmp_path / "speed.json"
+    methods = "--methods=ours,Opacus ghost,K-averaged hooks"
+    options = (*TINY, "--k=3", "--profile", f"--json={path}")
+    done = call(SCRIPT, [methods, *options])
+    assert done.returncode == 0, done.stderr
+    result = json.loads(path.read_text())
+    assert {row["k"] for row in result["rows"]} == {1, 3}
+    (found,) = result["ratios_to_least_k"]
+    assert f"ours, K = 3 over 1: {ratio(found)} for 3 times the images" in done.stdout
+    assert result["profile"][0][1] >= result["profile"][-1][1] > 0
+    with_torch = {"torch", "opacus"} <= {*result["environment"]}
+    assert with_torch == any(row["name"] == "Opacus ghost" for row in result["rows"])
+    assert with_torch or 'pip install -e ".[peers]"' in done.stdout
+    assert not [row for row in result["rows"] if row["error"]]
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (("--methods=ours,theirs",), "'theirs'"),
+        (("--k=0",), "--k"),
+        (("--depth=12",), "--depth is 12: it must be 6 n + 4"),
+        (("--json=nowhere/speed.json",), "nowhere/speed.json"),
+        (("fast",), "fast is not a flag"),
+    ],
+)
+def test_a_mistake_is_one_line(flags, named):
+    done = call(SCRIPT, flags)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+    assert named in done.stderr
 
 
 @pytest.mark.slow
@@ -78,36 +90,23 @@ def test_table13_prints_and_writes_every_method(tmp_path):
     path, tiny = tmp_path / "table13.json", {"depth": 1, "width": 32, "heads": 2}
     flags = [f"--config.model.{key}={value}" for key, value in tiny.items()]
     config = "--config=configs/vit_b16.py:caltech256-2"
-    measured, refused, unknown = run_each(
-        "experiments/table13.py",
-        [
-            [config, *flags, "--records=1", "--rounds=2", f"--json={path}"],
-            [config, "--json=nowhere/table13.json"],
-            [config, "--config.model.dept=1"],
-        ],
-    )
+    script, options = "experiments/table13.py", ("--records=1", "--rounds=2")
+    measured = call(script, [config, *flags, *options, f"--json={path}"])
     assert measured.returncode == 0, measured.stderr
-    result = json.loads(path.read_text())
-    assert [row["k"] for row in result["rows"]] == [16, 34, 36]
     assert "vit, 224x224x3, 257 classes, trainable head, float32" in measured.stdout
-    first, *_ = rows = result["rows"]
+    rows = json.loads(path.read_text())["rows"]
+    assert [row["k"] for row in rows] == [16, 34, 36]
     for row in rows:
         assert len(row["seconds"]) == len(row["forward_seconds"]) == 2
-        pairs = zip(row["seconds"], first["seconds"], strict=True)
-        ratios = [a / b for a, b in pairs]
-        assert row["ratio_to_self_aug"]["median"] == pytest.approx(sum(ratios) / 2)
-        assert f"| {row['name']} | {ratio(row['ratio_to_self_aug'])} |" in (
-            measured.stdout
-        )
+        check_ratio(row["ratio_to_self_aug"], row["seconds"], rows[0]["seconds"])
+        line = f"| {row['name']} | {ratio(row['ratio_to_self_aug'])} |"
+        assert line in measured.stdout
         seconds = sum(row["seconds"]) / 2
         assert row["images_per_second"] == pytest.approx(row["k"] / seconds)
         assert row["hours"] == pytest.approx(245 * 1000 * seconds / 3600)
-    for shown, named in ((refused, "nowhere/table13.json"), (unknown, "model.dept")):
-        assert shown.returncode == 2
-        assert shown.stderr.startswith("error: ")
-        assert named in shown.stderr
-        assert shown.stderr.count("\n") == 1
-
-
-def ratio(found):
-    return f"{found['median']:.2f} ({found['min']:.2f} to {found['max']:.2f})"
+    for mistake in ("--json=nowhere/table13.json", "--config.model.dept=1"):
+        refused = call(script, [config, mistake])
+        assert refused.returncode == 2
+        assert refused.stderr.startswith("error: ")
+        assert refused.stderr.count("\n") == 1
+        assert mistake.split("=")[0].removeprefix("--config.") in refused.stderr

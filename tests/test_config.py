@@ -5,7 +5,7 @@ import json
 import pytest
 
 from dpmix_jax import UserError
-from dpmix_jax.config import (
+from dpmix_jax.run.config import (
     check_path,
     differences,
     from_config_dict,
@@ -44,6 +44,10 @@ def changed(path, value):
         ("seed", -1, "seed is -1: it must be at least 0"),
         ("method", 3, "method is 3: it must be a group of settings"),
         ("logging.log_every", 0, "logging.log_every is 0: it must be at least 1"),
+        ("optimizer.learning_rate", 0.0, "optimizer.learning_rate is 0.0: it must be"),
+        ("optimizer.momentum", 1.0, "optimizer.momentum is 1.0: it must be in [0, 1)"),
+        ("optimizer.ema_decay", -0.1, "optimizer.ema_decay is -0.1: it must be in"),
+        ("optimizer.weight_decay", -1.0, "optimizer.weight_decay is -1.0: it must be"),
     ],
 )
 def test_refuses(path, value, message):
@@ -84,6 +88,7 @@ def test_differences_name_what_changes_the_outcome():
         config,
         performance=dataclasses.replace(config.performance, microbatch_size=7),
         logging=dataclasses.replace(config.logging, log_every=1),
+        data=dataclasses.replace(config.data, download=True),
     )
     assert differences(old, to_dict(faster)) == []
     other = dataclasses.replace(

@@ -1,19 +1,16 @@
 """Prepared TensorFlow Datasets, read and written without TensorFlow."""
 
-import json
-import subprocess
+import shutil
 import sys
 
 import numpy as np
 import pytest
 
-from dpmix_jax import UserError, data, experiment
-from dpmix_jax.command_line import load_experiment
-from dpmix_jax.data import DataConfig, Records, splits, tfds
-from dpmix_jax.workdir import Workdir
+from dpmix_jax import UserError, data
+from dpmix_jax.data import DataConfig, Records, tfds
+from dpmix_jax.data.folder import stratified
 from tests import files
-from tests.conftest import ROOT
-from tests.programs import run_each
+from tests.programs import call
 
 tensorflow_datasets = pytest.importorskip("tensorflow_datasets")
 
@@ -65,18 +62,29 @@ def build(data_dir, name, features, examples, **options):
     return builder
 
 
+MISTAKES = {
+    (): "error: --name is missing",
+    ("--nam=x",): "error: Unknown command line flag 'nam'",
+    ("--name=eurosat", "--path=absent"): "error: data.path is absent: eurosat",
+}
+
+
 @pytest.fixture(scope="module")
-def prepared(tmp_path_factory):
-    """A CIFAR archive and what `prepare.py` makes of it."""
+def programs(tmp_path_factory):
+    """A CIFAR archive, and what `prepare.py` makes of it and of mistakes."""
     root = tmp_path_factory.mktemp("cifar")
     archive = files.cifar(root, train=TRAIN, test=TEST)
-    command = [sys.executable, "experiments/prepare.py", "--name=cifar10"]
-    options = [f"--path={archive}", f"--tfds_dir={root / 'out'}"]
-    shown = subprocess.run(
-        [*command, *options], cwd=ROOT, capture_output=True, text=True
+    flags = ["--name=cifar10", f"--path={archive}", f"--tfds_dir={root / 'out'}"]
+    done, *mistakes = (
+        call("experiments/prepare.py", given) for given in (flags, *MISTAKES)
     )
-    assert shown.returncode == 0, shown.stderr
-    return archive, root / "out", shown
+    assert done.returncode == 0, done.stderr
+    return archive, root / "out", done.stdout, mistakes
+
+
+@pytest.fixture
+def prepared(programs):
+    return programs[:3]
 
 
 def test_archive_and_prepared_dataset_are_the_same(prepared):
@@ -86,49 +94,18 @@ def test_archive_and_prepared_dataset_are_the_same(prepared):
         a, b = getattr(one, split), getattr(other, split)
         np.testing.assert_array_equal(a.images, b.images)
         np.testing.assert_array_equal(a.labels, b.labels)
-        assert a.digest() == b.digest()
-        assert (a.mean, a.stddev) == (b.mean, b.stddev)
-        assert a.digest() in shown.stdout
-    assert "600 images of (32, 32, 3), 10 classes" in shown.stdout
-    assert "tfds:cifar10" in shown.stdout
+        assert a.digest() == b.digest()  # so constants are the same, and a run is
+        assert a.digest() in shown
+    assert "600 images of (32, 32, 3), 10 classes" in shown
+    assert "tfds:cifar10" in shown
     # Tfds has shuffled them: what comes back is in order by the ids.
-    source = tensorflow_datasets.builder_from_directory(folder / "cifar10" / "1.0.0")
+    version = folder / "cifar10/1.0.0"
+    source = tensorflow_datasets.builder_from_directory(version)
     ids = [example["id"] for example in source.as_data_source(split="train")]
     assert ids != sorted(ids)
-    version = folder / "cifar10/1.0.0"
     for name, path in (("tfds:cifar10:1.0.0", folder), ("tfds:cifar10", version)):
         assert load(name, path).train.digest() == one.train.digest()
-
-
-@pytest.mark.slow
-def test_both_train_to_the_same_model(prepared, tmp_path):
-    """The main config, made small: the same weights from the archive and from tfds."""
-    archive, folder, _ = prepared
-    options = {
-        "seed": 1,
-        "model.depth": 10,
-        "model.width": 1,
-        "method.name": "self_aug",
-        "method.k_base": 2,
-        "privacy.num_updates": 12,
-        "privacy.expected_batch_size": 200,
-        "privacy.delta": 1e-4,
-        "optimizer.ema_decay": 0.5,
-        "performance.microbatch_size": 50,
-    }
-    outcomes = []
-    for name, path in (("cifar10", archive), ("tfds:cifar10", folder)):
-        flags = {**options, "data.name": name, "data.path": path}
-        config = load_experiment(
-            [f"--config={ROOT}/configs/wrn16_4_cifar10.py:8"]
-            + [f"--config.{key}={value}" for key, value in flags.items()]
-        )
-        workdir = tmp_path / name.replace(":", "_")
-        assert experiment.run(config, Workdir(workdir)) == 0
-        weights = (workdir / "model.safetensors").read_bytes()
-        outcomes.append((weights, json.loads((workdir / "results.json").read_text())))
-    assert outcomes[0][0] == outcomes[1][0]
-    assert outcomes[0][1]["test_accuracy_ema"] > 0.3  # chance is 0.1
+    assert "tensorflow" not in sys.modules
 
 
 def test_grey_images_keep_one_channel(tmp_path):
@@ -166,7 +143,7 @@ def test_a_lone_training_split_is_split_as_eurosat_is(tmp_path):
     build(tmp_path, "eurosat", text, {"train": named(range(20))})
     dataset = load("tfds:eurosat", tmp_path)
     ordered = [*range(0, 20, 2), *range(1, 20, 2)]
-    train, test = splits.stratified(np.repeat([0, 1], 10))
+    train, test = stratified(np.repeat([0, 1], 10))
     for found, indices in ((dataset.train, train), (dataset.test, test)):
         expected = np.stack([files.picture(ordered[index]) for index in indices])
         np.testing.assert_array_equal(found.images, expected)
@@ -213,22 +190,17 @@ def test_what_cannot_be_read_is_refused(tmp_path, prepared, monkeypatch):
         load("tfds:cifar100", folder)
     with pytest.raises(UserError, match=r"it holds cifar10, not tfds:mnist"):
         load("tfds:mnist", folder / "cifar10/1.0.0")
-    info = folder / "cifar10/1.0.0/dataset_info.json"
     copy = tmp_path / "cifar10/1.0.0"
-    copy.mkdir(parents=True)
-    for file in info.parent.iterdir():
-        (copy / file.name).write_bytes(file.read_bytes())
-    text = info.read_text()
-    (copy / info.name).write_text(text.replace("array_record", "tfrecord"))
-    with pytest.raises(UserError, match=r"its format is tfrecord, prepare it again"):
-        load("tfds:cifar10", tmp_path)
-    (copy / info.name).write_text(text[:50])
-    with pytest.raises(UserError, match=r"data.path is .*: cannot be read"):
-        load("tfds:cifar10", tmp_path)
-    (copy / info.name).write_text(text)
-    shard = next(copy.glob("*train*"))
-    for damaged in (b"", shard.read_bytes()[: shard.stat().st_size // 2]):
-        shard.write_bytes(damaged)
+    shutil.copytree(folder / "cifar10/1.0.0", copy)
+    info, shard = copy / "dataset_info.json", next(copy.glob("*train*"))
+    text, content = info.read_text(), shard.read_bytes()
+    for damaged in (text.replace("array_record", "tfrecord"), text[:50]):
+        info.write_text(damaged)
+        with pytest.raises(UserError, match=r"data.path is .*: cannot be read"):
+            load("tfds:cifar10", tmp_path)
+    info.write_text(text)
+    for cut in (b"", content[: len(content) // 2]):
+        shard.write_bytes(cut)
         with pytest.raises(UserError, match=r"data.path is .*: cannot be read"):
             load("tfds:cifar10", tmp_path)
     monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
@@ -236,24 +208,8 @@ def test_what_cannot_be_read_is_refused(tmp_path, prepared, monkeypatch):
         load("tfds:cifar10", folder)
 
 
-def test_mistakes_on_the_command_line_are_one_line():
-    mistakes = {
-        (): "error: --name is missing",
-        ("--nam=x",): "error: Unknown command line flag 'nam'",
-        ("--name=eurosat", "--path=absent"): "error: data.path is absent: eurosat",
-    }
-    done = run_each("experiments/prepare.py", list(mistakes))
-    for shown, message in zip(done, mistakes.values(), strict=True):
+def test_mistakes_on_the_command_line_are_one_line(programs):
+    for shown, message in zip(programs[3], MISTAKES.values(), strict=True):
         assert shown.returncode == 2
         assert shown.stderr.startswith(message)
         assert shown.stderr.count("\n") == 1
-
-
-def test_nothing_imports_tensorflow(prepared):
-    _, folder, _ = prepared
-    code = (
-        "import sys; from dpmix_jax import data;"
-        f"data.load(data.DataConfig(name='tfds:cifar10', path={str(folder)!r}));"
-        "assert 'tensorflow' not in sys.modules"
-    )
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

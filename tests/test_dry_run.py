@@ -1,16 +1,15 @@
 """What a config would cost, told without data."""
 
 import re
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 
 from dpmix_jax import UserError, data, privacy
-from dpmix_jax.command_line import load_experiment
-from dpmix_jax.dry_run import dry_run
+from dpmix_jax.run.cli import load_experiment
+from dpmix_jax.run.dry_run import dry_run
 from tests.conftest import ROOT
+from tests.programs import call
 
 SMALL = (
     "--config.data.name=cifar10",
@@ -48,21 +47,14 @@ def test_it_tells_noise_work_memory_and_hours_without_data(tmp_path, monkeypatch
 
 
 def test_it_writes_nothing(tmp_path):
-    shown = subprocess.run(
-        [
-            sys.executable,
-            ROOT / "experiments/run.py",
-            f"--config={ROOT}/configs/digits.py",
-            "--config.model.features=4,8",
-            "--config.model.groups=2",
-            "--dry_run",
-        ],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-    )
-    assert shown.returncode == 0, shown.stderr
-    assert shown.stdout.startswith("guarantee   (3, 1e-05)-DP")
+    workdir = tmp_path / "run"
+    flags = [flag for flag in SMALL if "data.name" not in flag]
+    command = ["--config=configs/digits.py", "--dry_run", f"--workdir={workdir}"]
+    done = call("experiments/run.py", [*command, *flags])
+    assert done.returncode == 2  # B is larger than N: it is told as in a run
+    done = call("experiments/run.py", command)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("guarantee   (3, 1e-05)-DP")
     assert not [*tmp_path.iterdir()]
 
 

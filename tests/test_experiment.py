@@ -1,84 +1,21 @@
-"""Whole runs by the command line: what they write, and that they survive."""
+"""Whole runs: what they write, what they refuse, and that they survive."""
 
-import ast
 import json
 import os
-import pathlib
 import re
 import signal
 import stat
 import subprocess
-import sys
 
 import numpy as np
 import pytest
 import safetensors.numpy
 
-from dpmix_jax import experiment
-from dpmix_jax.config import from_config_dict
-from dpmix_jax.workdir import Workdir
+from dpmix_jax.run.config import to_dict
+from dpmix_jax.run.workdir import Workdir
 from tests.conftest import ROOT
-from tests.programs import run_each
-from tests.test_config import load as load_config
-
-SMALL = {
-    "seed": 3,
-    "model.features": "4,8",
-    "model.groups": 2,
-    "method.k_base": 2,
-    "method.k_self": 1,
-    "privacy.num_updates": 12,
-    "privacy.expected_batch_size": 200,
-    "performance.microbatch_size": 64,
-    "logging.log_every": 2,
-    "logging.eval_every": 4,
-    "logging.checkpoint_every": 3,
-}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def as_users_run_it():
-    """Programs compile as they do outside of tests."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XLA_FLAGS", os.environ["USERS_XLA_FLAGS"])
-        yield
-
-
-def command(workdir, **overrides):
-    options = {**SMALL, **{k.replace("__", "."): v for k, v in overrides.items()}}
-    return [
-        sys.executable,
-        "experiments/run.py",
-        "--config=configs/digits.py",
-        f"--workdir={workdir}",
-        *(f"--config.{k}={v}" for k, v in options.items() if v is not None),
-    ]
-
-
-def run(workdir, **overrides):
-    return subprocess.run(
-        command(workdir, **overrides), cwd=ROOT, capture_output=True, text=True
-    )
-
-
-def metrics(workdir):
-    lines = Workdir(pathlib.Path(workdir)).metrics()
-    return [
-        {k: v for k, v in line.items() if k not in ("seconds", "images_per_second")}
-        for line in lines
-    ]
-
-
-def outcome(workdir):
-    """Everything of a finished run that must not depend on how often it was killed."""
-    results = json.loads((workdir / "results.json").read_text())
-    del results["seconds"]
-    return {
-        "weights": (workdir / "model.safetensors").read_bytes(),
-        "metrics": metrics(workdir),
-        "privacy": (workdir / "privacy.json").read_text(),
-        "results": results,
-    }
+from tests.programs import call
+from tests.runs import Done, config, kill_when, metrics, outcome, program, run, start
 
 
 @pytest.fixture(scope="module")
@@ -89,16 +26,16 @@ def finished(tmp_path_factory):
 
 def test_what_a_run_writes_and_prints(finished):
     workdir, done = finished
-    assert done.returncode == 0, done.stderr
+    assert done.status == 0, done.err
     assert re.fullmatch(
         r"test accuracy raw [\d.]+ %, EMA [\d.]+ %; \(3, 1e-05\)-DP, sigma [\d.]+;"
         r" \d+ s\n",
-        done.stdout,
+        done.out,
     )
     assert re.search(
         r"update  4/12  nonprivate loss [\d.]+  epsilon [\d.]+  [\d,]+ images/s"
         r"  ETA \d:\d\d:\d\d  test [\d.]+% \(EMA\)\n",
-        done.stderr,
+        done.err,
     )
     assert {path.name for path in workdir.iterdir() if path.name[0] != "."} == {
         "config.json",
@@ -142,17 +79,17 @@ def test_weights_are_released_and_secrets_are_not_left(finished):
     raw = {name for name in weights if name.startswith("params/")}
     assert raw
     assert {f"ema_{name}" for name in raw} == set(weights) - raw
-    assert [path.name for path in (workdir / "checkpoints").iterdir()] == ["12"]
-    assert stat.S_IMODE((workdir / "checkpoints").stat().st_mode) == 0o700
+    assert [p.name for p in (workdir / "checkpoints").iterdir()] == ["12.safetensors"]
+    modes = {"checkpoints": 0o700, "config.json": 0o600, "metrics.jsonl": 0o600}
+    for name, mode in modes.items():  # not for release
+        assert stat.S_IMODE((workdir / name).stat().st_mode) == mode
     assert not (workdir / "secret.json").exists()
 
 
 def test_a_finished_run_is_not_repeated(finished):
     workdir, first = finished
     before = outcome(workdir)
-    again = run(workdir)
-    assert (again.returncode, again.stdout) == (0, first.stdout)
-    assert again.stderr == f"finished before: {workdir}\n"
+    assert run(workdir) == Done(0, first.out, f"finished before: {workdir}\n")
     assert outcome(workdir) == before
 
 
@@ -160,7 +97,7 @@ def test_a_finished_run_is_not_repeated(finished):
     "overrides",
     [
         {"privacy__epsilon": 8},
-        {"method__name": "dp_sgd"},
+        {"method__name": "self_aug", "method__k_self": 0},
         {"seed": 4},
     ],
 )
@@ -168,119 +105,83 @@ def test_a_workdir_of_another_experiment_is_refused(finished, overrides):
     workdir, _ = finished
     before = outcome(workdir)
     refused = run(workdir, **overrides)
-    key = next(iter(overrides)).replace("__", ".")
-    assert refused.returncode == 2
-    assert refused.stderr.count("\n") == 1
-    assert (
-        f"is of another experiment, use another --workdir; these differ: {key} ("
-        in (refused.stderr)
-    )
+    assert refused.status == 2
+    assert "is of another experiment, use another --workdir; these" in refused.err
+    assert f"{next(iter(overrides)).replace('__', '.')} (" in refused.err
     assert outcome(workdir) == before
 
 
-def kill_when(process, text, number, count=1):
-    """Sends a signal after a line of output that contains a text."""
-    for line in process.stderr:
-        if text in line:
-            count -= 1
-            if count == 0:
-                process.send_signal(number)
-                break
-    rest = process.stderr.read()
-    process.stderr.close()
-    return process.wait(), rest
+def test_a_large_delta_is_warned_of(finished):
+    done = run(finished[0], privacy__delta=1e-3)
+    assert done.status == 2  # the workdir is of another
+    assert "warning: privacy.delta is 0.001, not below 1/N = 0.000696" in done.err
 
 
-def start(workdir, **overrides):
-    return subprocess.Popen(
-        command(workdir, **overrides),
-        cwd=ROOT,
-        stderr=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        text=True,
-    )
+def test_a_stopped_run_saves_first(finished, tmp_path, monkeypatch):
+    """At a signal; the same command then ends with the same bits."""
+    workdir, said = tmp_path / "run", Workdir.add_metrics
 
+    def stop_after_four(self, line):
+        said(self, line)
+        if line["step"] == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
 
-def test_killed_twice_a_run_ends_with_the_same_bits(finished, tmp_path):
-    expected = outcome(finished[0])
-    workdir = tmp_path / "run"
-    for text in ("update  4/12", "update  8/12"):
-        status, _ = kill_when(start(workdir), text, signal.SIGKILL)
-        assert status == -signal.SIGKILL
-        assert not (workdir / "results.json").exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(Workdir, "add_metrics", stop_after_four)
+        stopped = run(workdir)
+    assert stopped.status == 128 + signal.SIGTERM
+    assert "stopped after update 4 of 12, which is saved" in stopped.err
+    assert (workdir / "checkpoints/4.safetensors").exists()
     with open(workdir / "metrics.jsonl", "a") as file:
-        file.write('{"step": 9, "epsi')  # a line that the kill cut off
-    done = run(workdir, performance__microbatch_size=64)
-    assert done.returncode == 0, done.stderr
-    assert "going on after update 6" in done.stderr
-    assert outcome(workdir) == expected
-
-
-@pytest.mark.parametrize(
-    "name", ["SIGTERM", pytest.param("SIGINT", marks=pytest.mark.slow)]
-)
-def test_a_stopped_run_saves_first(finished, tmp_path, name):
-    number = getattr(signal, name)
-    workdir = tmp_path / "run"
-    status, rest = kill_when(start(workdir), "update  4/12", number)
-    assert status == 128 + number
-    saved = int(re.search(r"stopped after update (\d+) of 12", rest)[1])
-    assert 4 <= saved < 12
-    assert max(int(p.name) for p in (workdir / "checkpoints").iterdir()) == saved
+        file.write('{"step": 9, "epsi')  # as a kill cuts off
     done = run(workdir)
-    assert f"going on after update {saved}" in done.stderr
+    assert "going on after update 4" in done.err
     assert outcome(workdir) == outcome(finished[0])
 
 
-def test_a_secret_seed_survives_a_kill_and_is_then_forgotten(tmp_path):
-    """Two runs differ; one that was killed goes on with its own randomness."""
-    weights = []
-    for name in ("a", "b"):
-        workdir = tmp_path / name
-        kill_when(start(workdir, seed=None), "update  4/12", signal.SIGKILL)
-        secret = workdir / "secret.json"
-        assert stat.S_IMODE(secret.stat().st_mode) == 0o600
-        seed = json.loads(secret.read_text())["seed"]
-        assert seed > 2**64
-        done = run(workdir, seed=None)
-        assert done.returncode == 0, done.stderr
-        assert not secret.exists()
-        for path in workdir.rglob("*"):
-            assert not path.is_file() or str(seed).encode() not in path.read_bytes()
-        assert "128 secret bits" in (workdir / "PRIVACY.md").read_text()
-        weights.append((workdir / "model.safetensors").read_bytes())
-    assert weights[0] != weights[1]
-
-
-def test_resuming_on_other_data_is_refused(tmp_path):
-    rng = np.random.default_rng(0)
-
-    def write(num):
-        np.savez(
-            tmp_path / "data.npz",
-            train_images=rng.integers(0, 256, (num, 8, 8, 1)).astype(np.uint8),
-            train_labels=rng.integers(0, 2, num),
-            test_images=rng.integers(0, 256, (9, 8, 8, 1)).astype(np.uint8),
-            test_labels=rng.integers(0, 2, 9),
-            class_names=["cat", "dog"],
-        )
-
-    options = {"data__name": "npz", "data__path": tmp_path / "data.npz"}
+@pytest.mark.parametrize("damage", ["empty", "flipped", "older"])
+def test_a_damaged_checkpoint_is_not_gone_on_from(
+    finished, tmp_path, monkeypatch, damage
+):
+    """The one before it is taken, and the same bits come out; of two, it is refused."""
     workdir = tmp_path / "run"
-    write(1437)  # as many as digits: the noise is calibrated already
-    kill_when(start(workdir, **options), "update  4/12", signal.SIGTERM)
-    write(1437)
-    refused = run(workdir, **options)
-    assert refused.returncode == 2
-    assert "holds a run that began with other data: put those back" in refused.stderr
+    patch = monkeypatch.context()
+    with patch as context:
+        context.setattr("dpmix_jax.run.experiment.Checkpoints.keep_last", _killed)
+        with pytest.raises(KilledError):
+            run(workdir)
+    last, before = (workdir / f"checkpoints/{n}.safetensors" for n in (12, 9))
+    for path in (last, before) if damage == "older" else (last,):
+        content = bytearray(path.read_bytes())
+        content[-5] ^= 1
+        path.write_bytes(b"" if damage == "empty" else content)
+    done = run(workdir)
+    assert f"{last} is damaged: going on from the checkpoint before it" in done.err
+    if damage == "older":
+        assert done.status == 2
+        assert f"{before} is damaged, and there is no checkpoint before it" in done.err
+        assert not (workdir / "results.json").exists()
+    else:
+        assert "going on after update 9" in done.err
+        assert outcome(workdir) == outcome(finished[0])
 
 
-def test_one_workdir_one_run(tmp_path):
-    workdir = tmp_path / "run"
-    with Workdir(workdir).locked():
-        second = run(workdir)
-    assert second.returncode == 2
-    assert second.stderr == f"error: workdir {workdir} is in use by another run\n"
+class KilledError(BaseException):
+    pass
+
+
+def _killed(self):
+    raise KilledError
+
+
+@pytest.mark.parametrize("name", ["secret.json", "results.json", "config.json"])
+def test_a_damaged_file_is_one_line(tmp_path, name):
+    values = json.dumps(to_dict(config()))
+    (tmp_path / "config.json").write_text(values)
+    (tmp_path / name).write_text("{")
+    done = run(tmp_path)
+    assert done.status == 2
+    assert re.search(rf"^error: .*{name} is (damaged|not a config): use", done.err)
 
 
 @pytest.mark.slow
@@ -288,45 +189,155 @@ def test_a_kill_while_the_results_are_written(finished, tmp_path, monkeypatch):
     """Between any two files: the same command ends with the same bits, nothing left."""
     expected = outcome(finished[0])
     workdir = tmp_path / "run"
-    values = [arg.split("=", 1) for arg in command(workdir)[4:]]
-    config = load_config()
-    changes = {key.removeprefix("--config."): parse(value) for key, value in values}
-    changes["performance.microbatch_size"] = "64"
-    config.update_from_flattened_dict(changes)
-
-    class Killed(BaseException):
-        pass
-
-    def attempt(allowed):
+    replace, attempts = os.replace, []
+    for allowed in (3, 6, 9, 10, 11, 12, 13, 99):
         left = iter(range(allowed))
-        replace = os.replace
 
-        def counted(source, target):
+        def counted(source, target, left=left):
             if next(left, None) is None:
-                raise Killed
+                raise KilledError
             replace(source, target)
 
         with monkeypatch.context() as patch:
             patch.setattr("dpmix_jax.files.os.replace", counted)
-            patch.setattr("dpmix_jax.performance.keep_compiled_code", lambda _: None)
             try:
-                return experiment.run(from_config_dict(config), Workdir(workdir))
-            except Killed:
-                return None
-
-    # Three files begin a run; of the rest, each attempt gets further.
-    attempts = [attempt(allowed) for allowed in (3, 4, 6, 8)]
-    assert attempts == [None] * 3 + [0]
+                attempts.append(run(workdir).status)
+            except KilledError:
+                attempts.append(None)
+    assert attempts[0] is None
+    assert attempts[-1] == 0
     assert outcome(workdir) == expected
     assert not (workdir / "secret.json").exists()
-    assert not list(workdir.glob(".*.partial"))
+    assert not list(workdir.rglob(".*.partial"))
 
 
-def parse(value):
-    try:
-        return ast.literal_eval(value)
-    except (ValueError, SyntaxError):
-        return value
+def test_resuming_on_other_data_is_refused(tmp_path):
+    rng = np.random.default_rng(0)
+
+    def write():
+        np.savez(
+            tmp_path / "data.npz",
+            train_images=rng.integers(0, 256, (1437, 8, 8, 1)).astype(np.uint8),
+            train_labels=rng.integers(0, 2, 1437),
+            test_images=rng.integers(0, 256, (9, 8, 8, 1)).astype(np.uint8),
+            test_labels=rng.integers(0, 2, 9),
+            class_names=["cat", "dog"],
+        )
+
+    options = {"data__name": "npz", "data__path": tmp_path / "data.npz"}
+    workdir = tmp_path / "run"
+    write()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Workdir, "keep_metrics", lambda *_: _killed(None))
+        with pytest.raises(KilledError):
+            run(workdir, **options)
+    write()
+    refused = run(workdir, **options)
+    assert refused.status == 2
+    assert "holds a run that began with other data: put those back" in refused.err
+
+
+def test_one_workdir_one_run(tmp_path):
+    workdir = tmp_path / "run"
+    with Workdir(workdir).locked():
+        second = run(workdir)
+    assert second.status == 2
+    assert second.err == f"error: workdir {workdir} is in use by another run\n"
+
+
+def test_a_workdir_with_other_files_is_refused(tmp_path):
+    (tmp_path / "thesis.tex").touch()
+    done = run(tmp_path)
+    assert done.status == 2
+    assert "holds thesis.tex but no config.json: use a new or empty" in done.err
+
+
+def test_a_run_that_diverges_says_so_and_ends_with_another_status(tmp_path):
+    diverging = {"optimizer__learning_rate": 1e30}
+    done = run(tmp_path / "run", **diverging)
+    assert done.status == 3
+    assert "diverging: lower optimizer.learning_rate" in done.err
+    assert done.out.endswith("; diverged: the model is not finite\n")
+    assert run(tmp_path / "run", **diverging).status == 3
+
+
+def test_a_picture_that_fails_costs_a_line(tmp_path, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("no fonts")
+
+    monkeypatch.setattr("dpmix_jax.run.build.example_set", fail)
+    done = run(tmp_path / "run", privacy__num_updates=1)
+    assert done.status == 0
+    assert "no report.html: RuntimeError: no fonts" in done.err
+    assert (tmp_path / "run/PRIVACY.md").exists()
+
+
+def test_out_of_memory_is_one_line_that_names_the_knob(tmp_path):
+    """Really out of memory: ten thousand mixes for each of a thousand records."""
+    huge = {"method__k_self": 10**7, "performance__microbatch_size": 1000}
+    done = run(tmp_path / "run", **huge)
+    assert done.status == 2
+    assert done.err.endswith(
+        "error: out of memory: lower performance.microbatch_size, which is 1000, or for"
+        " auto performance.memory_gib\n"
+    )
+
+
+# Processes, where the process is the point.
+
+
+def test_killed_a_run_keeps_its_secret_seed_and_then_forgets_it(tmp_path):
+    """It goes on with its own randomness; another run has another."""
+    workdir = tmp_path / "run"
+    process = start(workdir, seed=None)
+    assert kill_when(process, "update  4/12", signal.SIGKILL)[0] == -signal.SIGKILL
+    secret = workdir / "secret.json"
+    assert stat.S_IMODE(secret.stat().st_mode) == 0o600
+    seed = json.loads(secret.read_text())["seed"]
+    assert seed > 2**64
+    done = run(workdir, seed=None)
+    assert done.status == 0, done.err
+    assert "going on after update" in done.err
+    assert not secret.exists()
+    for path in workdir.rglob("*"):
+        assert not path.is_file() or str(seed).encode() not in path.read_bytes()
+    assert "128 secret bits" in (workdir / "PRIVACY.md").read_text()
+    other = tmp_path / "other"
+    assert run(other, seed=None).status == 0
+    weights = [(w / "model.safetensors").read_bytes() for w in (workdir, other)]
+    assert weights[0] != weights[1]
+
+
+@pytest.mark.slow
+def test_killed_twice_a_run_ends_with_the_same_bits(finished, tmp_path):
+    workdir = tmp_path / "run"
+    for text in ("update  4/12", "update  8/12"):
+        status, _ = kill_when(start(workdir), text, signal.SIGKILL)
+        assert status == -signal.SIGKILL
+        assert not (workdir / "results.json").exists()
+    done = run(workdir, performance__microbatch_size=64)
+    assert "going on after update 6" in done.err
+    assert outcome(workdir) == outcome(finished[0])
+
+
+def test_on_four_devices_the_same_run_comes_out(finished, tmp_path):
+    """To float rounding; compiled as users compile, whose tolerance it is."""
+    workdir = tmp_path / "run"
+    four = "--xla_force_host_platform_device_count=4"
+    done = subprocess.run(
+        program(workdir),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "XLA_FLAGS": f"{os.environ['USERS_XLA_FLAGS']} {four}"},
+    )
+    assert done.returncode == 0, done.stderr
+    one, of_four = (
+        safetensors.numpy.load_file(path / "model.safetensors")
+        for path in (finished[0], workdir)
+    )
+    for name, value in one.items():
+        np.testing.assert_allclose(of_four[name], value, atol=1e-4)
 
 
 MISTAKES = (
@@ -349,10 +360,18 @@ MISTAKES = (
         ["--config=configs/digits.py", "--config.privacy.epsilon=much"],
         "flag --config.privacy.epsilon=much: could not convert string to float: 'much'",
     ),
+    (
+        ["--config=configs/digits.py", "privacy.epsilon=8"],
+        "privacy.epsilon=8 is not a flag: they begin with --",
+    ),
     (["--confg=x"], "Unknown command line flag 'confg'. Did you mean: config ?"),
     (
         ["--config=configs/digits.py", "--config.privacy.epsilon=0"],
         "privacy.epsilon is 0.0: it must be positive and finite",
+    ),
+    (
+        ["--config=configs/digits.py", "--config.method.name=self_aug"],
+        "method.k_self is 4: it must be 0 for method.name 'self_aug'",
     ),
     (
         ["--config=configs/digits.py", "--config.model.groups=7"],
@@ -375,69 +394,17 @@ MISTAKES = (
 )
 
 
-@pytest.fixture(scope="module")
-def mistakes(tmp_path_factory):
-    workdir = tmp_path_factory.mktemp("mistakes") / "run"
-    commands = [
-        [f"--workdir={workdir}", *flags]  # of two, the last one counts
-        for flags, _ in MISTAKES
-    ]
-    return workdir, run_each("experiments/run.py", commands)
+@pytest.mark.parametrize(("given", "message"), MISTAKES)
+def test_a_mistake_is_one_line(tmp_path, given, message):
+    workdir = f"--workdir={tmp_path}/run"
+    done = call("experiments/run.py", [workdir, *given])  # of two, the last one counts
+    assert (done.returncode, done.stderr) == (2, f"error: {message}\n")
+    assert done.stdout == ""
+    assert {path.name for path in tmp_path.rglob("*")} <= {"run", ".lock"}
 
 
-@pytest.mark.parametrize("number", range(len(MISTAKES)))
-def test_a_mistake_is_one_line(mistakes, number):
-    workdir, done = mistakes
-    assert done[number].returncode == 2
-    assert done[number].stderr == f"error: {MISTAKES[number][1]}\n"
-    assert done[number].stdout == ""
-    written = workdir.parent.rglob("*")
-    assert {path.name for path in written} <= {"run", ".lock"}
-
-
-def test_a_workdir_with_other_files_is_refused(tmp_path):
-    (tmp_path / "thesis.tex").touch()
-    done = run(tmp_path)
-    assert done.returncode == 2
-    assert "holds thesis.tex but no config.json: use a new or empty" in done.stderr
-
-
-def on_four_devices():
-    four = "--xla_force_host_platform_device_count=4"
-    return {**os.environ, "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} {four}"}
-
-
-def test_a_microbatch_that_does_not_divide_over_the_devices(tmp_path):
-    done = subprocess.run(
-        command(tmp_path / "run", performance__microbatch_size=6),
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        env=on_four_devices(),
-    )
-    assert done.returncode == 2
-    assert "must be a multiple of the number of devices, 4\n" in done.stderr
-
-
-def test_on_four_devices_the_same_run_comes_out(finished, tmp_path):
-    """To float rounding."""
-    done = subprocess.run(
-        command(tmp_path / "run"),
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        env=on_four_devices(),
-    )
-    assert done.returncode == 0, done.stderr
-    one, four = (
-        safetensors.numpy.load_file(workdir / "model.safetensors")
-        for workdir in (finished[0], tmp_path / "run")
-    )
-    for name, value in one.items():
-        np.testing.assert_allclose(four[name], value, atol=1e-4)
-
-
-def test_a_large_delta_is_warned_of(finished):
-    done = run(finished[0], privacy__delta=1e-3)
-    assert done.returncode == 2  # the workdir is of another
-    assert "warning: privacy.delta is 0.001, not below 1/N = 0.000696" in done.stderr
+def test_help_tells_flags_and_configs():
+    done = call("experiments/run.py", ["--help"])
+    assert done.returncode == 0
+    for words in ("--workdir", "--dry_run", "--config.<group>", "configs/digits.py"):
+        assert words in done.stdout

@@ -1,8 +1,8 @@
 """Weights to start from, frozen parts, and private heads on frozen encoders."""
 
+import functools
 import json
 import re
-import types
 
 import jax
 import jax.numpy as jnp
@@ -13,30 +13,24 @@ import safetensors.numpy
 from PIL import Image
 
 from dpmix_jax import (
+    Mechanism,
     UserError,
     clipped_gradient,
     data,
-    experiment,
     ghost_clipped_gradient,
     models,
     training,
 )
-from dpmix_jax.command_line import load_experiment
 from dpmix_jax.data import images
-from dpmix_jax.finetune import FinetuneConfig, join
-from dpmix_jax.pipeline import Model, Pipeline
-from dpmix_jax.privacy import Mechanism
-from dpmix_jax.workdir import Workdir
+from dpmix_jax.models import finetune
+from dpmix_jax.models.finetune import FinetuneConfig, join, on_embeddings
+from dpmix_jax.run import build, experiment
+from dpmix_jax.run.cli import load_experiment
+from dpmix_jax.run.workdir import Workdir
 from tests import files, towers, toy
 
 CONVNEXT = models.create("convnext", 3, **towers.OPTIONS["convnext"])
-BLANK = jnp.zeros((1, 32, 32, 3))
-
-
-@pytest.fixture(scope="module")
-def params():
-    drawn = jax.jit(CONVNEXT.init)(jax.random.key(0), BLANK)
-    return jax.tree.map(lambda p: p + 0.1, drawn)  # a head of zeros stops gradients
+SHAPES = jax.eval_shape(CONVNEXT.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
 
 
 def paths(tree):
@@ -46,23 +40,63 @@ def paths(tree):
     }
 
 
-def test_names_divide_the_parameters(params):
-    trained, frozen = FinetuneConfig(trainable="head").split(params)
+def test_names_divide_the_parameters():
+    trained, frozen = FinetuneConfig(trainable="head").split(SHAPES)
     assert paths(trained) == {"params/head/kernel", "params/head/bias"}
-    assert paths(trained) | paths(frozen) == paths(params)
+    assert paths(trained) | paths(frozen) == paths(SHAPES)
     assert paths(trained).isdisjoint(paths(frozen))
-    jax.tree.map(np.testing.assert_array_equal, join(trained, frozen), params)
-    more, _ = FinetuneConfig(trainable="head, proj").split(params)
+    assert join(trained, frozen) == SHAPES
+    more, _ = FinetuneConfig(trainable="head, proj").split(SHAPES)
     assert paths(trained) < paths(more)
     assert all(re.search("head|proj", path) for path in paths(more))
-    assert FinetuneConfig().split(params) == (params, {})
+    assert FinetuneConfig().split(SHAPES) == (SHAPES, {})
     message = "finetune.trainable has 'hed': it must be the name of a module of the"
     with pytest.raises(UserError, match=message):
-        FinetuneConfig(trainable="hed").split(params)
+        FinetuneConfig(trainable="hed").split(SHAPES)
     with pytest.raises(UserError, match=r"finetune.trainable is ' ': it must be 'all'"):
         FinetuneConfig(trainable=" ")
     with pytest.raises(UserError, match=r"finetune.weights is None: it must be"):
         FinetuneConfig(skip="head")
+
+
+def small_params():
+    """Of a model with modules to be named."""
+    shallow, rng = toy.init_params(), np.random.default_rng(1)
+    proj = jnp.asarray(rng.normal(size=(4, 4)), jnp.float32)
+    encoder = {"conv": {"kernel": shallow["kernel"]}, "proj": {"kernel": proj}}
+    return {"params": {"encoder": encoder, "head": {"kernel": shallow["dense"]}}}
+
+
+def small_loss(params, images, labels, frozen):
+    inner = join(params, frozen)["params"]
+    kernels = [inner["encoder"][name]["kernel"] for name in ("conv", "proj")]
+    dense = kernels[1] @ inner["head"]["kernel"]
+    return toy.loss_fn({"kernel": kernels[0], "dense": dense}, images, labels)
+
+
+small_gradient = jax.jit(jax.grad(small_loss))
+
+
+@pytest.mark.parametrize("transform", [clipped_gradient, ghost_clipped_gradient])
+@pytest.mark.parametrize("trainable", ["head", "head,proj"])
+def test_the_gradient_is_that_of_the_loop_and_of_named_modules_only(
+    trainable, transform
+):
+    """A loop over records takes all gradients, and keeps the trained ones to clip."""
+    config, params = FinetuneConfig(trainable=trainable), small_params()
+    images = jax.random.normal(jax.random.key(1), (3, 2, 6, 6, 1))
+    labels = jax.nn.one_hot(jnp.arange(6).reshape(3, 2) % 3, 3)
+    trained, frozen = config.split(params)
+    expected, norms = 0.0, []
+    for record in zip(images, labels, strict=True):
+        gradient = toy.flat(config.split(small_gradient(params, *record, {}))[0])
+        norms.append(np.linalg.norm(gradient))
+        expected = expected + gradient * min(1.0, 0.1 / norms[-1])
+    gradient_fn = jax.jit(transform(small_loss, l2_clip_norm=0.1))
+    total, aux = gradient_fn(trained, images, labels, constants=(frozen,))
+    assert paths(total) == paths(trained)
+    np.testing.assert_allclose(toy.flat(total), expected, atol=1e-5)
+    np.testing.assert_allclose(aux.grad_norms, norms, rtol=1e-4)
 
 
 def loss_fn(params, pictures, labels, frozen):
@@ -70,57 +104,22 @@ def loss_fn(params, pictures, labels, frozen):
     return optax.softmax_cross_entropy(logits, labels).mean()
 
 
-def sets(count=3):
-    pictures = jax.random.normal(jax.random.key(1), (count, 2, 32, 32, 3))
-    labels = jax.nn.one_hot(jnp.arange(count * 2).reshape(count, 2) % 3, 3)
-    return pictures, labels
-
-
-@pytest.mark.parametrize(
-    ("trainable", "transform"),
-    [
-        ("head", clipped_gradient),
-        ("head", ghost_clipped_gradient),
-        ("head,proj", clipped_gradient),
-    ],
-)
-def test_the_gradient_is_that_of_the_loop_and_of_named_modules_only(
-    params, trainable, transform
-):
-    """A loop over records takes all gradients, and keeps the trained ones to clip."""
-    config, (pictures, labels) = FinetuneConfig(trainable=trainable), sets()
-    trained, frozen = config.split(params)
-    everything = jax.jit(jax.grad(loss_fn))
-    expected, norms = 0.0, []
-    for record in zip(pictures, labels, strict=True):
-        gradient = toy.flat(config.split(everything(params, *record, {}))[0])
-        norms.append(np.linalg.norm(gradient))
-        expected = expected + gradient * min(1.0, 0.1 / norms[-1])
-    gradient_fn = transform(loss_fn, l2_clip_norm=0.1)
-    total, aux = jax.jit(gradient_fn)(trained, pictures, labels, frozen=frozen)
-    assert paths(total) == paths(trained)
-    np.testing.assert_allclose(toy.flat(total), expected, atol=1e-5)
-    np.testing.assert_allclose(aux.grad_norms, norms, rtol=1e-4)
-
-
-def test_frozen_parts_go_forward_only(params):
+def test_frozen_parts_go_forward_only():
     """Products beyond the forward pass are two for the head, and none is of images."""
-    trained, frozen = FinetuneConfig(trainable="head").split(params)
+    trained, frozen = FinetuneConfig(trainable="head").split(SHAPES)
     gradient_fn = clipped_gradient(loss_fn, l2_clip_norm=0.1)
 
     def products(function, *args):
         text = str(jax.make_jaxpr(function)(*args))
         return len(re.findall(r"= (?:dot_general|conv_general_dilated)\[", text))
 
-    pictures, labels = sets()
-    forward = products(CONVNEXT.apply, params, pictures[0])
-    step = products(
-        lambda *args: gradient_fn(*args[:3], frozen=args[3]),
-        *(trained, pictures, labels, frozen),
-    )
-    whole = products(lambda *args: gradient_fn(*args, frozen={}), params, *sets())
-    assert forward <= step <= forward + 2
-    assert whole > 2 * forward  # the count does see gradients
+    def step(params, frozen):
+        return gradient_fn(params, pictures, labels, constants=(frozen,))
+
+    pictures, labels = jnp.zeros((3, 2, 32, 32, 3)), jnp.zeros((3, 2, 3))
+    forward = products(CONVNEXT.apply, SHAPES, pictures[0])
+    assert forward <= products(step, trained, frozen) <= forward + 2
+    assert products(step, SHAPES, {}) > 2 * forward  # the count does see gradients
 
 
 def test_resizing_on_the_device_is_that_of_the_cache():
@@ -154,6 +153,7 @@ SHORT = {
     "seed": 0,
     "method.k_base": 1,
     "method.k_self": 1,
+    "method.k_diff": 0,
     "method.distinct_pairs": False,
     "augmentation.max_shift": 1,
     "augmentation.flip": False,
@@ -216,31 +216,40 @@ def test_a_head_on_a_frozen_convnext_learns_digits(tmp_path, encoder):
     assert digests[0] != digests[1]
 
 
-def test_frozen_weights_without_a_file_are_known_to_all(tmp_path):
+MECHANISM = Mechanism(sampling_prob=0.1, num_updates=3, noise_multiplier=3.0)
+
+
+@functools.cache
+def digits(config):
+    return data.load(config).train
+
+
+def built(config, seed):
+    records = digits(config.data)
+    model = build.classifier(config, records)
+    given = config.finetune.load(model.shapes)
+    parts = build.build(config, model, given, records, mechanism=MECHANISM, seed=seed)
+    return parts, model
+
+
+def test_frozen_weights_without_a_file_are_known_to_all():
     """Not the secret seed's: it is forgotten, and the released head needs them."""
     flags = {"model.features": "4,8", "model.groups": 2, "privacy.num_updates": 3}
     config = load("configs/digits.py", flags | {"finetune.trainable": "Dense_0"})
-    train = data.load(config.data).train
-    mechanism = Mechanism(sampling_prob=0.1, num_updates=3, noise_multiplier=3.0)
-    first, second = (
-        Pipeline(config, Model(config, train), train, mechanism=mechanism, seed=seed)
-        for seed in (1, 2)
-    )
-    frozen = [toy.flat(pipeline.accumulate.frozen) for pipeline in (first, second)]
-    np.testing.assert_array_equal(*frozen)
-    trained = [toy.flat(pipeline.state.params) for pipeline in (first, second)]
+    (first, model), (second, _) = (built(config, seed) for seed in (1, 2))
+    np.testing.assert_array_equal(toy.flat(first.frozen), toy.flat(second.frozen))
+    trained = [toy.flat(parts.state.params) for parts in (first, second)]
     assert (trained[0] != trained[1]).any()
-    whole = first.all_params(first.state.params)
-    assert paths(whole) == paths(Model(config, train).params(jax.random.key(0)))
+    assert paths(first.all_params(first.state.params)) == paths(model.shapes)
 
 
-def tiny_pipeline(name, size, **changes):
+def tiny(name, size, **changes):
     """A head on a random, frozen encoder, on digits enlarged to `size` pixels."""
     options = {
         "vit": {
             "model.patch_size": 8,
-            "model.width": 16,
-            "model.depth": 2,
+            "model.width": 8,
+            "model.depth": 1,
             "model.heads": 2,
             "model.embedding_size": 8,
         },
@@ -248,32 +257,37 @@ def tiny_pipeline(name, size, **changes):
     }[name]
     config = {"vit": "vit_b16", "convnext": "convnext_base"}[name]
     flags = SHORT | options | {"data.name": "digits", "data.image_size": size}
-    flags |= {"data.resize": 0, "method.k_base": 2} | changes
-    config = load(f"configs/{config}.py", flags)
-    train = data.load(config.data).train
-    mechanism = Mechanism(sampling_prob=0.1, num_updates=3, noise_multiplier=3.0)
-    model = Model(config, train)
-    return Pipeline(config, model, train, mechanism=mechanism, seed=3), model
+    flags |= {"data.resize": 0, "method.k_base": 3, "method.k_self": 0} | changes
+    return built(load(f"configs/{config}.py", flags), seed=3)
 
 
-def accumulated(pipeline, batch):
+def accumulated(parts, indices):
     """The sum over a microbatch, of a head that is not zero."""
-    params = jax.tree.map(lambda p: p + 0.3, pipeline.state.params)
-    placed = pipeline.accumulate.place(np.array(batch))
-    totals = training.init_totals(params, pipeline.mesh)
-    return pipeline.accumulate(params, jnp.int32(2), placed, totals)
+    params = jax.tree.map(lambda p: p + 0.3, parts.state.params)
+    return parts.accumulate(
+        training.init_sums(params, parts.mesh),
+        params,
+        jnp.int32(2),
+        parts.put(np.array(indices)),
+        parts.inputs,
+    )
 
 
-GROUPS = {"method.name": "microbatch_mixup", "method.group_size": 2}
+GROUPS = {
+    "method.name": "microbatch_mixup",
+    "method.group_size": 2,
+}
 
 
-@pytest.mark.proves("training.Accumulate", 4)
+@pytest.mark.proves("models.finetune.on_embeddings", 1)
 @pytest.mark.parametrize(
-    ("name", "size", "flags", "batch"),
+    ("name", "size", "flags", "indices"),
     [
         # Three images a record: the last chunk of 15 is smaller than the others.
         ("vit", 16, {}, [5, 9, 700, -1, -1]),
-        ("vit", 16, GROUPS, [[5, 9, -1], [700, -1, -1]]),
+        pytest.param(
+            *("vit", 16, GROUPS, [[5, 9, -1], [700, -1, -1]]), marks=pytest.mark.slow
+        ),
         pytest.param(
             *("vit", 16, {"performance.clipping": "ghost"}, [5, 9, 700, -1]),
             marks=pytest.mark.slow,
@@ -286,43 +300,51 @@ GROUPS = {"method.name": "microbatch_mixup", "method.group_size": 2}
     ],
 )
 def test_a_head_on_embeddings_is_a_head_on_images(
-    monkeypatch, name, size, flags, batch
+    monkeypatch, name, size, flags, indices
 ):
     """Embeddings of all sets at once give the gradient of the whole loss."""
-    total = accumulated(tiny_pipeline(name, size, **flags)[0], batch)
-    assert paths(total.gradients) == {"params/head/kernel", "params/head/bias"}
-    assert float(total.nonprivate["records"]) == np.sum(np.array(batch) >= 0)
-    monkeypatch.setattr(Model, "is_head", lambda *args: False)
-    expected = accumulated(tiny_pipeline(name, size, **flags)[0], batch)
+    sums = accumulated(tiny(name, size, **flags)[0], indices)
+    assert paths(sums.gradients) == {"params/head/kernel", "params/head/bias"}
+    assert sums.nonprivate["records"] == float(np.sum(np.array(indices) >= 0))
+    monkeypatch.setattr(finetune, "is_head", lambda *args: False)
+    expected = accumulated(tiny(name, size, **flags)[0], indices)
     scale = np.abs(toy.flat(expected.gradients)).max()
     tolerance = 1e-5 if "performance.precision" not in flags else 2e-2
     np.testing.assert_allclose(
-        toy.flat(total.gradients), toy.flat(expected.gradients), atol=tolerance * scale
+        toy.flat(sums.gradients), toy.flat(expected.gradients), atol=tolerance * scale
     )
     for key, value in expected.nonprivate.items():
-        np.testing.assert_allclose(total.nonprivate[key], value, rtol=tolerance)
+        np.testing.assert_allclose(sums.nonprivate[key], value, rtol=tolerance)
 
 
-@pytest.mark.proves("training.Accumulate", 4)
-def test_an_embedding_is_of_its_image_alone(monkeypatch):
-    pipeline, model = tiny_pipeline("vit", 16)
-    # No image knows of the others, not even of one that is not finite.
-    images = jax.random.normal(jax.random.key(0), (7, 16, 16, 3))
-    frozen, encode = pipeline.accumulate.frozen, jax.jit(model.encode)
-    found = encode(frozen, images)
-    alone = [encode(frozen, image[None])[0] for image in images]
-    np.testing.assert_allclose(found, alone, atol=1e-5)
-    others = encode(frozen, images.at[1].set(jnp.nan))
-    assert np.isnan(others[1]).all()
-    np.testing.assert_array_equal(np.delete(others, 1, 0), np.delete(found, 1, 0))
-    # Nor of a model that would let them: it sees one at a time.
-    coupled = types.SimpleNamespace(
-        apply=lambda params, x, method: x.mean((1, 2)) - x.mean((0, 1, 2))[None],
-        encode=None,
-    )
-    monkeypatch.setattr(model, "_module", coupled)
-    others = model.encode(frozen, images.at[1].set(jnp.nan))
-    assert np.isfinite(np.delete(others, 1, 0)).all()
+@pytest.mark.proves("models.finetune.on_embeddings", 1)
+def test_the_term_of_a_record_is_of_its_own_embeddings():
+    """Bit for bit: each record has a class, and so a row of the sum, for itself."""
+    num, changed = 4, 2
+
+    def head_loss(params, embeddings, labels):
+        scores = (embeddings[:, None] * params[None]).sum(axis=2)
+        return (labels * jnp.tanh(scores)).sum(axis=1).mean()
+
+    gradient_fn = clipped_gradient(head_loss, l2_clip_norm=0.1)
+    whole = on_embeddings(gradient_fn, lambda w, images: images.mean((1, 2)) * w[None])
+    assert whole.sensitivity() == gradient_fn.sensitivity()
+    rng = np.random.default_rng(0)
+    images = rng.normal(size=(num, 3, 4, 4, 2)).astype(np.float32)
+    labels = np.broadcast_to(np.eye(num, dtype=np.float32)[:, None], (num, 3, num))
+    params, frozen = jnp.ones((num, 2)), jnp.array([1.0, 2.0])
+
+    @jax.jit
+    def rows(images):
+        return whole(params, images, labels, constants=(frozen,))[0]
+
+    base, others = rows(images), np.arange(num) != changed
+    expected = gradient_fn(params, images.mean((2, 3)) * frozen[None, None], labels)[0]
+    np.testing.assert_allclose(base, expected, atol=1e-7)
+    assert np.asarray(base).any(axis=1).all()
+    for value in (0.0, np.nan, 1e30):
+        images[changed] = value
+        np.testing.assert_array_equal(rows(images)[others], base[others])
 
 
 def test_two_files_of_one_name_are_two_files(tmp_path):
@@ -358,6 +380,7 @@ def named(tree):
         yield jax.tree_util.keystr(path, simple=True, separator="/"), leaf
 
 
+@pytest.mark.slow
 def test_the_end_of_a_vit_on_pets(tmp_path, monkeypatch):
     """Weights of another run, but for its head; the last block is trained as well."""
     monkeypatch.setenv("DPMIX_JAX_CACHE", str(tmp_path / "cache"))
@@ -410,4 +433,4 @@ def test_mistakes_are_told_before_anything_is_written(tmp_path, flags, message):
     flags = {"finetune.encoder": "README.md"}
     config = load("configs/digits.py", flags)
     with pytest.raises(UserError, match="a model without an encoder, such as wrn"):
-        Model(config, data.load(config.data).train)
+        config.finetune.load(build.classifier(config, digits(config.data)).shapes)

@@ -22,9 +22,9 @@ from dpmix_jax import (
     models,
     training,
 )
-from dpmix_jax.config import from_config_dict
 from dpmix_jax.ghost import _squared_norm
-from dpmix_jax.pipeline import Model, Pipeline
+from dpmix_jax.run.build import Model, Pipeline
+from dpmix_jax.run.config import from_config_dict
 from tests import toy
 from tests.test_config import load as load_config
 from tests.test_gradients import oracle, sets, toy_sum

@@ -37,26 +37,27 @@ from dpmix_jax import (  # isort: skip
     calibrate,
     clipped_gradient,
     data,
-    experiment,
     ghost_clipped_gradient,
-    group_set,
-    make_bank,
+    make_pool,
     microbatches,
     poisson_batch,
-    random_groups,
     record_keys,
-    sampling,
     stream_key,
-    with_shared_terms,
 )
-from dpmix_jax.command_line import load_experiment
-from dpmix_jax.config import from_config_dict
+from dpmix_jax.baselines.microbatch_mixup import (
+    MicrobatchMixupConfig,
+    group_set,
+    of_groups,
+    random_groups,
+)
+from dpmix_jax.baselines.microbatch_mixup import batches as group_batches
 from dpmix_jax.data import DataConfig, load_bank, tfds
 from dpmix_jax.data.public import PublicConfig, load_public
-from dpmix_jax.sweep import from_config_dict as sweep_from_config_dict
-from dpmix_jax.workdir import Workdir
-
-group_batches = sampling.batches
+from dpmix_jax.run import experiment
+from dpmix_jax.run.cli import load_experiment
+from dpmix_jax.run.config import from_config_dict
+from dpmix_jax.run.workdir import Workdir
+from dpmix_jax.sweeps import from_config_dict as sweep_from_config_dict
 
 
 def sweep(name, argument=""):
@@ -269,13 +270,14 @@ def params():
 def made(name, augmentation, digits, transform):
     """Returns the sets of some records and their clipped sum."""
     records, public = digits
-    config = MethodConfig(**method(name))
-    bank = make_bank(public.images, public.labels, public.class_names, draw="class")
+    cls = MicrobatchMixupConfig if name == "microbatch_mixup" else MethodConfig
+    config = cls(**method(name))
+    bank = make_pool(public.images, public.labels, public.class_names, draw="class")
     gradient_fn = transform(toy.loss_fn, l2_clip_norm=0.3)
     if name == "microbatch_mixup":
         rows = np.array([[3, 700, 1436, 12], [12, 5, -1, -1]])
         make = group_set(config, augmentation)
-        gradient_fn = with_shared_terms(gradient_fn)
+        gradient_fn = of_groups(gradient_fn)
     else:
         rows = ROWS
         make = augmentation_set(config, augmentation, normalize=records.normalize)
@@ -406,7 +408,7 @@ HEAD = {
 def tower(folder):
     """Writes weights of an encoder, and images of its size."""
     weights, images = folder / "tower.safetensors", folder / "images.npz"
-    rng, shapes = np.random.default_rng(0), towers.state(towers.fixture("vit", "open_clip"))
+    rng, shapes = np.random.default_rng(0), towers.weights("vit")
     drawn = {
         name: 0.3 * rng.standard_normal(like.shape, np.float32)
         for name, like in sorted(shapes.items())
@@ -514,8 +516,12 @@ SETTINGS = {
 
 def facts(config):
     """Returns what decides a result, as JSON, without what a method would ignore."""
+    of_groups = {"num_mixes": config.method.set_size, "distinct_pairs": True}
     found = {
-        group: {key: getattr(getattr(config, group), key) for key in keys.split()}
+        group: {
+            key: getattr(getattr(config, group), key, of_groups.get(key))
+            for key in keys.split()
+        }
         for group, keys in SETTINGS.items()
     }
     if config.public:
@@ -523,7 +529,7 @@ def facts(config):
     if updates := config.pretrain.num_updates:
         rate, size = config.pretrain.learning_rate, config.pretrain.batch_size
         found["pretrain"] = [updates, size, rate]
-    if config.method.mixes_records:
+    if config.method.name == "microbatch_mixup":
         found["method"]["group_size"] = config.method.group_size
     if not found["method"]["num_mixes"]:
         del found["method"]["alpha"], found["method"]["distinct_pairs"]

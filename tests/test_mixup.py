@@ -13,27 +13,30 @@ from dpmix_jax import (
     MethodConfig,
     UserError,
     augmentation_set,
-    make_bank,
+    make_pool,
     mixups,
     random_pairs,
 )
-from dpmix_jax.bank import draw_rows
-from dpmix_jax.mixup import METHODS, OF_GROUPS, WITH_PUBLIC
+from dpmix_jax.mixup import METHODS
+from dpmix_jax.pool import draw_rows
+from tests import toy
 
 NONE = AugmentationConfig(flip=False, max_shift=0)
-OF_RECORDS = [name for name in METHODS if name not in OF_GROUPS]
 SOME = AugmentationConfig(max_shift=2)
+DRAWS = {"dp_mix_diff": "uniform", "pure_dp_mix_diff": "class"}
+IMAGE = jax.random.uniform(jax.random.key(0), (6, 6, 1))
+LABEL = jnp.array([0.0, 1.0, 0.0])
+NUM = 4000  # mixes whose distribution is tested
 
 
-def bank(seed=0, num=7, size=6):
+def public(seed=0, num=7):
     rng = np.random.default_rng(seed)
-    images = rng.random((num, size, size, 1), np.float32)
-    return make_bank(images, np.arange(num) % 3, "abc", draw="class")
+    images = rng.random((num, 6, 6, 1), np.float32)
+    return make_pool(images, np.arange(num) % 3, "abc", draw="class")
 
 
-def image_and_label(seed=0, size=6):
-    image = jax.random.uniform(jax.random.key(seed), (size, size, 1))
-    return image, jnp.array([0.0, 1.0, 0.0])
+def set_of(method, augmentation, *args):
+    return jax.jit(augmentation_set(method, augmentation))(*args)
 
 
 @pytest.mark.parametrize("pool", [2, 3, 5])
@@ -52,7 +55,7 @@ def test_pairs_are_uniform_over_the_pool_both_ends_included(pool, distinct):
 def test_one_beta_weight_a_mix(alpha):
     """The weight, read off constant images, is Beta(alpha, alpha), also for labels."""
     images = jnp.stack([jnp.zeros((2, 2, 1)), jnp.ones((2, 2, 1))])
-    mixed, labels = mixups(jax.random.key(1), images, jnp.eye(2), 4000, alpha=alpha)
+    mixed, labels = mixups(jax.random.key(1), images, jnp.eye(2), NUM, alpha=alpha)
     weights = np.asarray(mixed[:, 0, 0, 0])
     np.testing.assert_array_equal(
         np.asarray(mixed), np.broadcast_to(weights[:, None, None, None], mixed.shape)
@@ -69,49 +72,40 @@ def test_one_beta_weight_a_mix(alpha):
 def test_mixes_are_on_the_segments_between_members():
     pool = jax.random.uniform(jax.random.key(2), (4, 3, 3, 1))
     labels = jax.nn.one_hot(jnp.arange(4), 4)
-    mixed, soft = mixups(jax.random.key(3), pool, labels, 50, alpha=1.0)
+    mixed, soft = mixups(jax.random.key(3), pool, labels, NUM, alpha=1.0)
     assert (np.count_nonzero(soft, axis=1) == 2).all()
     rebuilt = jnp.einsum("mp,phwc->mhwc", soft, pool)  # labels reveal the weights
     np.testing.assert_allclose(mixed, rebuilt, atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("name", "views", "mixes"),
-    [("dp_sgd", 1, 0), ("self_aug", 5, 0), ("dp_mix_self", 5, 3)],
-)
-def test_sizes_and_labels(name, views, mixes):
-    method = MethodConfig(name=name, k_base=5, k_self=3)
-    assert (method.num_views, method.num_mixes) == (views, mixes)
-    image, label = image_and_label()
-    images, labels = augmentation_set(method, SOME)(jax.random.key(0), image, label)
-    assert images.shape == (views + mixes, 6, 6, 1)
-    assert method.set_size == views + mixes
-    np.testing.assert_allclose(labels, np.tile(label, (views + mixes, 1)), atol=1e-6)
+@functools.cache
+def batch_of_sets(name, **options):
+    method = toy.method(name, draw=DRAWS.get(name, "uniform"), **options)
+    record_set = augmentation_set(method, SOME)
+    return jax.jit(jax.vmap(record_set, in_axes=(0, 0, 0, None)))
 
 
 @pytest.mark.proves("mixup.augmentation_set", 2)
 def test_reductions():
     """k_self = 0 is self_aug; dp_sgd is the record, and so is one view that is it."""
-    image, label = image_and_label()
-    key = jax.random.key(5)
+    keys = jax.random.split(jax.random.key(5), 4)
+    batch = keys, jnp.stack([IMAGE] * 4), jnp.stack([LABEL] * 4), public()
 
-    def images(augmentation, **method):
-        record_set = augmentation_set(MethodConfig(**method), augmentation)
-        return np.asarray(record_set(key, image, label, bank())[0])
+    def images(name, **sizes):
+        images, labels = batch_of_sets(name, **sizes)(*batch)
+        assert images.shape[:2] == labels.shape[:2]
+        assert images.shape[1] == toy.method(name, **sizes).set_size
+        return np.asarray(images)
 
-    np.testing.assert_array_equal(
-        images(SOME, name="dp_mix_self", k_base=5, k_self=0),
-        images(SOME, name="self_aug", k_base=5),
-    )
-    np.testing.assert_array_equal(images(SOME, name="dp_sgd"), image[None])
-    np.testing.assert_array_equal(
-        images(NONE, name="dp_mix_self", k_base=1, k_self=0), image[None]
-    )
+    views = images("self_aug")
+    np.testing.assert_array_equal(images("dp_mix_self", k_self=0), views)
+    np.testing.assert_array_equal(images("dp_sgd"), np.asarray(batch[1])[:, None])
     for name in ("dp_mix_self", "dp_mix_diff"):
-        np.testing.assert_array_equal(
-            images(SOME, name=name, k_base=5, k_self=3)[:5],
-            images(SOME, name="self_aug", k_base=5),
-        )
+        np.testing.assert_array_equal(images(name)[:, :3], views)
+    one = MethodConfig(k_base=1, k_self=0)
+    np.testing.assert_array_equal(
+        set_of(one, NONE, keys[0], IMAGE, LABEL)[0], IMAGE[None]
+    )
 
 
 def check_others_unchanged(sets, changed, bad):
@@ -135,36 +129,26 @@ def check_others_unchanged(sets, changed, bad):
         np.testing.assert_allclose(before[0][i], alone[0][i], atol=1e-6)
 
 
-@functools.cache
-def batch_of_sets(name, draw):
-    method = MethodConfig(name=name, k_base=3, k_self=2, draw=draw)
-    record_set = augmentation_set(method, SOME)
-    return jax.jit(jax.vmap(record_set, in_axes=(0, 0, 0, None)))
-
-
 @pytest.mark.proves("mixup.augmentation_set", 1)
 @hypothesis.given(
-    method=st.sampled_from(
-        [*((name, "uniform") for name in OF_RECORDS), ("dp_mix_diff", "class")]
-    ),
+    name=st.sampled_from(list(METHODS)),
     changed=st.integers(0, 3),
     bad=st.sampled_from([0.0, np.nan, np.inf, 1e30]),
     seed=st.integers(0, 1),
 )
 @hypothesis.settings(max_examples=20)
-def test_another_record_changes_nothing(method, changed, bad, seed):
-    """Whatever the bank."""
-    sets = batch_of_sets(*method)
-    public = bank(seed=seed)
-    check_others_unchanged(lambda *batch: sets(*batch, public), changed, bad)
+def test_another_record_changes_nothing(name, changed, bad, seed):
+    """Whatever the pool."""
+    sets, pool = batch_of_sets(name), public(seed=seed)
+    check_others_unchanged(lambda *batch: sets(*batch, pool), changed, bad)
 
 
-def test_the_check_catches_a_bank_made_of_the_batch():
-    sets = batch_of_sets("dp_mix_diff", "uniform")
+def test_the_check_catches_a_pool_made_of_the_batch():
+    sets = batch_of_sets("dp_mix_diff")
 
     def leaking(keys, images, labels):
-        public = make_bank(images, np.zeros(len(images), int), "abc")
-        return sets(keys, images, labels, public)
+        pool = make_pool(np.resize(images, (7, 6, 6, 1)), np.zeros(7, int), "abc")
+        return sets(keys, images, labels, pool)
 
     with pytest.raises(AssertionError):
         check_others_unchanged(leaking, 2, 0.0)
@@ -172,57 +156,51 @@ def test_the_check_catches_a_bank_made_of_the_batch():
 
 @pytest.mark.proves("mixup.augmentation_set", 3)
 def test_only_drawn_public_images_matter():
-    image, label = image_and_label()
-    public, keys = bank(), jax.random.split(jax.random.key(0), 4)
-    batch = keys, jnp.stack([image] * 4), jnp.stack([label] * 4)
-    for name in OF_RECORDS:
-        sets = batch_of_sets(name, "uniform")
-        before, _ = sets(*batch, public)
-        for i in range(4) if name in WITH_PUBLIC else [0]:
+    pool, keys = public(), jax.random.split(jax.random.key(0), 4)
+    batch = keys, jnp.stack([IMAGE] * 4), jnp.stack([LABEL] * 4)
+    for name in METHODS:
+        sets = batch_of_sets(name)
+        before, _ = sets(*batch, pool)
+        for i in range(4) if name in DRAWS else [0]:
             draw_key = jax.random.split(jax.random.fold_in(keys[i], 2))[0]
-            rows = np.asarray(draw_rows(draw_key, label, public, 2, draw="uniform"))
+            draw = DRAWS.get(name, "uniform")
+            rows = np.asarray(draw_rows(draw_key, LABEL, pool, 2, draw=draw))
             for spoil_drawn in (False, True):
-                images = public.images.copy()
+                images = pool.images.copy()
                 images[np.isin(np.arange(7), rows) == spoil_drawn] = np.nan
-                after, _ = sets(*batch, public._replace(images=images))
-                matters = spoil_drawn and name in WITH_PUBLIC
+                after, _ = sets(*batch, pool._replace(images=images))
+                matters = spoil_drawn and name in DRAWS
                 assert np.array_equal(before[i], after[i]) != matters
 
 
-@pytest.mark.parametrize("draw", ["uniform", "class"])
-@pytest.mark.parametrize("name", WITH_PUBLIC)
+@pytest.mark.parametrize(("name", "draw"), DRAWS.items())
 def test_sets_with_public_images(name, draw):
     """Views, then public images, then mixes of both; labels soft across classes."""
-    method = MethodConfig(name=name, k_base=3, k_diff=4, k_self=200, draw=draw)
-    views = 3 if name == "dp_mix_diff" else 0
+    method = toy.method(name, k_diff=4, k_self=200, draw=draw)
+    views, pool = method.num_views if name == "dp_mix_diff" else 0, public()
     assert (method.num_views, method.num_public) == (views, 4)
-    assert method.set_size == views + 4 + 200
-    image, label = image_and_label()
-    public = bank()
-    record_set = augmentation_set(method, NONE)
-    images, labels = record_set(jax.random.key(4), image, label, public)
-    assert images.shape == (method.set_size, 6, 6, 1)
-    pool, mixes = images[: views + 4], images[views + 4 :]
-    np.testing.assert_array_equal(pool[:views], np.tile(image, (views, 1, 1, 1)))
-    for drawn, soft in zip(pool[views:], labels[views : views + 4], strict=True):
-        row = np.flatnonzero((public.images == np.asarray(drawn)).all(axis=(1, 2, 3)))
-        assert soft[public.labels[row[0]]] == soft.sum() == 1
+    images, labels = set_of(method, NONE, jax.random.key(4), IMAGE, LABEL, pool)
+    assert images.shape == (method.set_size, 6, 6, 1) == (views + 204, 6, 6, 1)
+    unmixed, mixes = images[: views + 4], images[views + 4 :]
+    np.testing.assert_array_equal(unmixed[:views], np.tile(IMAGE, (views, 1, 1, 1)))
+    for drawn, soft in zip(unmixed[views:], labels[views : views + 4], strict=True):
+        row = np.flatnonzero((pool.images == np.asarray(drawn)).all(axis=(1, 2, 3)))
+        assert soft[pool.labels[row[0]]] == soft.sum() == 1
     np.testing.assert_allclose(labels.sum(axis=1), 1.0, atol=1e-6)
     if draw == "class":
-        np.testing.assert_allclose(labels, np.tile(label, (len(labels), 1)), atol=1e-6)
+        np.testing.assert_allclose(labels, np.tile(LABEL, (len(labels), 1)), atol=1e-6)
     else:  # across classes, and of views with public images
         assert (np.count_nonzero(labels[views + 4 :], axis=1) == 2).any()
-    basis = np.asarray(pool).reshape(views + 4, -1)
+    basis = np.asarray(unmixed).reshape(views + 4, -1)
     solution = np.linalg.lstsq(basis.T, np.asarray(mixes).reshape(200, -1).T)[0]
     np.testing.assert_allclose(basis.T @ solution, mixes.reshape(200, -1).T, atol=1e-4)
 
 
 def test_public_images_are_augmented_like_views():
-    """A bank of one image, the record's: its views are distributed as the record's."""
-    image, label = image_and_label()
-    public = make_bank(np.asarray(image)[None], np.array([1]), "abc")
+    """A pool of one image, the record's: its views are distributed as the record's."""
+    pool = make_pool(np.asarray(IMAGE)[None], np.array([1]), "abc")
     method = MethodConfig(name="dp_mix_diff", k_base=400, k_diff=400, k_self=0)
-    images, _ = augmentation_set(method, SOME)(jax.random.key(0), image, label, public)
+    images, _ = set_of(method, SOME, jax.random.key(0), IMAGE, LABEL, pool)
     kinds, which = np.unique(np.asarray(images), axis=0, return_inverse=True)
     assert len(kinds) == 2 * 25  # flips times shifts
     counts = [np.bincount(part, minlength=50) for part in np.split(which, 2)]
@@ -230,57 +208,73 @@ def test_public_images_are_augmented_like_views():
     assert not np.array_equal(which[:400], which[400:])  # by keys of their own
 
 
-@pytest.mark.parametrize("name", WITH_PUBLIC)
-def test_pairs_are_uniform_over_the_whole_pool(name):
-    """Read off the labels: every image of the pool has a class of its own."""
+def test_pairs_are_uniform_over_the_whole_pool():
+    """Read off the labels: every member of the set has a class of its own."""
     image = jnp.zeros((1, 1, 1))
-    public = make_bank(np.zeros((1, 1, 1, 1), np.float32), np.array([3]), "abcd")
-    method = MethodConfig(name=name, k_base=2, k_diff=2, k_self=4000, alpha=4.0)
-    pool = method.pool_size
+    pool = make_pool(np.zeros((1, 1, 1, 1), np.float32), np.array([3]), "abcd")
+    method = toy.method("dp_mix_diff", k_self=NUM, alpha=4.0)
+    size = method.pool_size
 
+    @jax.jit
     def marked(key):
         # As `augmentation_set` mixes a pool, of which each member is marked.
         mix_key = jax.random.split(key)[1]
-        images = jnp.zeros((pool, 1, 1, 1))
-        return mixups(mix_key, images, jnp.eye(pool), 4000, alpha=4.0)[1]
+        images = jnp.zeros((size, 1, 1, 1))
+        return mixups(mix_key, images, jnp.eye(size), NUM, alpha=4.0)[1]
 
     key = jax.random.key(9)
     soft = np.asarray(marked(key))
-    counts = np.zeros((pool, pool))
+    counts = np.zeros((size, size))
     members = np.argsort(-soft, axis=1)[:, :2]
     np.add.at(counts, (members.min(axis=1), members.max(axis=1)), 1)
-    observed = counts[np.triu_indices(pool, 1)]
-    assert len(observed) == 1 or scipy.stats.chisquare(observed).pvalue > 1e-4
+    observed = counts[np.triu_indices(size, 1)]
+    assert scipy.stats.chisquare(observed).pvalue > 1e-4
     # Those very marks are what the set is made of: label 0 for views, 3 for public.
-    _, labels = augmentation_set(method, NONE)(key, image, jnp.eye(4)[0], public)
+    _, labels = set_of(method, NONE, key, image, jnp.eye(4)[0], pool)
     of_public = soft[:, method.num_views :].sum(axis=1)
-    np.testing.assert_allclose(labels[pool:, 3], of_public, atol=1e-6)
-    np.testing.assert_allclose(labels[pool:, 0], 1 - of_public, atol=1e-6)
+    np.testing.assert_allclose(labels[size:, 3], of_public, atol=1e-6)
+    np.testing.assert_allclose(labels[size:, 0], 1 - of_public, atol=1e-6)
+
+
+def pool_of(images, names="abc"):
+    return make_pool(images, np.array([0]), names)
+
+
+BLANK = np.zeros((1, 6, 6, 1), np.float32)
 
 
 @pytest.mark.parametrize(
-    ("public", "message"),
+    ("image", "label", "pool", "message"),
     [
-        (None, "method.name is 'dp_mix_diff': its sets draw from a bank of public"),
-        (np.zeros((1, 5, 5, 1), np.float32), r"public images are float32 \(5, 5, 1\)"),
-        (np.zeros((1, 6, 6, 1), np.uint8), r"public images are uint8 \(6, 6, 1\)"),
+        (IMAGE, LABEL, None, "method.name is 'dp_mix_diff': its sets draw from a pool"),
+        (IMAGE, LABEL, pool_of(BLANK[:, :5]), r"public images are float32 \(5, 6, 1\)"),
+        (IMAGE, LABEL, pool_of(BLANK.astype(np.uint8)), "public images are uint8"),
+        (
+            *(IMAGE, LABEL, pool_of(BLANK, "abcd")),
+            "public images are of 4 classes: they must be of 3, as the record's label",
+        ),
+        (IMAGE[None], LABEL, None, r"has shapes \(1, 6, 6, 1\) and \(3,\): they must"),
+        (IMAGE, LABEL[None], None, r"has shapes \(6, 6, 1\) and \(1, 3\): they must"),
+        (
+            IMAGE.astype(jnp.uint8),
+            LABEL,
+            None,
+            "the image is uint8: it must be floating",
+        ),
     ],
 )
-def test_refuses_public_images_unlike_the_record(public, message):
+def test_refuses_records_and_public_images_that_do_not_fit(image, label, pool, message):
     record_set = augmentation_set(MethodConfig(name="dp_mix_diff"), SOME)
-    given = None if public is None else make_bank(public, np.array([0]), "abc")
     with pytest.raises(UserError, match=message):
-        record_set(jax.random.key(0), *image_and_label(), given)
+        jax.eval_shape(record_set, jax.random.key(0), image, label, pool)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"name": "mixmatch"}, "method.name is 'mixmatch': it must be one of dp_sgd"),
-        (
-            {"name": "self_aug", "k_base": 0},
-            "method.k_base is 0: it must be at least 1",
-        ),
+        ({"name": "self_aug", "k_base": 0}, "method.k_base is 0: it must be at least"),
+        ({"name": "self_aug", "k_base": -1}, "method.k_base is -1: it must be at"),
         ({"k_self": -1}, "method.k_self is -1: it must be at least 0"),
         ({"alpha": 0.0}, "method.alpha is 0.0: it must be positive"),
         ({"alpha": float("nan")}, "method.alpha is nan: it must be positive"),
@@ -289,11 +283,21 @@ def test_refuses_public_images_unlike_the_record(public, message):
             {"name": "pure_dp_mix_diff", "k_diff": 1},
             "method.k_diff is 1: pairs of distinct images need at least 2",
         ),
-        (
-            {"name": "dp_mix_diff", "k_diff": 0},
-            "method.k_diff is 0: it must be at least 1",
-        ),
+        ({"name": "dp_mix_diff", "k_diff": 0}, "method.k_diff is 0: it must be at"),
         ({"draw": "near"}, "method.draw is 'near': it must be one of uniform, class"),
+        *(
+            (
+                {"name": name, size: 1},
+                f"method.{size} is 1: it must be 0 for method.name '{name}'",
+            )
+            for name, sizes in {
+                "dp_sgd": ("k_base", "k_diff", "k_self"),
+                "self_aug": ("k_diff", "k_self"),
+                "dp_mix_self": ("k_diff",),
+                "pure_dp_mix_diff": ("k_base",),
+            }.items()
+            for size in sizes
+        ),
     ],
 )
 def test_refuses(options, message):
@@ -301,11 +305,26 @@ def test_refuses(options, message):
         MethodConfig(**options)
 
 
-def test_the_papers_sizes():
-    assert MethodConfig(name="dp_mix_diff").set_size == 16 + 2 + 18
-    assert MethodConfig(name="pure_dp_mix_diff").set_size == 2 + 18
-    assert MethodConfig(name="dp_mix_diff", k_base=1).pool_size == 3
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [
+        ("dp_sgd", (1, 0, 0)),
+        ("self_aug", (16, 0, 0)),
+        ("dp_mix_self", (16, 0, 18)),
+        ("dp_mix_diff", (16, 2, 18)),
+        ("pure_dp_mix_diff", (0, 2, 18)),
+    ],
+)
+def test_the_papers_sizes(name, sizes):
+    """Of None, and with 0 for what a method does not have."""
+    method = MethodConfig(name=name)
+    assert (method.num_views, method.num_public, method.num_mixes) == sizes
+    assert method.set_size == sum(sizes)
+    kinds = zip(("k_base", "k_diff", "k_self"), METHODS[name], strict=True)
+    assert MethodConfig(name=name, **{k: 0 for k, size in kinds if not size}) == method
 
 
 def test_equal_members_may_be_paired_when_asked():
     assert MethodConfig(k_base=1, distinct_pairs=False).set_size == 19
+    assert MethodConfig(k_base=1, k_self=0).set_size == 1
+    assert MethodConfig(name="dp_mix_diff", k_base=1).pool_size == 3

@@ -1,5 +1,6 @@
 """Weights from public images, halves of a dataset, and runs that use them."""
 
+import contextlib
 import json
 import signal
 
@@ -9,11 +10,12 @@ import numpy as np
 import pytest
 
 from dpmix_jax import AugmentationConfig, UserError, data, stream_key, training
-from dpmix_jax.command_line import load_experiment
+from dpmix_jax.baselines.pretraining import PretrainConfig, pretrain
 from dpmix_jax.data.public import PublicConfig, load_public
-from dpmix_jax.pretraining import PretrainConfig, pretrain
+from dpmix_jax.run import experiment
+from dpmix_jax.run.cli import load_experiment
 from tests import toy
-from tests.test_experiment import kill_when, outcome, run, start
+from tests.runs import outcome, run
 
 CONFIG = PretrainConfig(num_updates=6, batch_size=64, learning_rate=1.0)
 KEY = stream_key(0, "pretraining")
@@ -26,7 +28,7 @@ def states(first=None, config=CONFIG, seed=1, key=KEY):
         toy.loss_fn,
         config,
         AugmentationConfig(max_shift=1),
-        toy.bank(30, seed),
+        toy.pool(30, seed),
         normalize=toy.records(1).normalize,
         key=key,
     )
@@ -38,8 +40,8 @@ def whole():
     return states()
 
 
-@pytest.mark.proves("pretraining.pretrain", 1)
-def test_it_learns_the_bank_and_depends_on_it_and_the_key(whole):
+@pytest.mark.proves("baselines.pretraining.pretrain", 1)
+def test_it_learns_the_pool_and_depends_on_it_and_the_key(whole):
     losses = [float(loss) for _, loss in whole]
     assert [int(state.step) for state, _ in whole] == [1, 2, 3, 4, 5, 6]
     assert losses[-1] < losses[0]
@@ -59,6 +61,11 @@ def test_going_on_from_a_state_is_bit_identical(whole):
     np.testing.assert_array_equal(
         toy.flat(again[-1][0].params), toy.flat(whole[-1][0].params)
     )
+
+
+def test_each_update_draws_for_itself():
+    still = PretrainConfig(num_updates=3, batch_size=8, learning_rate=1e-9)
+    assert len({float(loss) for _, loss in states(config=still)}) == 3
 
 
 @pytest.mark.parametrize(
@@ -84,6 +91,7 @@ def test_pretraining_needs_public_images_and_allows_them():
     with pytest.raises(UserError, match=r"a public dataset for pretrain.num_updates 5"):
         load_experiment(flags)
     flags += ["--config.public.name=rendered_digits", "--config.method.name=self_aug"]
+    flags += ["--config.method.k_self=0"]
     assert load_experiment(flags).pretrain.num_updates == 5
     with pytest.raises(UserError, match="'self_aug', which takes no public images"):
         load_experiment([*flags, "--config.pretrain.num_updates=0"])
@@ -148,8 +156,6 @@ def test_rendered_digits():
     counts = np.bincount(found.labels)
     assert len(counts) == 10
     assert counts.max() - counts.min() <= 1
-    again = load_public(PublicConfig(name="rendered_digits"), private, dataset)
-    assert found.digest() == again.digest()
     with pytest.raises(UserError, match=r"public.path is x: it must not be given for"):
         PublicConfig(name="rendered_digits", path="x")
     letters = dataset.train
@@ -165,29 +171,47 @@ def test_rendered_digits():
 OPTIONS = {
     "method__name": "microbatch_mixup",
     "method__group_size": 4,
+    "method__k_self": 0,
     "data__half": 1,
     "public__name": "digits",
     "public__half": 2,
-    "pretrain__num_updates": 60,
-    "pretrain__batch_size": 256,
+    "pretrain__num_updates": 6,
+    "pretrain__batch_size": 64,
     "privacy__num_updates": 2,
 }
 
 
+class After(list):
+    """A signal that comes after some looks."""
+
+    def __init__(self, looks):
+        super().__init__([signal.SIGTERM])
+        self.looks = looks
+
+    def __bool__(self):
+        self.looks -= 1
+        return self.looks < 0
+
+
 @pytest.mark.slow
-def test_a_run_stopped_while_it_pretrains_ends_with_the_same_bits(tmp_path):
+def test_a_run_stopped_while_it_pretrains_ends_with_the_same_bits(
+    tmp_path, monkeypatch
+):
     done = run(tmp_path / "whole", **OPTIONS)
-    assert done.returncode == 0, done.stderr
-    assert "microbatch_mixup, K = 2" in done.stderr
-    assert "pre-training 60/60  loss" in done.stderr
+    assert done.status == 0, done.err
+    assert "microbatch_mixup, K = 2" in done.err
+    assert "pre-training 6/6  loss" in done.err
     stopped = tmp_path / "stopped"
-    status, _ = kill_when(start(stopped, **OPTIONS), "training 4/60", signal.SIGTERM)
-    assert status == 128 + signal.SIGTERM
+    with monkeypatch.context() as patch:
+        caught = contextlib.nullcontext(After(3))
+        patch.setattr(experiment, "caught_signals", lambda: caught)
+        assert run(stopped, **OPTIONS).status == 128 + signal.SIGTERM
     assert (stopped / "pretraining").exists()
     assert not (stopped / "results.json").exists()
     done = run(stopped, **OPTIONS)
-    assert done.returncode == 0, done.stderr
-    assert "pre-training 2/60" not in done.stderr
+    assert done.status == 0, done.err
+    assert "pre-training 4/6" not in done.err
+    assert "pre-training 6/6" in done.err
     assert outcome(stopped) == outcome(tmp_path / "whole")
     assert not (stopped / "pretraining").exists()
     assert json.loads((stopped / "privacy.json").read_text())["num_records"] == 718
@@ -196,6 +220,6 @@ def test_a_run_stopped_while_it_pretrains_ends_with_the_same_bits(tmp_path):
         "digits, half 2 of its training records, 718 images declared public in the"
         " configuration"
     ) in text
-    assert "the initial weights were trained for 60 updates without noise" in text
+    assert "the initial weights were trained for 6 updates without noise" in text
     assert "gradients of groups of records (4 expected in each" in text
     assert "Copies of training or test records among them were not looked for" in text

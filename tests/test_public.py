@@ -1,4 +1,4 @@
-"""Public images: what is refused, what is said, and one run by the command line."""
+"""Public images: what is refused, and what is said."""
 
 import dataclasses
 import json
@@ -8,17 +8,19 @@ import pytest
 from ml_collections import config_dict
 from PIL import Image
 
-from dpmix_jax import UserError, data, experiment, privacy
-from dpmix_jax.command_line import load_experiment
-from dpmix_jax.config import from_config_dict, to_dict
+from dpmix_jax import UserError, data
 from dpmix_jax.data.public import (
     PublicConfig,
     blank_public,
     describe,
     load_public,
 )
-from dpmix_jax.statement import statement
-from dpmix_jax.workdir import Workdir
+from dpmix_jax.data.rendered import Render
+from dpmix_jax.run import experiment
+from dpmix_jax.run.cli import load_experiment
+from dpmix_jax.run.config import from_config_dict, to_dict
+from dpmix_jax.run.workdir import Workdir
+from dpmix_jax.synthetic import Plan, fill
 from tests.conftest import ROOT
 from tests.test_config import load as load_config
 
@@ -64,6 +66,25 @@ def test_a_bank_is_scaled_as_the_training_set(tmp_path):
     assert blank.images.shape == bank.images.shape
 
 
+def test_rendered_digits_are_those_of_a_bank(tmp_path, monkeypatch):
+    """Of seed 0; drawn for the private classes, their order and their shape."""
+    monkeypatch.setattr("dpmix_jax.data.public._NUM_RENDERED", 30)
+    config, dataset = PublicConfig(name="rendered_digits"), data.load(DIGITS)
+    pool = load_public(config, DIGITS, dataset)
+    plan = Plan(class_names=CLASSES, count=30, seed=0, image_shape=(8, 8, 1))
+    render = Render(class_names=CLASSES, image_shape=(8, 8, 1))
+    fill(tmp_path, plan, render, batch_size=8)
+    bank = data.load_bank(tmp_path, CLASSES, channels=1)
+    order = np.argsort(pool.labels, kind="stable")
+    np.testing.assert_array_equal(bank.images, pool.images[order])
+    np.testing.assert_array_equal(bank.labels, pool.labels[order])
+    with pytest.raises(UserError, match=r"public.path is x: it must not be given for"):
+        PublicConfig(name="rendered_digits", path="x")
+    other = dataclasses.replace(dataset.train, class_names=(*CLASSES[:9], "ten"))
+    with pytest.raises(UserError, match="the private classes must be digits 0 to 9"):
+        load_public(config, DIGITS, dataset._replace(train=other))
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -100,6 +121,8 @@ def test_what_cannot_be_read_is_named_public(tmp_path):
         PublicConfig(name="npz")
     with pytest.raises(UserError, match=r"^public.image_size is -1: it must be in"):
         PublicConfig(name="cifar10", image_size=-1)
+    with pytest.raises(UserError, match=r"^public.half is 3: it must be 0 for all"):
+        PublicConfig(name="cifar10", half=3)
 
 
 def test_a_folder_of_class_folders_is_a_bank(tmp_path):
@@ -156,8 +179,7 @@ def test_a_file_inside_the_private_folder_is_refused(tmp_path):
 def test_home_is_no_way_around(tmp_path, monkeypatch):
     """A bank inside the private folder, named by `~`."""
     monkeypatch.setenv("HOME", str(tmp_path))
-    for split in ("train", "test"):
-        (tmp_path / "private" / split).mkdir(parents=True)
+    (tmp_path / "private" / "test").mkdir(parents=True)
     private = data.DataConfig(name="folder", path="~/private")
     bank = PublicConfig(name="bank", path="~/private/test")
     with pytest.raises(UserError, match="or a part of it"):
@@ -184,7 +206,7 @@ def test_copies_of_private_images_are_refused(tmp_path, validation_size):
 
 def values(**public):
     config = to_dict(from_config_dict(load_config()))
-    config["method"]["name"] = "dp_mix_diff"
+    config["method"] |= {"name": "dp_mix_diff", "k_diff": 2}
     config["public"] = public
     return config
 
@@ -245,55 +267,24 @@ def test_flags_set_the_public_data():
     assert from_config_dict(json.loads(json.dumps(to_dict(config)))) == config
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """A run of three updates, in this process."""
-    folder = tmp_path_factory.mktemp("diff")
-    bank = write(folder / "blobs.npz")
-    config = load_experiment(
-        [
-            f"--config={ROOT}/configs/digits.py",
-            "--config.seed=3",
-            "--config.model.features=4,8",
-            "--config.model.groups=2",
-            "--config.method.name=dp_mix_diff",
-            "--config.method.draw=class",
-            "--config.method.k_base=2",
-            "--config.method.k_self=1",
-            "--config.privacy.num_updates=3",
-            "--config.privacy.expected_batch_size=60",
-            "--config.performance.microbatch_size=64",
-            "--config.public.name=npz",
-            f"--config.public.path={bank}",
-        ]
-    )
-    mechanism = privacy.Mechanism(
-        sampling_prob=60 / 1437, num_updates=3, noise_multiplier=1.0
-    )
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(privacy, "calibrate", lambda **kwargs: mechanism)
-        patch.setattr("dpmix_jax.performance.keep_compiled_code", lambda _: None)
-        assert experiment.run(config, Workdir(folder / "run")) == 0
-    return config, folder / "run"
-
-
-def test_a_run_says_what_was_public(finished):
-    _, workdir = finished
-    facts = json.loads((workdir / "privacy.json").read_text())
-    assert facts["images_per_record"] == 2 + 2 + 1
-    text = " ".join((workdir / "PRIVACY.md").read_text().split())
+def test_the_statement_says_what_was_public(tmp_path):
+    config = PublicConfig(name="npz", path=write(tmp_path / "blobs.npz"), half=2)
+    public = load_public(config, DIGITS, data.load(DIGITS))
+    text = describe(config, public, 2, 7)
     for words in (
-        "Public data used:** npz (blobs.npz), 30 images declared public",
+        "npz (blobs.npz), half 2 of its training records, 15 images declared public",
         "of which 2 enter each record's set in every update",
+        "and on which the initial weights were trained for 7 updates without noise",
         "if a generative model made them, its own training set may hold the private"
         " images",
         "was checked before training, other copies not; the outcome of that check is"
         " not covered",
     ):
-        assert words in facts["public_data"] or words in text, words
-    assert max(map(len, statement({**facts, "public_data": "x"}).splitlines())) <= 88
-    page = (workdir / "report.html").read_text()
-    assert "in one update: 2 view(s), 2 public image(s), 1 mix(es)" in page
+        assert words in text, words
+    assert str(tmp_path) not in text
+    unchecked = describe(config, public, 2, checked=False)
+    assert "Copies of training or test records among them were not looked" in unchecked
+    assert describe(None, None, 0) == "none"
 
 
 def test_a_run_does_not_go_on_with_other_public_images(tmp_path):
@@ -314,7 +305,3 @@ def test_a_run_does_not_go_on_with_other_public_images(tmp_path):
         workdir.begin(
             3, data=experiment.data_digest(dataset.train, second), noise_multiplier=1.0
         )
-
-
-def test_without_public_images_none_are_stated():
-    assert describe(None, None, 0) == "none"

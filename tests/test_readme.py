@@ -4,9 +4,12 @@ import re
 
 from tests.conftest import ROOT
 
+README = (ROOT / "README.md").read_text()
+
 
 def test_the_library_example_runs(capsys):
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.S)
+    assert (ROOT / "examples/minimal.py").read_text().endswith(f'"""\n\n{code}')
     scope = {}
     exec(compile(code, "README.md", "exec"), scope)
     assert capsys.readouterr().out == "3.000-DP\n"
@@ -18,6 +21,19 @@ def test_the_library_example_runs(capsys):
 
 def test_the_test_command_is_what_ci_runs():
     command = 'pip install -e ".[test]" && pytest'
-    assert command in (ROOT / "README.md").read_text()
+    assert command in README
     quiet = "pip install --quiet --disable-pip-version-check -e"
     assert command.replace("pip install -e", quiet) in (ROOT / ".ci/run").read_text()
+
+
+def test_links_lead_somewhere():
+    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/**/*.md")]
+    for page in pages:
+        for link in re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text()):
+            assert (page.parent / link).exists(), f"{page.name}: {link}"
+
+
+def test_programs_and_configs_that_are_named_exist():
+    for page in [ROOT / "README.md", *ROOT.glob("docs/**/*.md")]:
+        for name in re.findall(r"(?:experiments|configs)/\w+\.py", page.read_text()):
+            assert (ROOT / name).exists(), f"{page.name}: {name}"

@@ -4,7 +4,7 @@ import pytest
 import scipy.stats
 
 from dpmix_jax import UserError, microbatches, poisson_batch, record_keys, stream_key
-from dpmix_jax.sampling import STREAMS
+from dpmix_jax.sampling import STREAMS, generator
 
 N, Q, STEPS = 40, 0.3, 3000
 
@@ -103,6 +103,14 @@ def test_streams_are_distinct_and_repeatable():
     assert words(stream_key(3, "noise")) == words(stream_key(3, "noise"))
 
 
+@pytest.mark.parametrize("draw", [stream_key, generator])
+def test_streams_that_nobody_knows_are_refused(draw):
+    with pytest.raises(
+        UserError, match=r"the stream is 'nois': it must be one of init"
+    ):
+        draw(0, "nois")
+
+
 @pytest.mark.proves("sampling.record_keys", 1)
 def test_the_key_of_a_record_follows_the_record():
     key = stream_key(0, "augmentation")
@@ -112,6 +120,8 @@ def test_the_key_of_a_record_follows_the_record():
     for i in range(4):
         assert words(keys[i]) == words(again[3 - i])
     assert len({words(k) for k in keys}) == 4
+    square = record_keys(key, np.int32(4), batch.reshape(2, 2))
+    assert words(square.reshape(4)) == words(keys)
     assert words(record_keys(key, np.int32(5), batch)[0]) != words(keys[0])
 
 

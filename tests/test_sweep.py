@@ -1,26 +1,32 @@
-"""Sweeps: which runs there are, what their tables say, and that they survive."""
+"""Sweeps: which runs there are, what their tables say, and that they survive.
+
+Most runs here are pretended: they write what a run writes. Real ones, in processes
+that are killed, are in the slow test at the end.
+"""
 
 import csv
-import io
+import json
+import os
 import pathlib
-import shutil
 import signal
 import statistics
 import subprocess
 import sys
+import threading
 import time
 
 import ml_collections
 import pytest
 import scipy.stats
 
-from dpmix_jax import UserError, tables
-from dpmix_jax.command_line import load_experiment
-from dpmix_jax.sweep import from_config_dict
-from dpmix_jax.tables import paired_test, to_csv, to_markdown
-from dpmix_jax.workdir import Workdir
+from dpmix_jax import UserError, sweeps
+from dpmix_jax.run.cli import load_experiment
+from dpmix_jax.run.config import to_dict
+from dpmix_jax.run.workdir import Workdir
+from dpmix_jax.sweeps import tables
+from dpmix_jax.sweeps.processes import run_process
 from tests.conftest import ROOT
-from tests.test_configs import module
+from tests.programs import call
 
 ROWS = (
     ("DP-SGD", {"method.name": "dp_sgd"}),
@@ -32,6 +38,7 @@ SMALL = {
     "rows": ROWS,
     "columns": {"epsilon": ("3",)},
     "common": {
+        "method": {"k_base": 0, "k_self": 0},
         "model": {"features": "4,8", "groups": 2},
         "privacy": {"num_updates": 3},
         "performance": {"microbatch_size": 256},
@@ -40,10 +47,12 @@ SMALL = {
     "metric": "test_accuracy_ema",
     "paper": {"source": "A paper.", "cells": (("DP-SGD", "3", "50.0 (.1)"),)},
 }
+VALIDATED = "nonprivate/validation/accuracy_ema"
 
 
 def config(*settings, **changes):
-    return from_config_dict(ml_collections.ConfigDict({**SMALL, **changes}), settings)
+    values = ml_collections.ConfigDict({**SMALL, **changes})
+    return sweeps.from_config_dict(values, settings)
 
 
 # The grid.
@@ -59,8 +68,11 @@ def test_runs_go_seed_by_seed():
     last = runs[-1]
     folder = "k-1-half/epsilon=8-optimizer.momentum=0/seed=1"
     assert last.folder == pathlib.Path(folder)
+    assert last.name == "K = 1, half, epsilon = 8, optimizer.momentum = 0, seed 1"
     assert last.flags == (
         f"--config={ROOT}/configs/digits.py:8",
+        "--config.method.k_base=0",
+        "--config.method.k_self=0",
         "--config.model.features=4,8",
         "--config.model.groups=2",
         "--config.performance.microbatch_size=256",
@@ -70,44 +82,16 @@ def test_runs_go_seed_by_seed():
         "--config.optimizer.learning_rate=0.5",
         "--config.seed=1",
     )
-    built = load_experiment(last.flags)
-    assert (built.seed, built.privacy.epsilon) == (1, 8.0)
-    assert (built.method.name, built.privacy.num_updates) == ("dp_sgd", 3)
-    assert (built.optimizer.learning_rate, built.optimizer.momentum) == (0.5, 0.0)
+    assert (last.config.seed, last.config.privacy.epsilon) == (1, 8.0)
+    assert last.config.model.options["features"] == (4, 8)
 
 
-def test_a_sweep_without_columns_has_one_cell_a_row():
-    runs = config(base="configs/digits.py", columns={}, seeds=1, paper=None).runs()
-    assert [str(run.folder) for run in runs] == ["dp-sgd/seed=0", "k-1-half/seed=0"]
-
-
-def test_set_comes_before_common():
-    (first, *_) = config("privacy.num_updates=7", "data.validation_size=9").runs()
-    built = load_experiment(first.flags)
-    assert (built.privacy.num_updates, built.data.validation_size) == (7, 9)
-
-
-@pytest.mark.parametrize("data", ["", "cifar10", "digits", "fashion_mnist"])
-def test_table11_compares_at_equal_compute(data):
-    file = module(ROOT / "configs/table11.py")
-    table11 = from_config_dict(file.get_config(data) if data else file.get_config())
-    runs = table11.runs()
-    assert len(runs) == 3 * 2 * 5
-    built = [load_experiment([*run.flags]) for run in runs[:6]]
-    assert {b.data.name for b in built} == {data or "cifar10"}
-    assert [b.privacy.epsilon for b in built] == [1.0, 8.0] * 3
-    assert [b.method.name for b in built[::2]] == [
-        "self_aug",
-        "self_aug",
-        "dp_mix_self",
-    ]
-    fewer, equal, mixed = (b.method.set_size for b in built[::2])
-    assert fewer == built[4].method.k_base < equal == mixed
-    if data in ("", "cifar10"):
-        assert (fewer, equal) == (16, 34)
-        assert "| 57.1 (.4) |" in to_markdown(table11, [])
-        for cell in table11.paper["cells"]:
-            assert cell[0] in table11.rows
+def test_columns_may_be_none_and_set_comes_before_common():
+    base = f"{ROOT}/configs/digits.py"
+    grid = config("privacy.num_updates=7", base=base, columns={}, seeds=1, paper=None)
+    folders = [str(run.folder) for run in grid.runs()]
+    assert folders == ["dp-sgd/seed=0", "k-1-half/seed=0"]
+    assert [run.config.privacy.num_updates for run in grid.runs()] == [7, 7]
 
 
 @pytest.mark.parametrize(
@@ -116,20 +100,15 @@ def test_table11_compares_at_equal_compute(data):
         ({"sedes": 3}, "unknown key sedes: did you mean seeds?"),
         ({"seeds": 0}, "seeds is 0: it must be at least 1"),
         ({"seeds": "2"}, "seeds is '2': it must be of type int"),
+        ({"metric": "foo"}, "metric is 'foo': it must be one of test_accuracy, test_a"),
         ({"rows": ()}, "rows is empty"),
         ({"rows": {"a": {}}}, "rows is {'a': {}}: it must be of type tuple"),
         ({"rows": (("a",),)}, "rows has ('a',): it must be a name and its settings"),
         ({"rows": (("a", {}), ("a", {}))}, "rows has 'a' twice"),
         ({"rows": (("a b", {}), ("a-b", {}))}, "rows or columns share the folder a-b/"),
         ({"columns": {"epsilon": "3"}}, "columns.epsilon is '3': it must be a list"),
-        (
-            {"base": "a.py:{delta}"},
-            "base is a.py:{delta}: delta is none of the columns",
-        ),
-        (
-            {"common": {"method": {"name": "dp_sgd"}}},
-            "rows.DP-SGD: method.name is set twice",
-        ),
+        ({"base": "a.py:{delta}"}, "base is a.py:{delta}: delta is none of the colu"),
+        ({"common": {"method": {"name": "dp_sgd"}}}, "rows.DP-SGD: method.name is set"),
         ({"rows": (("a", {"seed": 3}),)}, "rows.a: seed is set twice"),
         ({"columns": {"epsilon": ("1",), "seed": (3,)}}, "rows.DP-SGD: seed is set"),
     ],
@@ -142,11 +121,9 @@ def test_refuses(changes, message):
 
 
 def test_refuses_what_is_missing_or_no_setting():
-    values = ml_collections.ConfigDict(
-        {k: v for k, v in SMALL.items() if k != "metric"}
-    )
+    values = {key: value for key, value in SMALL.items() if key != "metric"}
     with pytest.raises(UserError, match="metric is missing from the config"):
-        from_config_dict(values)
+        sweeps.from_config_dict(ml_collections.ConfigDict(values))
     with pytest.raises(UserError, match="--set is seed: it must be <key>=<value>"):
         config("seed")
 
@@ -167,7 +144,7 @@ def test_table_by_hand():
         for row, line in values.items()
         for seed, value in enumerate(line)
     ]
-    text = to_markdown(grid, records)
+    text = tables.to_markdown(grid, records)
     assert text.startswith(
         """# Tiny
 
@@ -195,15 +172,13 @@ def test_table_by_hand():
 
 
 def test_settings_are_chosen_by_the_median_on_validation_records():
-    metric = "nonprivate/validation/accuracy_ema"
-    rates = (0.5, 1.0, 2.0)
-    columns = {"epsilon": ("1", "8"), "optimizer": {"learning_rate": rates}}
-    grid = config(metric=metric, seeds=3, columns=columns, rows=ROWS[:1], paper=None)
+    columns = {"epsilon": ("1", "8"), "optimizer": {"learning_rate": (0.5, 1.0, 2.0)}}
+    grid = config(metric=VALIDATED, seeds=3, columns=columns, rows=ROWS[:1], paper=None)
     values = {0.5: (0.5, 0.5, 0.5), 1.0: (0.9, 0.1, 0.2), 2.0: (0.5, 0.6, 0.1)}
     records = [
         {
             **{"row": "DP-SGD", "epsilon": epsilon, "optimizer.learning_rate": rate},
-            **{"seed": seed, metric: value + (epsilon == "8" and rate == 2.0)},
+            **{"seed": seed, VALIDATED: value + (epsilon == "8" and rate == 2.0)},
         }
         for epsilon in ("1", "8")
         for rate, line in values.items()
@@ -218,22 +193,19 @@ def test_settings_are_chosen_by_the_median_on_validation_records():
     }
     assert second["settings"]["optimizer.learning_rate"] == 2.0
     chosen = "epsilon = 1, method.name = dp_sgd, optimizer.learning_rate = 0.5"
-    assert (
-        f"## Chosen\n\n| row | settings | median |\n| --- | --- | --- |\n| DP-SGD |\
- {chosen} | 50.00 |\n"
-        in to_markdown(grid, records)
-    )
+    text = tables.to_markdown(grid, records)
+    assert f"| DP-SGD | {chosen} | 50.00 |\n" in text.split("## Chosen")[1]
     assert tables.choices(grid, records[1:]) == []  # nor before all have finished
-    tested = config(metric="test_accuracy_ema", seeds=1, columns={"epsilon": ("3",)})
+    tested = config(seeds=1, columns={"epsilon": ("3",)})
     results = [record(row, "3", 0, 0.5) for row in tested.rows]
     assert tables.choices(tested, results) == []
-    assert "Chosen" not in to_markdown(tested, results)
+    assert "Chosen" not in tables.to_markdown(tested, results)
 
 
 def test_a_metric_that_is_no_accuracy_is_no_percentage():
     grid = config(metric="nonprivate/loss", paper=None)
     records = [{"row": "DP-SGD", "epsilon": "3", "seed": 0, "nonprivate/loss": 0.01234}]
-    text = to_markdown(grid, records)
+    text = tables.to_markdown(grid, records)
     assert "`nonprivate/loss`, at the last update" in text
     assert "| DP-SGD | 0.0123 (-), n = 1 |" in text
     assert "paper" not in text
@@ -241,122 +213,231 @@ def test_a_metric_that_is_no_accuracy_is_no_percentage():
 
 def test_paired_test():
     values = [0.01, -0.02, 0.03, 0.025, 0.04]
-    p, d = paired_test(values)
-    assert p == pytest.approx(scipy.stats.ttest_1samp(values, 0.0).pvalue)
+    p, d = tables.paired_test(values)
+    t = statistics.fmean(values) / (statistics.stdev(values) / 5**0.5)
+    assert p == pytest.approx(2 * scipy.stats.t.sf(abs(t), 4))
     assert d == pytest.approx(statistics.fmean(values) / statistics.stdev(values))
-    assert paired_test([0.01]) == paired_test([0.01] * 3) == (None, None)
+    assert tables.paired_test([0.01]) == tables.paired_test([0.01] * 3) == (None, None)
 
 
-def test_csv_takes_every_column():
-    text = to_csv([{"row": "a, b", "x": 1}, {"row": "c", "y": 2}])
-    assert text == 'row,x,y\n"a, b",1,\nc,,2\n'
-    assert to_csv([]) == "\n"
+# Whole sweeps, of runs that are pretended.
 
 
-# Whole sweeps by the command line.
+def pretend(calls, outcomes=()):
+    """Returns what does a run, notes its folder, and measures a number of its own.
+
+    Args:
+      calls: receives the folders, in order.
+      outcomes: by number of the call, a message that it fails with or a signal.
+    """
+
+    def run_one(flags, workdir, *, cache, signals):
+        calls.append(str(workdir))
+        outcome = dict(outcomes).get(len(calls))
+        if isinstance(outcome, signal.Signals):
+            os.kill(os.getpid(), outcome)
+            while not signals:
+                time.sleep(0.001)
+        elif outcome is not None:
+            return outcome
+        else:
+            finish(Workdir(workdir), flags)
+        return None
+
+    return run_one
 
 
-def write_config(folder, **changes):
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "grid.py"
-    path.write_text(
-        "import ml_collections\n\n\ndef get_config():\n"
-        f"    return ml_collections.ConfigDict({ {**SMALL, **changes}!r})\n"
+def finish(workdir, flags):
+    workdir.path.mkdir(parents=True)
+    config = load_experiment(flags)
+    value = round((config.seed + 1) / 10 + config.optimizer.learning_rate / 100, 3)
+    workdir.write_json("config.json", to_dict(config))
+    workdir.add_metrics({"step": 3, "epsilon": 3.0, VALIDATED: value, "seconds": 1.0})
+    results = {"test_accuracy": 0.5, "test_accuracy_ema": value, "epsilon": 2.9}
+    workdir.end({**results, "device": "1 x cpu", "jax": "0.10", "confusion_ema": [[1]]})
+
+
+def launch(path, run_one, *settings, **changes):
+    return sweeps.launch(config(*settings, **changes), path, run_one)
+
+
+def read_csv(path):
+    return list(csv.DictReader((path / "runs.csv").read_text().splitlines()))
+
+
+def content(path):
+    return {name: (path / name).read_text() for name in ("runs.csv", "table.md")}
+
+
+def test_what_a_sweep_writes_and_prints(tmp_path, capsys):
+    path, calls = tmp_path / "sweep", []
+    assert launch(path, pretend(calls)) == 0
+    assert len(calls) == 4
+    printed = capsys.readouterr()
+    table = (path / "table.md").read_text()
+    assert printed.out == table
+    assert "| DP-SGD | 16.00 (7.07) | 50.0 (.1) |" in table
+    said = printed.err.splitlines()
+    assert said[0] == f"4 runs into {path}, 0 of them finished before"
+    first = "run 1/4  DP-SGD, epsilon = 3, seed 0: test_accuracy_ema 11.00 %, 0 s; ETA"
+    assert said[1] == f"{first} 0:00:00"
+    assert len(said) == 5
+    lines = read_csv(path)
+    assert [line["row"] for line in lines] == ["DP-SGD", "K = 1, half"] * 2
+    assert lines[3] == {
+        **{"row": "K = 1, half", "epsilon": "3", "seed": "1", "step": "3"},
+        **{"measured_epsilon": "2.9", VALIDATED: "0.205", "seconds": "1.0"},
+        **{"test_accuracy": "0.5", "test_accuracy_ema": "0.205"},
+        **{"device": "1 x cpu", "jax": "0.10"},
+        "workdir": "k-1-half/epsilon=3/seed=1",
+    }
+    assert not (path / "choice.json").exists()
+    assert launch(path, pretend(calls)) == 0
+    assert len(calls) == 4  # finished runs are not repeated
+    again = capsys.readouterr()
+    assert again.out == table
+    assert again.err == f"4 runs into {path}, 4 of them finished before\n"
+
+
+def test_a_sweep_on_validation_records_writes_its_choice(tmp_path):
+    rates = {"epsilon": ("3",), "optimizer": {"learning_rate": (1.0, 2.0)}}
+    changes = {"metric": VALIDATED, "columns": rates, "rows": ROWS[:1], "paper": None}
+    with pytest.raises(UserError, match=r"data.validation_size is 0: it must be pos"):
+        launch(tmp_path / "none", pretend([]), **changes)
+    path, setting = tmp_path / "sweep", "data.validation_size=9"
+    assert launch(path, pretend([], {3: "it broke"}), setting, **changes) == 1
+    assert not (path / "choice.json").exists()
+    assert launch(path, pretend([]), setting, **changes) == 0
+    written = json.loads((path / "choice.json").read_text())
+    assert written["choices"][0]["settings"]["optimizer.learning_rate"] == 2.0
+    assert "no epsilon covers it" in written["privacy"]
+    # Test accuracies play no part in a choice.
+    assert "test_accuracy" not in (path / "runs.csv").read_text()
+
+
+def test_a_stopped_sweep_goes_on_and_gives_the_same_table(tmp_path, capsys):
+    whole, path, calls = tmp_path / "whole", tmp_path / "sweep", []
+    assert launch(whole, pretend([])) == 0
+    assert launch(path, pretend(calls, {2: signal.SIGTERM})) == 128 + signal.SIGTERM
+    assert capsys.readouterr().err.endswith(
+        "stopped: the same command goes on from there\n"
     )
-    return path
+    assert launch(path, pretend(calls)) == 0
+    assert calls[1] == calls[2]
+    assert len(calls) == 5
+    assert content(path) == content(whole)
 
 
-def command(workdir, *flags, rows=ROWS[:1], **changes):
-    """One row unless told otherwise: a run takes about ten seconds."""
-    path = write_config(workdir.parent / "config", rows=rows, **changes)
-    program = [sys.executable, f"{ROOT}/experiments/sweep.py", f"--config={path}"]
-    return [*program, f"--workdir={workdir}", *flags]
+def test_a_failed_run_does_not_stop_the_rest(tmp_path, capsys):
+    path, calls = tmp_path / "sweep", []
+    assert launch(path, pretend(calls, {1: "it broke"})) == 1
+    printed = capsys.readouterr()
+    said = printed.err.splitlines()
+    name = "DP-SGD, epsilon = 3, seed 0"
+    assert said[1].startswith(f"run 1/4  {name}: FAILED: it broke; ETA ")
+    assert said[2].startswith("run 2/4  K = 1, half, epsilon = 3, seed 0: test_")
+    assert said[5:] == [f"failed: {name}: it broke"]
+    assert "**3 of 4 runs have finished.**" in printed.out
+    assert launch(path, pretend(calls)) == 0
+    assert calls[4:] == calls[:1]  # the same command tries that one again
 
 
-def run(*args, **changes):
-    return subprocess.run(command(*args, **changes), capture_output=True, text=True)
-
-
-def lines(workdir):
-    return list(csv.DictReader(io.StringIO((workdir / "runs.csv").read_text())))
-
-
-def outcome(workdir):
-    """What must not depend on how often a sweep was killed."""
-    timings = ("seconds", "images_per_second")
-    untimed = [{k: v for k, v in x.items() if k not in timings} for x in lines(workdir)]
-    return (workdir / "table.md").read_text(), untimed
-
-
-def mtimes(workdir):
-    return {p: p.stat().st_mtime_ns for p in workdir.glob("*/*/*/results.json")}
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    workdir = tmp_path_factory.mktemp("finished") / "sweep"
-    return workdir, run(workdir)
-
-
-@pytest.fixture
-def copy(finished, tmp_path):
-    """A copy of the finished sweep, as it was when seed 0 was done."""
-    workdir = shutil.copytree(finished[0], tmp_path / "sweep")
-    for path in workdir.glob("*/*/seed=1"):
-        shutil.rmtree(path)
-        path.with_name("seed=1.log").unlink()
-    return workdir
-
-
-def test_what_a_sweep_writes_and_prints(finished):
-    workdir, done = finished
-    assert done.returncode == 0, done.stderr
-    table, _ = outcome(workdir)
-    assert done.stdout == table
-    say = done.stderr.splitlines()
-    assert say[0] == f"2 runs into {workdir}, 0 of them finished before"
-    assert len(say) == 3
-    assert say[1].startswith("run 1/2  DP-SGD, epsilon = 3, seed 0: test_accuracy_ema ")
-    assert say[2].endswith("ETA 0:00:00")
-    by_row = {}
-    for line in lines(workdir):
-        results = Workdir(workdir / line["workdir"]).results()
-        for key in ("test_accuracy", "test_accuracy_ema", "noise_multiplier", "jax"):
-            assert line[key] == str(results[key])
-        assert line["measured_epsilon"] == str(results["epsilon"])
-        assert (line["epsilon"], line["step"]) == ("3", "3")
-        log = workdir / f"{line['workdir']}.log"
-        assert "test accuracy raw" in log.read_text()
-        by_row.setdefault(line["row"], []).append(float(line["test_accuracy_ema"]))
-    assert [line["seed"] for line in lines(workdir)] == ["0", "1"]
-    for row, values in by_row.items():
-        median, sd = statistics.median(values), statistics.stdev(values)
-        assert f"| {row} | {100 * median:.2f} ({100 * sd:.2f}) |" in table
-    assert "| DP-SGD | " in table
-    assert " | 50.0 (.1) |" in table
-
-
-def test_finished_runs_are_not_repeated(finished):
-    workdir, first = finished
-    before = mtimes(workdir)
-    again = run(workdir)
-    assert (again.returncode, again.stdout) == (0, first.stdout)
-    assert again.stderr == f"2 runs into {workdir}, 2 of them finished before\n"
-    assert mtimes(workdir) == before
-
-
-def test_runs_of_other_settings_are_failures(copy):
+def test_runs_of_other_settings_are_failures(tmp_path, capsys):
     """They are neither overwritten nor taken for what they are not."""
-    before = mtimes(copy)
-    done = run(copy, "--set=privacy.num_updates=4", "--config.seeds=1")
-    assert done.returncode == 1
-    assert "1 runs into" in done.stderr
-    failed = [line for line in done.stderr.splitlines() if line.startswith("failed: ")]
-    assert len(failed) == 1
-    assert "is of another experiment, use another --workdir; these differ:" in failed[0]
+    path, calls = tmp_path / "sweep", []
+    assert launch(path, pretend(calls), seeds=1) == 0
+    before = content(path)
+    capsys.readouterr()
+    assert launch(path, pretend(calls), "privacy.num_updates=4", seeds=1) == 1
+    assert len(calls) == 2
+    printed = capsys.readouterr()
+    failed = [line for line in printed.err.splitlines() if line.startswith("failed: ")]
+    assert len(failed) == 2
+    assert "is of another experiment" in failed[0]
     assert "privacy.num_updates (3 there, 4 here)" in failed[0]
-    assert "**0 of 1 runs have finished.**" in done.stdout
-    assert mtimes(copy) == before
+    assert "**0 of 2 runs have finished.**" in printed.out
+    assert launch(path, pretend(calls), seeds=1) == 0
+    assert content(path) == before
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"privacy.num_updats": 3}, "unknown key privacy.num_updats: did you mean pri"),
+        ({"privacy.expected_batch_size": 2000}, "privacy.expected_batch_size is 2000"),
+        ({"data.name": "npz", "data.path": "no.npz"}, "no.npz"),
+        ({"finetune.weights": "no.safetensors"}, "no.safetensors"),
+        (
+            {"pretrain.num_updates": 1, "public.name": "npz", "public.path": "no.npz"},
+            "no.npz",
+        ),
+    ],
+)
+def test_a_run_that_would_be_refused_is_found_before_the_first(
+    tmp_path, settings, message
+):
+    path, calls = tmp_path / "sweep", []
+    common = {k: v for k, v in SMALL["common"].items() if k != "method"}
+    rows = (("Good", {}), ("Bad", settings))
+    with pytest.raises(UserError, match=message):
+        launch(path, pretend(calls), rows=rows, common=common)
+    assert calls == []
+    assert not path.exists()
+
+
+# Processes.
+
+
+def start_program(tmp_path, text, signals=()):
+    program = tmp_path / "program.py"
+    program.write_text(f"import os, signal, sys, time\n{text}\n")
+    options = {"cache": tmp_path / "cache", "signals": signals}
+    return run_process(program, ["--flag"], tmp_path / "run", **options)
+
+
+def test_a_process_gets_its_flags_and_says_why_it_failed(tmp_path, monkeypatch):
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    log = tmp_path / "run.log"
+    show = "print(*sys.argv[1:], os.environ['JAX_COMPILATION_CACHE_DIR'])"
+    assert start_program(tmp_path, show) is None
+    assert log.read_text() == f"--flag --workdir={tmp_path}/run {tmp_path}/cache\n"
+    why = start_program(tmp_path, "print('error: too many'); sys.exit(2)")
+    assert why == f"exit status 2: too many ({log})"
+    why = start_program(tmp_path, "os.kill(os.getpid(), signal.SIGKILL)")
+    assert why == f"killed by SIGKILL: too many ({log})"
+
+
+def test_a_process_gets_the_first_signal_and_is_waited_for(tmp_path):
+    log, signals = tmp_path / "run.log", []
+    text = """
+def stop(*_):
+    time.sleep(0.3)
+    sys.exit("saved")
+signal.signal(signal.SIGTERM, stop)
+print("ready", flush=True)
+time.sleep(60)"""
+
+    def catch():
+        wait_for(log, "ready")
+        signals.append(signal.SIGTERM)
+
+    thread = threading.Thread(target=catch)
+    thread.start()
+    assert start_program(tmp_path, text, signals) == f"exit status 1: saved ({log})"
+    thread.join()
+
+
+def test_a_run_that_a_killed_sweep_has_left_is_waited_for(tmp_path):
+    ended = []
+    thread = threading.Thread(
+        target=lambda: ended.append(start_program(tmp_path, "pass"))
+    )
+    with Workdir(tmp_path / "run").locked():
+        thread.start()
+        time.sleep(0.3)
+        assert not (tmp_path / "run.log").exists()
+    thread.join()
+    assert ended == [None]
 
 
 def wait_for(path, text):
@@ -366,98 +447,75 @@ def wait_for(path, text):
         time.sleep(0.05)
 
 
-def start(*args, **changes):
-    return subprocess.Popen(
-        command(*args, **changes),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
+def write_config(path, **changes):
+    path.write_text(
+        "import ml_collections\n\n\ndef get_config():\n"
+        f"    return ml_collections.ConfigDict({ {**SMALL, **changes}!r})\n"
     )
+    return path
 
 
-def test_killed_half_way_it_gives_the_same_table(finished, copy):
-    before = mtimes(copy)
-    assert len(before) == 1
-    process = start(copy)
-    wait_for(copy / "dp-sgd/epsilon=3/seed=1.log", "calibrating")
-    process.kill()
-    process.communicate()
-    done = run(copy)
-    assert done.returncode == 0, done.stderr
-    assert outcome(copy) == outcome(finished[0])
-    assert {path: mtimes(copy)[path] for path in before} == before
-
-
-def test_a_stopped_sweep_stops_its_run_first(copy):
-    process = start(copy)
-    log = copy / "dp-sgd/epsilon=3/seed=1.log"
-    wait_for(log, "calibrating")
-    process.terminate()
-    _, rest = process.communicate()
-    assert process.returncode == 128 + signal.SIGTERM
-    assert rest.endswith("stopped: the same command goes on from there\n")
-    with Workdir(log.with_suffix("")).locked():
-        assert "SIGTERM: saving" in log.read_text()
-
-
-def test_a_failed_run_does_not_stop_the_rest(copy):
-    rows = (ROWS[0], ("Broken", {"privacy.expected_batch_size": 2000}), ROWS[1])
-    # As if a killed sweep had left the last run running: it is waited for, not lost.
-    with Workdir(copy / "k-1-half/epsilon=3/seed=0").locked():
-        process = start(copy, rows=rows, seeds=1)
-        say = []
-        for line in process.stderr:
-            say.append(line.strip())
-            if line.startswith("waiting for the process that is still running"):
-                break
-    table, rest = process.communicate()
-    say += rest.splitlines()
-    assert process.returncode == 1
-    log = copy / "broken/epsilon=3/seed=0.log"
-    why = (
-        "Broken, epsilon = 3, seed 0: exit status 2:"
-        " privacy.expected_batch_size is 2000: it must be at most the number of"
-        f" training records, 1437 ({log})"
-    )
-    assert say[0].endswith("1 of them finished before")
-    assert say[1] == f"run 2/3  {why.replace(': exit', ': FAILED: exit')}; ETA -:--:--"
-    assert say[3].startswith("run 3/3  K = 1, half, epsilon = 3, seed 0: test_")
-    assert say[4:] == [f"failed: {why}"]
-    assert "**2 of 3 runs have finished.**" in table
-    assert [line["row"] for line in lines(copy)] == ["DP-SGD", "K = 1, half"]
-
-
-def test_a_mistake_is_one_line_and_nothing_is_written(tmp_path):
+@pytest.mark.parametrize(
+    ("mistake", "message"),
+    [
+        ("--set=privacy.num_updats=3", "unknown key privacy.num_updats: did you mean"),
+        ("--config.metric=foo", "metric is 'foo': it must be one of test_accuracy,"),
+    ],
+)
+def test_a_mistake_is_one_line(tmp_path, mistake, message):
     workdir = tmp_path / "sweep"
-    done = run(workdir, "--set=privacy.num_updats=3")
-    message = "unknown key privacy.num_updats: did you mean privacy.num_updates?"
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == f"error: {message}\n"
+    grid = write_config(tmp_path / "grid.py")
+    argv = [f"--config={grid}", f"--workdir={workdir}", mistake]
+    printed = call("experiments/sweep.py", argv)
+    assert (printed.returncode, printed.stdout) == (2, "")
+    assert printed.stderr.startswith(f"error: {message}")
+    assert printed.stderr.count("\n") == 1
     assert not workdir.exists()
 
 
-def test_table11_names_the_data_it_knows():
-    with pytest.raises(
-        UserError, match="data is 'mnist': it must be one of cifar10, d"
-    ):
-        module(ROOT / "configs/table11.py").get_config("mnist")
+@pytest.mark.slow
+def test_killed_and_stopped_half_way_it_gives_the_same_table(tmp_path):
+    """As users run it: three processes, of which the first two end early."""
+    path = write_config(tmp_path / "grid.py", rows=ROWS[:1])
 
+    def start(workdir):
+        return subprocess.Popen(
+            [
+                *(sys.executable, f"{ROOT}/experiments/sweep.py"),
+                *(f"--config={path}", f"--workdir={workdir}"),
+            ],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
 
-def test_the_validation_accuracy_can_be_the_metric(tmp_path):
-    grid = config(metric="nonprivate/validation/accuracy_ema")
-    workdir = Workdir(tmp_path)
-    workdir.add_metrics({"step": 3, "nonprivate/validation/accuracy_ema": 0.25})
-    workdir.end({"test_accuracy": 0.5, "confusion_ema": [[1]]})
-    found = tables.read_record(grid, grid.runs()[0], workdir)
-    assert found["nonprivate/validation/accuracy_ema"] == 0.25
-    assert "test_accuracy" not in found  # it must not play a part in the choice
-    assert "confusion_ema" not in found
-    grid = config(metric="test_accuracy")
-    assert tables.read_record(grid, grid.runs()[0], workdir)["test_accuracy"] == 0.5
-    grid = config(metric="confusion_ema")
-    with pytest.raises(UserError) as error:
-        tables.read_record(grid, grid.runs()[0], workdir)
-    assert str(error.value) == (
-        "metric is 'confusion_ema': it must be one of step,"
-        " nonprivate/validation/accuracy_ema, test_accuracy"
-    )
+    def outcome(workdir):
+        """What must not depend on how often a sweep was killed."""
+        timed = ("seconds", "images_per_second")
+        untimed = [
+            {key: value for key, value in line.items() if key not in timed}
+            for line in read_csv(workdir)
+        ]
+        return (workdir / "table.md").read_text(), untimed
+
+    whole, workdir = tmp_path / "whole", tmp_path / "sweep"
+    process = start(whole)
+    _, said = process.communicate(timeout=300)
+    assert process.returncode == 0, said
+    logs = [workdir / f"dp-sgd/epsilon=3/seed={seed}.log" for seed in (0, 1)]
+    process = start(workdir)
+    wait_for(logs[0], "calibrating")
+    process.terminate()
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert said.endswith("stopped: the same command goes on from there\n")
+    with Workdir(logs[0].with_suffix("")).locked():  # its run has stopped too
+        assert "SIGTERM: saving" in logs[0].read_text()
+    process = start(workdir)
+    wait_for(logs[1], "calibrating")
+    process.kill()
+    process.communicate()
+    process = start(workdir)
+    _, said = process.communicate(timeout=300)
+    assert process.returncode == 0, said
+    assert outcome(workdir) == outcome(whole)

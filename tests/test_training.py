@@ -1,3 +1,10 @@
+"""One private update as pure functions, and the loop over it.
+
+Sums on several devices and processes: `test_neighbours.py`.
+"""
+
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,10 +14,9 @@ import pytest
 from dpmix_jax import (
     AugmentationConfig,
     Mechanism,
-    MethodConfig,
-    UserError,
     augmentation_set,
     clipped_gradient,
+    devices,
     poisson_batch,
     privatizer,
     record_keys,
@@ -20,126 +26,201 @@ from dpmix_jax import (
 )
 from tests import toy
 
-METHOD = MethodConfig(name="dp_mix_self", k_base=2, k_self=2)
-RECORD_SET = augmentation_set(METHOD, AugmentationConfig(max_shift=1))
+RECORD_SET = augmentation_set(toy.method("self_aug"), AugmentationConfig(max_shift=1))
 GRADIENT = clipped_gradient(toy.loss_fn, l2_clip_norm=0.3)
 KEY = stream_key(0, "augmentation")
 DATA = toy.records(40)
+ARRAYS = (DATA.images, DATA.labels)
+MESH = devices.make_mesh()
 
 
 @pytest.fixture(scope="module")
 def accumulate():
-    return training.Accumulate(
-        GRADIENT, RECORD_SET, DATA, training.make_mesh(), key=KEY, l2_clip_norm=0.3
+    clipped_sum = training.make_clipped_sum(
+        RECORD_SET,
+        GRADIENT,
+        normalize=DATA.normalize,
+        num_classes=toy.NUM_CLASSES,
+        l2_clip_norm=0.3,
     )
+    return training.make_accumulate(clipped_sum, MESH)
 
 
-def make_update(noise_multiplier=1.0, ema_decay=0.9):
+@functools.cache
+def optimizer_and_update(noise_multiplier=1.0):
     mechanism = Mechanism(
         sampling_prob=0.2, num_updates=9, noise_multiplier=noise_multiplier
     )
-    optimizer = optax.chain(
-        privatizer(
-            GRADIENT, mechanism, expected_batch_size=8, key=stream_key(0, "noise")
-        ),
-        optax.sgd(0.5),
+    noise = privatizer(
+        GRADIENT, mechanism, expected_batch_size=8, key=stream_key(0, "noise")
     )
-    return optimizer, training.make_update(optimizer, ema_decay=ema_decay)
+    optimizer = optax.chain(noise, optax.sgd(0.5))
+    return optimizer, training.make_update(optimizer, ema_decay=0.9)
 
 
-def draw(microbatch_size, q=0.2, seed=3):
-    return sampling.batches(
+def train(
+    accumulate,
+    microbatch_size,
+    *,
+    num_updates=4,
+    q=0.2,
+    seed=3,
+    noise_multiplier=1.0,
+    state=None,
+    on_host=False,
+    **options,
+):
+    """Returns the iterator over (state, nonprivate sums)."""
+    optimizer, apply_update = optimizer_and_update(noise_multiplier)
+    indices = sampling.batches(
         seed, num_records=len(DATA), sampling_prob=q, microbatch_size=microbatch_size
     )
-
-
-def train(accumulate, microbatch_size, num_updates=4, q=0.2, **options):
-    optimizer, update = make_update()
-    states = training.train(
-        training.init_state(toy.init_params(), optimizer),
+    host_records = ARRAYS if on_host else ()
+    return training.train(
+        state or training.init_state(toy.init_params(), optimizer),
         accumulate,
-        update,
-        mesh=training.make_mesh(),
-        draw=draw(microbatch_size, q),
+        apply_update,
+        training.put_inputs(KEY, MESH, records=() if on_host else ARRAYS),
+        mesh=MESH,
+        batches=lambda step: [
+            training.put_batch(part, MESH, host_records) for part in indices(step)
+        ],
         num_updates=num_updates,
         **options,
     )
-    return [state for state, _ in states]
+
+
+def states(*args, **options):
+    return [state for state, _ in train(*args, **options)]
 
 
 def test_one_update_equals_its_definition(accumulate):
     """Sum of clipped set averages of the drawn records, over B, times the rate."""
-    optimizer, update = make_update(noise_multiplier=1e-9)
     params = toy.init_params()
     batch = poisson_batch(3, 0, num_records=len(DATA), sampling_prob=0.2)
-    total = np.zeros_like(toy.flat(params))
     keys = record_keys(KEY, jnp.int32(0), batch)
     images = DATA.normalize(jnp.asarray(DATA.images))
+
+    @jax.jit
+    def of_one(key, image, label):
+        label = jax.nn.one_hot(label, toy.NUM_CLASSES)
+        return jax.value_and_grad(toy.loss_fn)(params, *RECORD_SET(key, image, label))
+
+    total, losses, norms = 0.0, [], []
     for key, index in zip(keys, batch, strict=True):
-        label = jax.nn.one_hot(DATA.labels[index], toy.NUM_CLASSES)
-        members = RECORD_SET(key, images[index], label)
-        gradient = toy.flat(jax.grad(toy.loss_fn)(params, *members))
-        total += gradient * min(1.0, 0.3 / np.linalg.norm(gradient))
-    (state, sums), *_ = training.train(
-        training.init_state(params, optimizer),
-        accumulate,
-        update,
-        mesh=training.make_mesh(),
-        draw=draw(4),
-        num_updates=1,
-    )
+        loss, gradient = of_one(key, images[index], DATA.labels[index])
+        losses.append(float(loss))
+        norms.append(np.linalg.norm(toy.flat(gradient)))
+        total += toy.flat(gradient) * min(1.0, 0.3 / norms[-1])
+    updates = train(accumulate, 8, num_updates=1, noise_multiplier=1e-9)
+    ((state, sums),) = updates
     expected = toy.flat(params) - 0.5 * total / 8
     np.testing.assert_allclose(toy.flat(state.params), expected, atol=1e-6)
     assert sums["records"] == len(batch) > 0
+    assert sums["loss"] == pytest.approx(sum(losses), rel=1e-5)
+    assert sums["clipped"] == float(np.sum(np.array(norms) > 0.3))
+    assert 0 < sums["clipped"] < len(batch)
 
 
-@pytest.mark.proves("training.Accumulate", 2)
-@pytest.mark.parametrize("microbatch_size", [1, 3, 40])
+def loss_by_rows(params, images, labels, scale):
+    """Each class has a row of parameters for itself; the last one is everybody's."""
+    features = images.reshape(len(images), 1, -1)
+    scores = jnp.tanh(scale * (features * params[None]).sum(axis=2))
+    return ((labels * scores).sum(axis=1) + scores[:, -1]).mean()
+
+
+@pytest.mark.proves("training.make_clipped_sum", 1)
+def test_a_term_is_of_its_record_alone():
+    """Bit for bit: each record has a class, and so a row of the sum, for itself."""
+    num, changed = 6, 2
+    clipped_sum = jax.jit(
+        training.make_clipped_sum(
+            RECORD_SET,
+            clipped_gradient(loss_by_rows, l2_clip_norm=0.1),
+            normalize=lambda images: images,
+            num_classes=num + 1,
+            l2_clip_norm=0.1,
+        )
+    )
+    rng = np.random.default_rng(0)
+    images = rng.normal(size=(num, 6, 6, 1)).astype(np.float32)
+    params = jnp.asarray(rng.normal(size=(num + 1, 36)), jnp.float32)
+    each, others = np.arange(num), np.arange(num) != changed
+
+    def sums(images=images, labels=each, indices=each, **changes):
+        given = {"step": 3, "seed": 0, "scale": 0.1, "params": params} | changes
+        inputs = training.put_inputs(
+            stream_key(given["seed"], "augmentation"),
+            MESH,
+            records=(images, labels),
+            constants=(np.float32(given["scale"]),),
+        )
+        batch = training.put_batch(indices, MESH)
+        sums = clipped_sum(given["params"], jnp.int32(given["step"]), batch, inputs)
+        return np.asarray(sums.gradients)
+
+    def terms(*args, **changes):
+        return sums(*args, **changes)[:num]
+
+    base = terms()
+    assert base.any(axis=1).all()
+    # Nothing of the others: neither pixels, nor label, nor presence, nor places.
+    for value in (0.0, np.nan, np.inf, 1e30):
+        spoiled = np.where(others[:, None, None, None], images, np.float32(value))
+        np.testing.assert_array_equal(terms(spoiled)[others], base[others])
+    labels = np.where(others, each, num)
+    np.testing.assert_array_equal(terms(labels=labels)[others], base[others])
+    for place in each:
+        alone = np.where(each == place, changed, -1)
+        expected = np.where(others[:, None], 0, base)
+        np.testing.assert_array_equal(terms(indices=alone), expected)
+    np.testing.assert_array_equal(terms(indices=each[::-1]), base)
+    assert not sums(indices=np.full(num, -1)).any()
+    # What it does depend on: its index, and the others that are named.
+    same = np.broadcast_to(images[:1], images.shape), 0 * params + params[:1]
+    assert len(np.unique(terms(same[0], params=same[1]), axis=0)) > 1
+    for change in ({"step": 4}, {"seed": 1}, {"scale": 0.2}, {"params": 2 * params}):
+        assert (terms(**change) != base).any(axis=1).all()
+
+
+@pytest.mark.proves("training.make_accumulate", 2)
+@pytest.mark.parametrize("microbatch_size", [1, 40])
 def test_microbatch_size_changes_rounding_only(accumulate, microbatch_size):
-    reference = train(accumulate, 8)[-1]
-    other = train(accumulate, microbatch_size)[-1]
+    reference = states(accumulate, 8)[-1]
+    other = states(accumulate, microbatch_size)[-1]
     np.testing.assert_allclose(
         toy.flat(other.params), toy.flat(reference.params), atol=1e-6
     )
 
 
-@pytest.mark.proves("training.Accumulate", 3)
+@pytest.mark.proves("training.make_accumulate", 2)
+def test_records_from_the_host_give_the_same_bits(accumulate):
+    """Across empty batches, too."""
+    for q in (0.2, 0.01):
+        ours, theirs = (states(accumulate, 8, q=q, on_host=h) for h in (False, True))
+        for a, b in zip(ours, theirs, strict=True):
+            np.testing.assert_array_equal(toy.flat(a.params), toy.flat(b.params))
+
+
+@pytest.mark.proves("training.make_accumulate", 3)
 def test_nothing_compiles_after_the_first_updates(accumulate):
     """Whatever sizes are drawn, empty batches among them."""
-    compiled, sizes = [], []
-    optimizer, update = make_update()
-    updates = training.train(
-        training.init_state(toy.init_params(), optimizer),
-        accumulate,
-        update,
-        mesh=training.make_mesh(),
-        draw=draw(2, 0.06, seed=0),
-        num_updates=40,
-    )
+    updates, sizes = train(accumulate, 2, num_updates=40, q=0.06, seed=0), []
     next(updates)
     next(updates)
-
-    def listen(event, duration, **kwargs):
-        del duration, kwargs
-        if "backend_compile" in event:
-            compiled.append(event)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
+    with toy.compilations() as compiled:
         for _, sums in updates:
             sizes.append(int(sums["records"]))
         assert compiled == []
         jax.jit(lambda x: x * 3)(jnp.ones(7))
-        assert compiled  # the listener does hear
-    finally:
-        jax.monitoring.clear_event_listeners()
+        assert compiled  # it does hear
     assert 0 in sizes
     assert len(set(sizes)) >= 4
 
 
 def test_an_empty_batch_takes_its_noisy_update(accumulate):
     before = toy.flat(toy.init_params())
-    first, second = train(accumulate, 4, num_updates=2, q=0.0)
+    first, second = states(accumulate, 8, num_updates=2, q=0.0)
     steps = [
         toy.flat(first.params) - before,
         toy.flat(second.params) - toy.flat(first.params),
@@ -151,17 +232,8 @@ def test_an_empty_batch_takes_its_noisy_update(accumulate):
 
 
 def test_going_on_from_a_state_is_bit_identical(accumulate):
-    whole = train(accumulate, 8, num_updates=5)
-    _, update = make_update()
-    again = training.train(
-        jax.tree.map(jnp.copy, whole[1]),
-        accumulate,
-        update,
-        mesh=training.make_mesh(),
-        draw=draw(8),
-        num_updates=5,
-    )
-    last = [state for state, _ in again][-1]
+    whole = states(accumulate, 8)
+    *_, last = states(accumulate, 8, state=jax.tree.map(jnp.copy, whole[1]))
     for name in ("params", "ema_params", "step"):
         np.testing.assert_array_equal(
             toy.flat(getattr(last, name)), toy.flat(getattr(whole[-1], name))
@@ -169,17 +241,16 @@ def test_going_on_from_a_state_is_bit_identical(accumulate):
 
 
 def test_stopping_drops_the_update_under_way(accumulate):
-    whole = train(accumulate, 2, num_updates=3)
-    parts = [
-        len(poisson_batch(3, step, num_records=len(DATA), sampling_prob=0.2) + 1) // 2
-        for step in range(3)
+    whole = states(accumulate, 2, num_updates=3)
+    sizes = [
+        len(poisson_batch(3, step, num_records=len(DATA), sampling_prob=0.2))
+        for step in range(2)
     ]
-    assert parts[1] > 1
-    calls = iter([False] * (parts[0] + parts[1] - 1) + [True] * 99)
-    stopped = train(accumulate, 2, num_updates=3, stop=lambda: next(calls))
-    assert 1 <= len(stopped) < 3
-    for state, same in zip(stopped, whole, strict=False):
-        np.testing.assert_array_equal(toy.flat(state.params), toy.flat(same.params))
+    first, second = (-(-size // 2) for size in sizes)
+    assert second > 1
+    calls = iter([False] * (first + second - 1) + [True] * 99)
+    (stopped,) = states(accumulate, 2, num_updates=3, stop=lambda: next(calls))
+    np.testing.assert_array_equal(toy.flat(stopped.params), toy.flat(whole[0].params))
 
 
 def test_ema_warms_up_as_published():
@@ -195,46 +266,6 @@ def test_ema_warms_up_as_published():
         assert float(ema["w"]) == pytest.approx(expected, rel=1e-6)
 
 
-@pytest.mark.proves("training.Accumulate", 2)
-def test_records_from_the_host_give_the_same_bits(accumulate):
-    """Read ahead from a dataset that is not on the device, across empty batches."""
-    host = training.Accumulate(
-        GRADIENT,
-        RECORD_SET,
-        DATA,
-        training.make_mesh(),
-        key=KEY,
-        l2_clip_norm=0.3,
-        on_device=False,
-    )
-    for q in (0.2, 0.01):
-        ours, theirs = (train(a, 4, q=q) for a in (accumulate, host))
-        for a, b in zip(ours, theirs, strict=True):
-            np.testing.assert_array_equal(toy.flat(a.params), toy.flat(b.params))
-
-
-def test_totals_are_float32_for_any_params():
-    params = {"w": jnp.ones(3, jnp.bfloat16)}
-    totals = training.init_totals(params, training.make_mesh())
-    assert totals.gradients["w"].dtype == jnp.float32
-
-
-@pytest.mark.parametrize(
-    ("config", "options", "message"),
-    [
-        (training.OptimizerConfig, {"learning_rate": 0.0}, "learning_rate is 0.0"),
-        (
-            training.OptimizerConfig,
-            {"learning_rate": 1.0, "momentum": 1.0},
-            r"optimizer.momentum is 1.0: it must be in \[0, 1\)",
-        ),
-        (
-            training.OptimizerConfig,
-            {"learning_rate": 1.0, "ema_decay": -0.1},
-            "optimizer.ema_decay is -0.1",
-        ),
-    ],
-)
-def test_refuses(config, options, message):
-    with pytest.raises(UserError, match=message):
-        config(**options)
+def test_sums_are_float32_for_any_params():
+    sums = training.init_sums({"w": jnp.ones(3, jnp.bfloat16)}, MESH)
+    assert sums.gradients["w"].dtype == jnp.float32

@@ -64,19 +64,18 @@ def _tokenizer(folder):
     )
 
 
+_SMALL = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+}
+
+
 def _text_encoder():
-    return transformers.CLIPTextModel(
-        transformers.CLIPTextConfig(
-            vocab_size=514,
-            hidden_size=16,
-            intermediate_size=32,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            bos_token_id=512,
-            eos_token_id=513,
-            pad_token_id=513,
-        )
-    )
+    tokens = {"bos_token_id": 512, "eos_token_id": 513, "pad_token_id": 513}
+    config = transformers.CLIPTextConfig(vocab_size=514, **_SMALL, **tokens)
+    return transformers.CLIPTextModel(config)
 
 
 def _feature_extractor():
@@ -87,24 +86,16 @@ def _feature_extractor():
 
 def _safety_checker(refuses):
     """Refuses what is nearer to a concept than its threshold, which all or none are."""
-    small = {
-        "hidden_size": 16,
-        "intermediate_size": 32,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "projection_dim": 16,
-    }
+    small = {**_SMALL, "projection_dim": 16}
+    vision = {**small, "image_size": 8, "patch_size": 4}
     checker = StableDiffusionSafetyChecker(
         transformers.CLIPConfig(
-            text_config=small,
-            vision_config={**small, "image_size": 8, "patch_size": 4},
-            projection_dim=16,
+            text_config=small, vision_config=vision, projection_dim=16
         )
     )
-    threshold = -2.0 if refuses else 2.0
     for weights in (
         checker.concept_embeds_weights,
         checker.special_care_embeds_weights,
     ):
-        weights.data.fill_(threshold)
+        weights.data.fill_(-2.0 if refuses else 2.0)
     return checker

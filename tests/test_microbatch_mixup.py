@@ -1,4 +1,4 @@
-"""`microbatch_mixup`: groups of records, their sets, and what one record can do."""
+"""Groups of records, their sets, and what one record can do."""
 
 import dataclasses
 
@@ -12,25 +12,29 @@ from dp_accounting import NeighboringRelation
 from dpmix_jax import (
     AugmentationConfig,
     Mechanism,
-    MethodConfig,
     UserError,
-    augmentation_set,
     clipped_gradient,
     data,
-    group_set,
+    devices,
     poisson_batch,
-    random_groups,
-    with_shared_terms,
+    training,
 )
-from dpmix_jax.command_line import load_experiment
-from dpmix_jax.pipeline import Model, Pipeline
-from dpmix_jax.sampling import batches
-from dpmix_jax.statement import privacy_report, statement
+from dpmix_jax.baselines.microbatch_mixup import (
+    MicrobatchMixupConfig,
+    batches,
+    blank_microbatch,
+    group_set,
+    of_groups,
+    random_groups,
+)
+from dpmix_jax.run import build
+from dpmix_jax.run.cli import load_experiment
+from dpmix_jax.run.statement import privacy_report, statement
 from tests import toy
 
-STILL = AugmentationConfig(flip=False, max_shift=0)
-METHOD = MethodConfig(name="microbatch_mixup", k_base=2)
-MAKE = jax.jit(group_set(METHOD, STILL))
+METHOD = MicrobatchMixupConfig(k_base=2)
+GROUP_SET = group_set(METHOD, AugmentationConfig(max_shift=1))
+MAKE = jax.jit(GROUP_SET)
 N, G = 60, 7
 
 
@@ -46,7 +50,7 @@ def rows(groups):
     }
 
 
-@pytest.mark.proves("sampling.random_groups", 1)
+@pytest.mark.proves("baselines.microbatch_mixup.random_groups", 1)
 def test_a_record_that_leaves_changes_its_own_group_only():
     """Neither members nor places of another one, also where its own was the largest."""
     for step in range(40):
@@ -69,7 +73,7 @@ def test_a_record_that_leaves_changes_its_own_group_only():
             assert (np.diff((row >= 0).astype(int)) <= 0).all()  # members first
 
 
-@pytest.mark.proves("sampling.random_groups", 1)
+@pytest.mark.proves("baselines.microbatch_mixup.random_groups", 1)
 def test_groups_are_uniform_and_independent():
     everyone = np.arange(N)
     together = np.zeros((N, N))
@@ -103,6 +107,51 @@ def test_batches_of_groups_hold_every_record_once():
         found = np.concatenate([part.ravel() for part in parts])
         batch = poisson_batch(3, step, num_records=N, sampling_prob=0.5)
         assert sorted(found[found >= 0]) == sorted(batch)
+    blank = blank_microbatch(MicrobatchMixupConfig(group_size=3), 16, 2)
+    assert blank.shape == (2, 8)
+    assert (blank == -1).all()
+
+
+@pytest.mark.proves("training.make_accumulate", 3)
+def test_a_sum_over_groups_compiles_once_for_each_size():
+    """And those who are absent bring nothing: a loss that counts labels tells."""
+    records, mesh = toy.records(N), devices.make_mesh()
+
+    def loss_fn(params, images, labels):
+        return (labels * params[None]).sum()
+
+    accumulate = training.make_accumulate(
+        training.make_clipped_sum(
+            lambda key, images, labels, pool: (images, labels),
+            of_groups(clipped_gradient(loss_fn, l2_clip_norm=100.0)),
+            normalize=records.normalize,
+            num_classes=toy.NUM_CLASSES,
+            l2_clip_norm=0.5,  # all are counted
+        ),
+        mesh,
+    )
+    inputs = training.put_inputs(
+        jax.random.key(0), mesh, records=(records.images, records.labels)
+    )
+    params, step = devices.put_everywhere((np.zeros(3), np.int32(0)), mesh)
+    draw = batches(
+        0, num_records=N, sampling_prob=0.15, microbatch_size=8, num_groups=G
+    )
+    shapes = set()
+    for update in range(12):
+        sums, parts = training.init_sums(params, mesh), draw(update)
+        for part in parts:
+            with toy.compilations() as compiled:
+                batch = training.put_batch(part, mesh)
+                sums = accumulate(sums, params, step, batch, inputs)
+            assert len(compiled) == (part.shape not in shapes)
+            shapes.add(part.shape)
+        drawn = np.concatenate([part[part >= 0] for part in parts])
+        counts = np.bincount(records.labels[drawn], minlength=3)
+        np.testing.assert_array_equal(sums.gradients, counts)
+        assert sums.nonprivate["records"] == float(len(drawn))
+        assert sums.nonprivate["clipped"] == float(len(drawn))
+    assert {capacity for _, capacity in shapes} >= {1, 2, 4}
 
 
 def members(count, capacity=4, seed=0):
@@ -115,12 +164,14 @@ def members(count, capacity=4, seed=0):
     return keys, jnp.asarray(images, jnp.float32), jnp.asarray(labels, jnp.float32)
 
 
-@pytest.mark.proves("mixup.group_set", 1)
+@pytest.mark.proves("baselines.microbatch_mixup.group_set", 1)
 @pytest.mark.parametrize("count", [1, 2, 3, 4])
 def test_the_set_mixes_each_view_with_one_of_another_member(count):
     """Labels tell the weights; images have the same, and absent ones are nothing."""
     keys, images, labels = members(count)
     mixed, soft = MAKE(keys, images, labels)
+    blank = jnp.where(labels.sum(axis=1)[:, None, None, None] > 0, images, 0.0)
+    np.testing.assert_array_equal(mixed, MAKE(keys, blank, labels)[0])
     assert mixed.shape == (8, 6, 6, 1)
     assert soft.shape == (8, 4)
     np.testing.assert_allclose(
@@ -141,9 +192,10 @@ def test_the_set_mixes_each_view_with_one_of_another_member(count):
 def test_partners_and_weights_are_those_that_are_meant():
     """All other members alike, and Beta(alpha, alpha)."""
     method = dataclasses.replace(METHOD, k_base=1, alpha=0.5)
+    still = AugmentationConfig(flip=False, max_shift=0)
     _, images, labels = members(3, capacity=3)
     keys = jax.random.split(jax.random.key(5), (2000, 3))
-    of_many = jax.jit(jax.vmap(group_set(method, STILL), (0, None, None)))
+    of_many = jax.jit(jax.vmap(group_set(method, still), (0, None, None)))
     weights = np.asarray(of_many(keys, images, labels)[1])  # [2000, 3, 3]
     own = weights[:, 0, 0]
     assert scipy.stats.kstest(own, scipy.stats.beta(0.5, 0.5).cdf).pvalue > 1e-3
@@ -153,27 +205,26 @@ def test_partners_and_weights_are_those_that_are_meant():
 
 def test_the_mean_over_the_set_is_that_over_its_members():
     """A loop over members, without padding, gives the gradient of the group."""
-    params = toy.init_params()
+    keys, images, labels = members(3)
     rng = np.random.default_rng(0)
-    images = jnp.asarray(rng.normal(size=(4, 6, 6, 1)), jnp.float32)
-    labels = jax.nn.one_hot(jnp.array([0, 1, 2, 0]), 3).at[3].set(0.0)
-    keys = jax.random.split(jax.random.key(1), 4)
-    make = jax.jit(group_set(METHOD, AugmentationConfig(max_shift=1)))
-    gradient, made = jax.jit(jax.grad(toy.loss_fn)), make(keys, images, labels)
-    whole = gradient(params, *made)
+    images = jnp.asarray(rng.normal(size=images.shape), jnp.float32)
+    seen, soft = MAKE(keys, images, labels)
+    made = seen, soft[:, :3]  # the fourth class is of the absent
+    params, gradient = toy.init_params(), jax.jit(jax.grad(toy.loss_fn))
     each = [
         toy.flat(gradient(params, image[None], label[None] * 3 / 4))
         for image, label in zip(made[0][:6], made[1][:6], strict=True)
     ]
+    whole = gradient(params, *made)
     np.testing.assert_allclose(toy.flat(whole), np.mean(each, axis=0), atol=1e-6)
 
 
-@pytest.mark.proves("gradients.with_shared_terms", 1)
+@pytest.mark.proves("baselines.microbatch_mixup.of_groups", 1)
 def test_one_record_can_move_a_sum_by_twice_the_clip_and_no_more():
     """A record that outweighs its fellow turns the group's gradient around."""
     params, clip = toy.init_params(), 0.01
     alone = clipped_gradient(toy.loss_fn, l2_clip_norm=clip)
-    gradient_fn = with_shared_terms(alone)
+    gradient_fn = of_groups(alone)
     total = jax.jit(lambda *sets: gradient_fn(params, *sets)[0])
     for relation in NeighboringRelation:
         assert gradient_fn.sensitivity(relation) == 2 * alone.sensitivity(relation)
@@ -188,35 +239,53 @@ def test_one_record_can_move_a_sum_by_twice_the_clip_and_no_more():
     assert 1.2 * clip < farthest <= gradient_fn.sensitivity() * (1 + 1e-5)
 
 
-def test_refuses_groups_of_one():
-    with pytest.raises(UserError, match="its sets are of groups of records"):
-        augmentation_set(METHOD, STILL)
-    with pytest.raises(
-        UserError, match=r"method.group_size is 1: it must be at least 2"
-    ):
-        MethodConfig(name="microbatch_mixup", group_size=1)
-    assert METHOD.num_groups(256) == 128
-    assert METHOD.num_groups(1) == 1
-    assert METHOD.set_size == 2
-    assert MethodConfig(name="dp_sgd").num_groups(256) is None
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"group_size": 1}, "method.group_size is 1: it must be at least 2"),
+        ({"k_base": 0}, "method.k_base is 0: it must be at least 1"),
+        ({"alpha": 0.0}, "method.alpha is 0.0: it must be positive and finite"),
+        ({"alpha": float("nan")}, "method.alpha is nan: it must be positive and"),
+    ],
+)
+def test_refuses(options, message):
+    with pytest.raises(UserError, match=message):
+        MicrobatchMixupConfig(**options)
 
 
-def test_a_run_adds_noise_for_groups(tmp_path):
-    """Twice the clip norm, divided by the expected number of groups, and it says so."""
-    flags = ["method.name=microbatch_mixup", "method.group_size=8", "seed=0"]
-    flags += ["privacy.l2_clip_norm=0.5", "privacy.num_updates=3"]
-    config = load_experiment(
-        ["--config=configs/digits.py", *(f"--config.{flag}" for flag in flags)]
+FLAGS = ["method.name=microbatch_mixup", "method.group_size=8", "seed=0"]
+FLAGS += ["privacy.l2_clip_norm=0.5", "privacy.num_updates=3"]
+
+
+def load(*flags):
+    return load_experiment(
+        ["--config=configs/digits.py", *(f"--config.{f}" for f in (*FLAGS, *flags))]
     )
+
+
+def test_a_config_may_leave_the_sizes_of_other_methods_at_0():
+    method = load("method.k_self=0", "method.k_diff=0", "method.k_base=3").method
+    assert method == MicrobatchMixupConfig(k_base=3, group_size=8)
+    assert method.set_size == 3
+    assert method.num_groups(256) == 32
+    assert method.num_groups(1) == 1
+    for size in ("k_self", "k_diff"):
+        message = f"method.{size} is 4: it must be 0 for method.name 'microbatch_mixup'"
+        with pytest.raises(UserError, match=message):
+            load("method.k_self=0", f"method.{size}=4")
+
+
+def test_a_run_adds_noise_for_groups():
+    """Twice the clip norm, divided by the expected number of groups, and it says so."""
+    config = load("method.k_self=0")
     train = data.load(config.data).train
     mechanism = Mechanism(sampling_prob=0.1, num_updates=3, noise_multiplier=3.0)
-    pipeline = Pipeline(
-        config, Model(config, train), train, mechanism=mechanism, seed=0
-    )
-    assert pipeline.num_groups == 256 // 8
-    nothing = jax.tree.map(jnp.zeros_like, pipeline.state.params)
-    after = pipeline.update(pipeline.state, nothing)
-    moved = toy.flat(after.params) - toy.flat(pipeline.state.params)
+    model = build.classifier(config, train)
+    parts = build.build(config, model, model.shapes, train, mechanism=mechanism, seed=0)
+    assert parts.terms.expected == 256 // 8
+    nothing = jax.tree.map(jnp.zeros_like, parts.state.params)
+    after = parts.apply_update(parts.state, nothing)
+    moved = toy.flat(after.params) - toy.flat(parts.state.params)
     expected = 3.0 * 2 * 0.5 / 32 * config.optimizer.learning_rate
     assert np.std(moved) == pytest.approx(expected, rel=0.05)
     report = privacy_report(
@@ -225,8 +294,8 @@ def test_a_run_adds_noise_for_groups(tmp_path):
         num_records=len(train),
         images_per_record=config.method.set_size,
         secret_seed=False,
-        sensitivity=pipeline.sensitivity,
-        num_groups=pipeline.num_groups,
+        sensitivity=parts.terms.gradient_fn.sensitivity(config.privacy.relation),
+        num_groups=int(parts.terms.expected),
     )
     text = " ".join(statement(report).split())
     assert "times the sensitivity of that sum, 1; T = 3" in text

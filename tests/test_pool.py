@@ -4,23 +4,23 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from dpmix_jax import UserError, make_bank
-from dpmix_jax.bank import draw_rows
+from dpmix_jax import UserError, make_pool
+from dpmix_jax.pool import draw_rows
 
 LABELS = np.array([2, 0, 2, 1, 2, 0, 1, 2])  # classes of different sizes, mixed up
 IMAGES = np.zeros((len(LABELS), 2, 2, 1), np.uint8)
-BANK = make_bank(IMAGES, LABELS, "abc", draw="class")
+POOL = make_pool(IMAGES, LABELS, "abc", draw="class")
 NUM = 4000
 
 
-@pytest.mark.proves("bank.draw_rows", 2)
+@pytest.mark.proves("pool.draw_rows", 2)
 @pytest.mark.parametrize("own", [None, 0, 1, 2])
 def test_draws_are_uniform_and_independent(own):
-    """Over the bank, or over the class; also from record to record."""
+    """Over the pool, or over the class; also from record to record."""
     draw = "uniform" if own is None else "class"
     label = jnp.eye(3)[own or 0]
     for keys, num in ((1, NUM), (NUM, 1)):  # many rows of one record, and one of many
-        rows = jax.vmap(lambda k, n=num: draw_rows(k, label, BANK, n, draw=draw))(
+        rows = jax.vmap(lambda k, n=num: draw_rows(k, label, POOL, n, draw=draw))(
             jax.random.split(jax.random.key(3), keys)
         ).ravel()
         counts = np.bincount(rows, minlength=len(LABELS))
@@ -33,11 +33,11 @@ def test_draws_are_uniform_and_independent(own):
         assert 1e-4 < scipy.stats.chisquare(of_both.ravel()).pvalue < 1 - 1e-4
 
 
-@pytest.mark.proves("bank.draw_rows", 1)
+@pytest.mark.proves("pool.draw_rows", 1)
 def test_what_draws_depend_on():
     def rows(label, draw, seed=0):
         key = jax.random.key(seed)
-        return np.asarray(draw_rows(key, jnp.asarray(label), BANK, 50, draw=draw))
+        return np.asarray(draw_rows(key, jnp.asarray(label), POOL, 50, draw=draw))
 
     a, b = np.eye(3, dtype=np.float32)[:2]
     np.testing.assert_array_equal(rows(a, "uniform"), rows(b, "uniform"))
@@ -45,7 +45,7 @@ def test_what_draws_depend_on():
     np.testing.assert_array_equal(rows(a, "class"), rows(0.4 * a + 0.3 * b, "class"))
     assert not np.intersect1d(rows(a, "class"), rows(b, "class")).size
     assert not np.array_equal(rows(a, "class"), rows(a, "class", seed=1))
-    for bad in (np.nan, np.inf, -np.inf):  # still rows of the bank
+    for bad in (np.nan, np.inf, -np.inf):  # still rows of the pool
         found = rows(a * 0 + np.float32(bad), "class")
         assert ((found >= 0) & (found < len(LABELS))).all()
 
@@ -67,8 +67,8 @@ def test_what_draws_depend_on():
 )
 def test_refuses(images, labels, message):
     with pytest.raises(UserError, match=message):
-        make_bank(images, labels, "abc", draw="class")
+        make_pool(images, labels, "abc", draw="class")
 
 
 def test_a_class_may_be_absent_from_uniform_draws():
-    assert make_bank(IMAGES, LABELS.clip(1), "abc").ends.tolist() == [0, 0, 4, 8]
+    assert make_pool(IMAGES, LABELS.clip(1), "abc").ends.tolist() == [0, 0, 4, 8]
