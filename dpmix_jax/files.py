@@ -6,8 +6,9 @@ import contextlib
 import fcntl
 import os
 import pathlib
-from collections.abc import Iterator
-from typing import BinaryIO
+import time
+from collections.abc import Callable, Iterator
+from typing import IO, BinaryIO
 
 from dpmix_jax.errors import UserError
 from dpmix_jax.progress import say
@@ -53,13 +54,20 @@ def write_atomically(
 
 
 @contextlib.contextmanager
-def locked(path: pathlib.Path, name: str, *, wait: bool = False) -> Iterator[None]:
+def locked(
+    path: pathlib.Path,
+    name: str,
+    *,
+    wait: bool = False,
+    stop: Callable[[], bool] = lambda: False,
+) -> Iterator[None]:
     """Holds a folder for this process, makes it first; being killed releases it.
 
     Args:
       path: of the folder.
       name: of the folder, for messages.
       wait: whether to wait for a process that holds it.
+      stop: asked while it waits; once true, the wait ends as if there were none.
 
     Raises:
       UserError: that begins with `name`, if the folder cannot be written, or another
@@ -71,11 +79,20 @@ def locked(path: pathlib.Path, name: str, *, wait: bool = False) -> Iterator[Non
     except OSError as error:
         raise UserError(f"{name} is not writable: {error.strerror}") from None
     with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        if not _try_lock(lock):
             if not wait:
-                raise UserError(f"{name} is in use by another run") from None
+                raise UserError(f"{name} is in use by another run")
             say(f"waiting for another process that holds {name}")
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            while not _try_lock(lock):
+                if stop():
+                    raise UserError(f"{name} is in use by another run")
+                time.sleep(0.2)
         yield
+
+
+def _try_lock(file: IO[str]) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True

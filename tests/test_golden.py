@@ -387,7 +387,8 @@ def outcome(folder, config):
             {
                 key: value
                 for key, value in line.items()
-                if key not in ("seconds", "images_per_second") and "accuracy" not in key
+                if key not in ("seconds", "nonprivate/images_per_second")
+                and "accuracy" not in key
             }
             for line in metrics
         ],

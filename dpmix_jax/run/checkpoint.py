@@ -45,7 +45,7 @@ class Checkpoints:
         """Returns the latest state that is undamaged, or None if none was saved.
 
         A damaged file is deleted, and the one before it taken: the updates between
-        them are drawn again from the same keys, so the same bits come out.
+        them are drawn again from the same keys, so the same comes out, up to rounding.
 
         Args:
           like: a state of the same shapes.
@@ -61,8 +61,8 @@ class Checkpoints:
                 return _state(tensors, like)
             if step == steps[0]:
                 raise UserError(
-                    f"{path} is damaged, and there is no checkpoint before it: delete"
-                    f" {self._folder} to begin again, or use another --workdir"
+                    f"{path} is damaged, and there is no checkpoint before it: use"
+                    " another --workdir"
                 )
             say(f"{path} is damaged: going on from the checkpoint before it")
             path.unlink()

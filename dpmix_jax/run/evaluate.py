@@ -101,7 +101,9 @@ def make_log(
         )
         speed = progress.records_per_second() * config.method.set_size
         seconds = time.time() - started
-        workdir.add_metrics({**line, "images_per_second": speed, "seconds": seconds})
+        workdir.add_metrics(
+            {**line, "nonprivate/images_per_second": speed, "seconds": seconds}
+        )
         say(_progress_line(line, progress, speed))
 
     return log

@@ -37,8 +37,8 @@ class PerformanceConfig:
         Parameters, clipping, sums and noise are float32 whatever it is.
       convolutions: how per-record gradients of convolutions are computed, see
         `conv.fast_convolutions`.
-      clipping: `instantiate` forms every record's gradient, `ghost` the norms only and
-        then one gradient of all, see `ghost.ghost_clipped_gradient`; in float32 only.
+      clipping: `instantiate` forms every record's gradient, `ghost` keeps factors of
+        large matrices, see `ghost.ghost_clipped_gradient`; in float32 only.
       dataset_on: where the training set lives: `device`, `host` (records are read
         ahead, a few microbatches at a time), or `auto`, on the device if, with the
         public images, it takes no more than a quarter of its memory. Public images

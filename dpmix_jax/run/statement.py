@@ -98,8 +98,8 @@ _RELATIONS = {
 _CLIPPING = {
     "instantiate": "what is clipped is the gradient whose norm was measured",
     "ghost": (
-        "norms are measured in one pass and gradients clipped by them in another (mixed"
-        " ghost clipping), so the clip is as exact as the two round alike"
+        "norms are bounded from the factors of gradients, rounding included, and the"
+        " terms made of the same factors (mixed ghost clipping with book-keeping)"
     ),
 }
 

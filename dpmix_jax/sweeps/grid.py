@@ -31,7 +31,11 @@ Point = tuple[Any, ...]  # a value of each column
 METRICS = (
     *("test_accuracy", "test_accuracy_ema", "nonprivate/validation/accuracy"),
     *("nonprivate/validation/accuracy_ema", "nonprivate/loss"),
-    *("nonprivate/clipped_fraction", "noise_multiplier", "images_per_second"),
+    *(
+        "nonprivate/clipped_fraction",
+        "noise_multiplier",
+        "nonprivate/images_per_second",
+    ),
     "seconds",
 )
 

@@ -35,7 +35,8 @@ def run_process(
     """
     try:
         # A run that a killed parent has left running is waited for, not lost.
-        with locked(workdir, f"workdir {workdir}", wait=True):
+        stop = lambda: bool(signals)  # noqa: E731
+        with locked(workdir, f"workdir {workdir}", wait=True, stop=stop):
             pass
     except UserError as error:
         return str(error)
