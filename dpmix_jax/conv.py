@@ -43,9 +43,9 @@ def fast_convolutions(
     Take gradients first, then call this: the result can be differentiated again,
     forward and in reverse, but with JAX's own rules for convolutions.
 
-    Formal guarantees (where JAX's rules for convolutions give neither):
+    Formal guarantees (of the result, not of its derivatives):
       - Values of a record that are not finite stay within its own gradient.
-      - Convolutions that crop and pad read nothing but their images.
+      - A convolution that crops and pads one axis reads nothing but its images.
 
     Args:
       function: of one record, usually `jax.grad` or `jax.value_and_grad` of a loss.
@@ -86,9 +86,9 @@ def _products(conv, shape, lhs, rhs, *, rows: bool) -> jax.Array:
     """Returns a convolution's output, of this shape, computed as matrix products."""
     numbers = conv["dimension_numbers"]
     n, c, *space = numbers.lhs_spec
-    o, f, *window = numbers.rhs_spec
+    o, f, *positions = numbers.rhs_spec
     images = jnp.transpose(lhs, (c, *space, n))
-    gradients = jnp.transpose(rhs, (f, *window, o))
+    gradients = jnp.transpose(rhs, (f, *positions, o))
     taps = [shape[axis] for axis in numbers.out_spec[2:]]
     found = (_rows if rows else _shifted)(conv, taps, images, gradients)
     return jnp.moveaxis(found, (-2, -1, *range(len(taps))), numbers.out_spec)
@@ -208,11 +208,10 @@ def _choose(conv, shape, formulation: str) -> str:
         return "shifted"
     groups = conv["batch_group_count"]
     if formulation == "auto" and groups > 1:
-        if jax.default_backend() != "cpu":
-            return "batch_group"
-        # Products of pixels are faster than XLA's groups, those of small matrices not.
-        each = shape[out[0]] * shape[out[1]] // groups
-        return "shifted" if each == 1 else "plain"
+        # JAX's rule is `batch_group` here. On CPUs products of pixels are faster than
+        # that, and products of small matrices are not.
+        pixels = shape[out[0]] * shape[out[1]] == groups
+        return "shifted" if pixels and jax.default_backend() == "cpu" else "plain"
     if formulation in ("auto", "rows"):
         return "rows" if conv["rhs_dilation"][-1] == 1 else "shifted"
     return formulation
@@ -258,11 +257,12 @@ def _apart(function: Callable[..., jax.Array], lhs, rhs) -> jax.Array:
 def _cropped(conv: dict[str, Any], lhs: jax.Array) -> tuple[dict[str, Any], jax.Array]:
     """Returns the same convolution, and its images, with no axis cropped and padded.
 
-    Of an axis with a negative low and a positive high padding XLA's code for CPUs takes
-    what follows the images in memory for zeros (openxla/xla#48713). It may be another
-    record's. So such images are cropped, padded and dilated beforehand.
+    Where an axis has a negative low and a positive high padding, XLA's code for CPUs
+    (in jax 0.10) reads what follows the images in memory in place of zeros, which may
+    be another record (openxla/xla#48713). So these images are dilated, cropped and
+    padded beforehand.
     """
-    if not any(low < 0 < high for low, high in conv["padding"]):
+    if not _crops_and_pads(conv):
         return conv, lhs
     config = [(0, 0, 0)] * lhs.ndim
     space = conv["dimension_numbers"].lhs_spec[2:]
@@ -273,11 +273,14 @@ def _cropped(conv: dict[str, Any], lhs: jax.Array) -> tuple[dict[str, Any], jax.
     return {**conv, **done}, lax.pad(lhs, jnp.zeros((), lhs.dtype), config)
 
 
+def _crops_and_pads(conv: dict[str, Any]) -> bool:
+    return any(low < 0 < high for low, high in conv["padding"])
+
+
 def _convolve(conv: dict[str, Any], formulation: str, lhs, rhs) -> jax.Array:
     """Computes a convolution, by our batching rule if it is batched."""
     conv, lhs = _cropped(conv, lhs)
     plain: Callable[..., Any] = functools.partial(lax.conv_general_dilated, **conv)
-
     convolution = jax.custom_batching.custom_vmap(plain)
 
     @convolution.def_vmap
@@ -287,7 +290,7 @@ def _convolve(conv: dict[str, Any], formulation: str, lhs, rhs) -> jax.Array:
         axes = [0 if batched else None for batched in in_batched]
         return jax.vmap(plain, axes, axis_size=axis_size)(lhs, rhs), True
 
-    differentiable = jax.custom_jvp(convolution)  # it has no reverse mode itself
+    differentiable = jax.custom_jvp(convolution)  # a custom_vmap has no reverse mode
     differentiable.defjvps(
         lambda tangent, _, lhs, rhs: plain(tangent, rhs),
         lambda tangent, _, lhs, rhs: plain(lhs, tangent),
@@ -319,7 +322,7 @@ def _evaluate(closed: core.ClosedJaxpr, args: Sequence[Any], formulation: str):
 def _mixes_records(conv: dict[str, Any]) -> bool:
     """Whether JAX's own rule needs `_apart` or `_cropped`."""
     grouped = conv["feature_group_count"] > 1 or conv["batch_group_count"] > 1
-    return grouped or any(low < 0 < high for low, high in conv["padding"])
+    return grouped or _crops_and_pads(conv)
 
 
 def _interpret(jaxpr: core.Jaxpr, consts, args, formulation: str) -> list[Any]:

@@ -185,9 +185,7 @@ def load(config, flags):
 @pytest.fixture
 def encoder(tmp_path):
     path = tmp_path / "tower.safetensors"
-    safetensors.numpy.save_file(
-        towers.state(towers.fixture("convnext", "open_clip")), path
-    )
+    safetensors.numpy.save_file(towers.weights("convnext"), path)
     return path
 
 
