@@ -8,7 +8,7 @@ labels)`. Axes: B records, K images of an augmentation set, H W C image, O class
     mixup      the augmentation set of one record          -> [K,H,W,C], [K,O]
     conv       convolutions whose per-record gradients are fast, in any model
     gradients  loss -> clipped sum of per-record gradients, with its sensitivity
-    ghost      the same from norms alone, without per-record gradients
+    ghost      the same from the factors of gradients, where these are smaller
     privacy    (epsilon, delta) <-> noise multiplier, and the noise
     selection  the best of many runs, with the choice accounted for
     sampling   the Poisson batch of a step, and keys
