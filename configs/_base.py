@@ -37,6 +37,7 @@ def experiment(**groups: dict[str, Any]) -> ml_collections.ConfigDict:
             # Records at a time: a number, or auto for as many as fit into memory.
             "performance": {"microbatch_size": "auto", "precision": "float32"},
             "logging": {},
+            "evaluate": {},
         }
     )
     config.update(groups)

@@ -15,7 +15,7 @@ from jax_privacy import batch_selection
 
 from dpmix_jax.errors import UserError
 
-STREAMS = ("init", "sampling", "augmentation", "noise", "groups", "pretraining")
+STREAMS = ("init", "sampling", "augmentation", "noise", "groups", "pretraining", "sets")
 
 
 def generator(seed: int, stream: str, *path: int) -> np.random.Generator:

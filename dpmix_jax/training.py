@@ -1,9 +1,9 @@
 """One private update as pure functions, and the loop over it.
 
 Read from top to bottom, in the order in which data flow: the records of a microbatch
-become augmentation sets, whose gradients are clipped and summed (`make_clipped_sum`),
-over devices and microbatches (`make_accumulate`); noise is added to the whole sum once,
-and the parameters move (`make_update`); `train` repeats that.
+become augmentation sets (`make_sets`), whose gradients are clipped and summed
+(`make_clipped_sum`), over devices and microbatches (`make_accumulate`); noise is added
+to the whole sum once, and the parameters move (`make_update`); `train` repeats that.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -85,12 +85,71 @@ class Sums(NamedTuple):
     nonprivate: dict[str, jax.Array]
 
 
-def make_clipped_sum(
+class Sets(NamedTuple):
+    """The augmentation sets of the terms of a microbatch.
+
+    Attributes:
+      images: [m, K, H, W, C], or what the loss takes in the place of images.
+      labels: soft labels [m, K, O].
+      records: float32 [m], how many records each term stands for: 1, or 0 for padding,
+        or the members of a group.
+    """
+
+    images: jax.Array
+    labels: jax.Array
+    records: jax.Array
+
+
+MakeSets = Callable[[jax.Array, Batch, Inputs], Sets]
+
+
+def make_sets(
     record_set: RecordSet,
-    gradient_fn: clipping.BoundedSensitivityCallable,
     *,
     normalize: Callable[[jax.Array], jax.Array],
     num_classes: int,
+) -> MakeSets:
+    """Returns what turns the records of a microbatch into their augmentation sets.
+
+    Formal guarantees:
+      - Record i's set depends on record i, its index, the step, the key and the public
+        pool alone, on no other record.
+
+    Args:
+      record_set: from `mixup.augmentation_set`.
+      normalize: uint8 images [..., H, W, C] to the floats that sets are made of.
+      num_classes: O.
+
+    Returns:
+      `f(step, batch, inputs) -> Sets`.
+    """
+
+    def sets(step: jax.Array, batch: Batch, inputs: Inputs) -> Sets:
+        indices = batch.indices
+        present = (indices >= 0).astype(jnp.float32)
+        images, labels = look_up(batch, inputs)
+        labels = jax.nn.one_hot(labels, num_classes) * present[..., None]
+        key = jax.random.wrap_key_data(inputs.key_words)
+        keys = sampling.record_keys(key, step, indices)
+        images, labels = jax.vmap(record_set, (0, 0, 0, None))(
+            keys, normalize(images), labels, inputs.pool
+        )
+        return Sets(images, labels, present.reshape(len(indices), -1).sum(axis=1))
+
+    return sets
+
+
+def look_up(batch: Batch, inputs: Inputs) -> Arrays:
+    """Returns the rows of a microbatch, from the host or from the device."""
+    return batch.records or tuple(
+        jnp.take(array, batch.indices, axis=0, mode="clip") for array in inputs.records
+    )
+
+
+def make_clipped_sum(
+    sets: MakeSets,
+    gradient_fn: clipping.BoundedSensitivityCallable,
+    *,
     l2_clip_norm: float,
 ) -> Callable[[PyTree, jax.Array, Batch, Inputs], Sums]:
     """Returns what a device computes of its part of a microbatch.
@@ -102,10 +161,8 @@ def make_clipped_sum(
         `gradient_fn.sensitivity(relation)`.
 
     Args:
-      record_set: from `mixup.augmentation_set`.
+      sets: from `make_sets`.
       gradient_fn: from `gradients.clipped_gradient`, of a loss over one set.
-      normalize: uint8 images [..., H, W, C] to the floats that sets are made of.
-      num_classes: O.
       l2_clip_norm: C, to count clipped terms (not private).
 
     Returns:
@@ -115,26 +172,18 @@ def make_clipped_sum(
     def clipped_sum(
         params: PyTree, step: jax.Array, batch: Batch, inputs: Inputs
     ) -> Sums:
-        indices = batch.indices
-        present = (indices >= 0).astype(jnp.float32)
-        images, labels = batch.records or (
-            jnp.take(array, indices, axis=0, mode="clip") for array in inputs.records
-        )
-        labels = jax.nn.one_hot(labels, num_classes) * present[..., None]
-        key = jax.random.wrap_key_data(inputs.key_words)
-        keys = sampling.record_keys(key, step, indices)
-        sets = jax.vmap(record_set, (0, 0, 0, None))(
-            keys, normalize(images), labels, inputs.pool
-        )
-        # Records of each term: 1, or 0 for padding, or the members of a group.
-        count = present.reshape(len(indices), -1).sum(axis=1)
+        images, labels, records = sets(step, batch, inputs)
         gradients, aux = gradient_fn(
-            params, *sets, constants=inputs.constants, is_padding_example=count == 0
+            params,
+            images,
+            labels,
+            constants=inputs.constants,
+            is_padding_example=records == 0,
         )
         nonprivate = {
-            "loss": jnp.sum(count * aux.values, where=count > 0),
-            "clipped": jnp.sum(count, where=aux.grad_norms > l2_clip_norm),
-            "records": jnp.sum(count),
+            "loss": jnp.sum(records * aux.values, where=records > 0),
+            "clipped": jnp.sum(records, where=aux.grad_norms > l2_clip_norm),
+            "records": jnp.sum(records),
         }
         return Sums(gradients, nonprivate)
 

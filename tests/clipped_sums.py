@@ -95,10 +95,12 @@ def sums(methods: Sequence[str]) -> dict[str, np.ndarray]:
     for method in methods:
         accumulate = training.make_accumulate(
             training.make_clipped_sum(
-                make_record_set(method),
+                training.make_sets(
+                    make_record_set(method),
+                    normalize=lambda images: images,  # pixels that are no numbers
+                    num_classes=toy.NUM_CLASSES,
+                ),
                 gradient_fn,
-                normalize=lambda images: images,  # pixels that are no numbers
-                num_classes=toy.NUM_CLASSES,
                 l2_clip_norm=CLIP_NORM,
             ),
             mesh,

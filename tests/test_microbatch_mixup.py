@@ -122,10 +122,12 @@ def test_a_sum_over_groups_compiles_once_for_each_size():
 
     accumulate = training.make_accumulate(
         training.make_clipped_sum(
-            lambda key, images, labels, pool: (images, labels),
+            training.make_sets(
+                lambda key, images, labels, pool: (images, labels),
+                normalize=records.normalize,
+                num_classes=toy.NUM_CLASSES,
+            ),
             of_groups(clipped_gradient(loss_fn, l2_clip_norm=100.0)),
-            normalize=records.normalize,
-            num_classes=toy.NUM_CLASSES,
             l2_clip_norm=0.5,  # all are counted
         ),
         mesh,

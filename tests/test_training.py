@@ -36,13 +36,10 @@ MESH = devices.make_mesh()
 
 @pytest.fixture(scope="module")
 def accumulate():
-    clipped_sum = training.make_clipped_sum(
-        RECORD_SET,
-        GRADIENT,
-        normalize=DATA.normalize,
-        num_classes=toy.NUM_CLASSES,
-        l2_clip_norm=0.3,
+    sets = training.make_sets(
+        RECORD_SET, normalize=DATA.normalize, num_classes=toy.NUM_CLASSES
     )
+    clipped_sum = training.make_clipped_sum(sets, GRADIENT, l2_clip_norm=0.3)
     return training.make_accumulate(clipped_sum, MESH)
 
 
@@ -129,16 +126,17 @@ def loss_by_rows(params, images, labels, scale):
     return ((labels * scores).sum(axis=1) + scores[:, -1]).mean()
 
 
+@pytest.mark.proves("training.make_sets", 1)
 @pytest.mark.proves("training.make_clipped_sum", 1)
 def test_a_term_is_of_its_record_alone():
     """Bit for bit: each record has a class, and so a row of the sum, for itself."""
     num, changed = 6, 2
     clipped_sum = jax.jit(
         training.make_clipped_sum(
-            RECORD_SET,
+            training.make_sets(
+                RECORD_SET, normalize=lambda images: images, num_classes=num + 1
+            ),
             clipped_gradient(loss_by_rows, l2_clip_norm=0.1),
-            normalize=lambda images: images,
-            num_classes=num + 1,
             l2_clip_norm=0.1,
         )
     )

@@ -13,6 +13,7 @@ from dpmix_jax.errors import UserError
 from dpmix_jax.models import pretrained
 
 PyTree = Any
+EMBEDDINGS = ("fresh", "kept")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,12 +36,18 @@ class FinetuneConfig:
         else is frozen: it runs forward only, without noise, clipping or gradient.
         What is frozen and in no file is drawn from a public key, so that anybody can
         draw it again.
+      embeddings: for a head on a frozen encoder: `fresh` embeds a new augmentation set
+        of a record in each update; `kept` embeds `sets` of each record once, before
+        the first update, and each update draws one of them (see `models.kept`).
+      sets: M, how many are kept of each record.
     """
 
     encoder: str | None = None
     weights: str | None = None
     skip: str = ""
     trainable: str = "all"
+    embeddings: str = "fresh"
+    sets: int = 1
 
     def __post_init__(self):
         if not _names(self.trainable):
@@ -52,6 +59,18 @@ class FinetuneConfig:
             raise UserError(
                 f"finetune.weights is None: it must be a file for finetune.skip"
                 f" {self.skip!r}"
+            )
+        if self.embeddings not in EMBEDDINGS:
+            raise UserError(
+                f"finetune.embeddings is {self.embeddings!r}: it must be one of"
+                f" {', '.join(EMBEDDINGS)}"
+            )
+        if self.sets < 1:
+            raise UserError(f"finetune.sets is {self.sets}: it must be at least 1")
+        if self.sets > 1 and self.embeddings != "kept":
+            raise UserError(
+                f"finetune.sets is {self.sets}: it must be 1 unless"
+                " finetune.embeddings is 'kept'"
             )
 
     def load(self, params: PyTree) -> PyTree:
@@ -111,8 +130,18 @@ class FinetuneConfig:
         """Divides parameters into those to be trained and those that are frozen.
 
         Raises:
-          UserError: for a name that no module has.
+          UserError: for a name that no module has, or for kept embeddings of a model of
+        which more than a head is trained.
         """
+        trained, frozen = self._split(params)
+        if self.embeddings == "kept" and not is_head(trained, frozen):
+            raise UserError(
+                "finetune.embeddings is 'kept': it must be 'fresh' where more is"
+                " trained than a head on a frozen encoder, see finetune.trainable"
+            )
+        return trained, frozen
+
+    def _split(self, params: PyTree) -> tuple[PyTree, PyTree]:
         flat, names = traverse_util.flatten_dict(params), _names(self.trainable)
         if names == ("all",):
             return params, {}

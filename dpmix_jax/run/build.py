@@ -1,6 +1,7 @@
 """From a config to what a run computes: terms, their sum, the update, the state."""
 
 import dataclasses
+import pathlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -22,7 +23,7 @@ from dpmix_jax import (
 )
 from dpmix_jax.baselines import microbatch_mixup, pretraining
 from dpmix_jax.data import Records
-from dpmix_jax.models import finetune
+from dpmix_jax.models import finetune, kept
 from dpmix_jax.models.classifier import Classifier, make_classifier
 from dpmix_jax.run import performance
 from dpmix_jax.run.config import ExperimentConfig
@@ -30,6 +31,7 @@ from dpmix_jax.run.config import ExperimentConfig
 PyTree = Any
 Indices = Callable[[int], list[np.ndarray]]
 
+_EMBEDDED = 2048  # images, about, that are embedded before they are written
 _MOST_IMAGES = 64  # about, in a microbatch whose memory does not grow with it
 CLIPPED_GRADIENTS = {
     "instantiate": gradients.clipped_gradient,
@@ -70,6 +72,7 @@ class Parts:
       terms: see `Terms`.
       inputs: what stays on the devices.
       host_records: images and labels of a training set that stays on the host, or ().
+      sets: makes the augmentation sets of a microbatch.
       accumulate: adds a microbatch to the sums of its batch.
       apply_update: takes the sum to the next state.
       state: before the first update, of the parameters that are trained.
@@ -82,6 +85,7 @@ class Parts:
     terms: Terms
     inputs: training.Inputs
     host_records: tuple[np.ndarray, ...]
+    sets: training.MakeSets
     accumulate: Any
     apply_update: Callable[[training.TrainState, PyTree], training.TrainState]
     state: training.TrainState
@@ -175,18 +179,18 @@ def build(
     make_terms = _terms_of_groups if _has_groups(config) else _terms_of_records
     terms = make_terms(
         config,
-        _head_gradient(config, model, encode) if encode else _gradient(config, loss_fn),
+        finetune.on_embeddings(_head_gradient(config, model), encode)
+        if encode
+        else _gradient(config, loss_fn),
         records,
         seed=seed,
         sampling_prob=mechanism.sampling_prob,
         num_devices=mesh.size,
     )
-    clipped_sum = training.make_clipped_sum(
+    sets = training.make_sets(
         terms.record_set,
-        terms.gradient_fn,
         normalize=records.normalize,
         num_classes=records.num_classes,
-        l2_clip_norm=config.privacy.l2_clip_norm,
     )
     privatize_and_step = optax.chain(
         privacy.privatizer(
@@ -212,7 +216,8 @@ def build(
             constants=(frozen,) if frozen else (),
         ),
         host_records=() if on_device else arrays,
-        accumulate=training.make_accumulate(clipped_sum, mesh),
+        sets=sets,
+        accumulate=_accumulate(config, sets, terms.gradient_fn, mesh),
         apply_update=training.make_update(
             privatize_and_step, ema_decay=config.optimizer.ema_decay
         ),
@@ -256,16 +261,108 @@ def _gradient(config, loss_fn) -> clipping.BoundedSensitivityCallable:
     )
 
 
-def _head_gradient(
-    config, model: Classifier, encode: Callable[[PyTree, jax.Array], jax.Array]
-) -> clipping.BoundedSensitivityCallable:
-    """Returns the clipped sum of a head, of which only embeddings meet a gradient."""
+def _head_gradient(config, model: Classifier) -> clipping.BoundedSensitivityCallable:
+    """Returns the clipped sum of a head over embeddings."""
 
-    def loss_fn(params, embeddings, labels):
+    def loss_fn(params, embeddings, labels, *constants):
+        del constants
         logits = model.classify(params, embeddings)
         return optax.softmax_cross_entropy(logits, labels).mean()
 
-    return finetune.on_embeddings(_gradient(config, loss_fn), encode)
+    return _gradient(config, loss_fn)
+
+
+def _accumulate(config, sets: training.MakeSets, gradient_fn, mesh) -> Any:
+    return training.make_accumulate(
+        training.make_clipped_sum(
+            sets, gradient_fn, l2_clip_norm=config.privacy.l2_clip_norm
+        ),
+        mesh,
+    )
+
+
+def keep(
+    parts: Parts,
+    config: ExperimentConfig,
+    model: Classifier,
+    path: pathlib.Path,
+    *,
+    num_records: int,
+    stop: Callable[[], bool],
+) -> np.ndarray | None:
+    """Embeds the sets of all records, see `kept.keep`; None if stopped."""
+    each = max(_EMBEDDED // config.method.set_size // parts.mesh.size, 1)
+    return kept.keep(
+        path,
+        embed(parts, model),
+        parts.put,
+        parts.inputs,
+        num_records=num_records,
+        num_sets=config.finetune.sets,
+        microbatch_size=each * parts.mesh.size,
+        stop=stop,
+    )
+
+
+def blank_rows(
+    parts: Parts, config: ExperimentConfig, model: Classifier, num_records: int
+) -> np.ndarray:
+    """Returns zeros of the size of what `keep` returns."""
+    batch = parts.put(np.full(parts.mesh.size, -1))
+    row = kept.row_type(embed(parts, model), batch, parts.inputs)
+    return np.zeros(config.finetune.sets * num_records, row)
+
+
+def embed(parts: Parts, model: Classifier) -> kept.Embed:
+    """Compiles the embedding of a microbatch of these parts; see `kept.make_embed`."""
+    assert model.encode is not None  # the config has seen to it
+    return kept.make_embed(parts.sets, model.encode, parts.mesh)
+
+
+def on_kept(
+    parts: Parts,
+    config: ExperimentConfig,
+    model: Classifier,
+    rows: np.ndarray,
+    seed: int,
+) -> Parts:
+    """Returns parts that train on kept embeddings in the place of images.
+
+    Args:
+      parts: from `build`, whose sets have been embedded.
+      config: of the experiment.
+      model: from `classifier`.
+      rows: from `kept.keep`.
+      seed: of the run.
+    """
+    num_sets, of_records = config.finetune.sets, parts.terms.indices
+
+    def indices(microbatch_size: int) -> Indices:
+        draw = of_records(microbatch_size)
+        return lambda step: kept.rows_of(
+            draw(step),
+            seed=seed,
+            step=step,
+            num_records=len(rows) // num_sets,
+            num_sets=num_sets,
+        )
+
+    arrays = tuple(rows[name] for name in rows.dtype.names or ())
+    on_device = config.performance.keeps_on_device(rows.nbytes, parts.mesh.size)
+    gradient_fn = _head_gradient(config, model)
+    return dataclasses.replace(
+        parts,
+        terms=dataclasses.replace(
+            parts.terms, gradient_fn=gradient_fn, indices=indices
+        ),
+        inputs=parts.inputs._replace(
+            records=devices.put_everywhere(arrays, parts.mesh) if on_device else ()
+        ),
+        host_records=() if on_device else arrays,
+        sets=kept.sets,
+        accumulate=_accumulate(config, kept.sets, gradient_fn, parts.mesh),
+        expected_records=config.privacy.expected_batch_size,
+    )
 
 
 def _terms_of_records(

@@ -99,6 +99,22 @@ class LoggingConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """How test and validation images are classified.
+
+    Attributes:
+      views: images that a prediction is averaged over: 1 classifies the image itself;
+        for more, accuracies over so many views of each are reported beside those.
+    """
+
+    views: int = 1
+
+    def __post_init__(self):
+        if self.views < 1:
+            raise UserError(f"evaluate.views is {self.views}: it must be at least 1")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ExperimentConfig:
     """One training run.
 
@@ -124,6 +140,7 @@ class ExperimentConfig:
         default_factory=PerformanceConfig
     )
     logging: LoggingConfig = dataclasses.field(default_factory=LoggingConfig)
+    evaluate: EvaluateConfig = dataclasses.field(default_factory=EvaluateConfig)
 
     def __post_init__(self):
         if self.seed is not None and self.seed < 0:
@@ -145,12 +162,18 @@ class ExperimentConfig:
                 f"public.name is {self.public.name!r}: it must be None for {use},"
                 " which takes no public images"
             )
+        groups = isinstance(self.method, microbatch_mixup.MicrobatchMixupConfig)
+        if groups and self.finetune.embeddings == "kept":
+            raise UserError(
+                f"finetune.embeddings is 'kept': it must be 'fresh' for {use}, whose"
+                " groups are drawn anew in each update"
+            )
 
 
 # Two starts of a run may differ in these settings, which change results by rounding at
 # most, but not in `_FIXED`, which change rounding so that two sums under the same noise
 # would show the records.
-_FREE = ("performance", "logging", "data.download", "public.download")
+_FREE = ("performance", "logging", "evaluate", "data.download", "public.download")
 _FIXED = ("performance.clipping", "performance.precision")
 
 

@@ -36,6 +36,9 @@ def dry_run(config: ExperimentConfig) -> str:
     parts = build.build(
         config, model, given, records, mechanism=mechanism, seed=0, public=public
     )
+    if config.finetune.embeddings == "kept":
+        rows = build.blank_rows(parts, config, model, len(records))
+        parts = build.on_kept(parts, config, model, rows, seed=0)
     say("compiling and timing a microbatch")
     with performance.explained_out_of_memory(config.performance):
         size = parts.microbatch_size(config.performance)

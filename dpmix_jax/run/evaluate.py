@@ -1,5 +1,6 @@
 """Evaluation of classifiers on whole datasets, and what a run logs."""
 
+import math
 import time
 from collections.abc import Callable
 from typing import Any
@@ -8,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dpmix_jax import privacy, training
+from dpmix_jax import augment, privacy, sampling, training
 from dpmix_jax.data import Dataset, Records
 from dpmix_jax.progress import Progress, say
 from dpmix_jax.run.build import Parts
@@ -69,15 +70,57 @@ def per_class_accuracy(confusion: np.ndarray) -> np.ndarray:
 
 
 def make_confusions(
-    logits_fn: Callable[[PyTree, jax.Array], jax.Array], dataset: Dataset
+    logits_fn: Callable[[PyTree, jax.Array], jax.Array],
+    dataset: Dataset,
+    *,
+    num_views: int = 1,
+    augmentation: augment.AugmentationConfig,
 ) -> Confusions:
-    """Returns `make_confusion` of each split that is there, by its name in metrics."""
+    """Returns `make_confusion` of each split that is there, by its name in metrics.
+
+    With more than one view, `..._views` are of predictions averaged over them.
+    """
     splits = {"test": dataset.test, "nonprivate/validation": dataset.validation}
-    return {
-        name: make_confusion(logits_fn, records)
-        for name, records in splits.items()
-        if records is not None
-    }
+    there = {name: x for name, x in splits.items() if x is not None}
+    found = {name: make_confusion(logits_fn, x) for name, x in there.items()}
+    if num_views > 1:
+        averaged = averaged_over_views(logits_fn, num_views, augmentation)
+        size = max(512 // num_views, 1)
+        for name, x in there.items():
+            found[f"{name}_views"] = make_confusion(averaged, x, batch_size=size)
+    return found
+
+
+def averaged_over_views(
+    logits_fn: Callable[[PyTree, jax.Array], jax.Array],
+    num_views: int,
+    augmentation: augment.AugmentationConfig,
+) -> Callable[[PyTree, jax.Array], jax.Array]:
+    """Returns a classifier that averages its probabilities over views of an image.
+
+    What is released does not change by it: this is post-processing.
+
+    Args:
+      logits_fn: `f(params, images [B, H, W, C]) -> logits [B, O]`.
+      num_views: V.
+      augmentation: how views are drawn, from a key that anybody knows.
+
+    Returns:
+      `f(params, images [B, H, W, C]) -> log probabilities [B, O]`.
+    """
+
+    def averaged(params, images):
+        keys = jax.random.split(sampling.stream_key(0, "augmentation"), len(images))
+        views = jax.vmap(
+            lambda key, image: augment.views(
+                key, image, num_views, augmentation=augmentation
+            )
+        )(keys, images)
+        logits = logits_fn(params, views.reshape(-1, *images.shape[1:]))
+        of_views = jax.nn.log_softmax(logits.reshape(len(images), num_views, -1))
+        return jax.nn.logsumexp(of_views, axis=1) - math.log(num_views)
+
+    return averaged
 
 
 def make_log(

@@ -111,7 +111,12 @@ def train(
         seed=0 if seed is None else seed,
         public=public,
     )
-    confusions = evaluate.make_confusions(model.logits, dataset)
+    confusions = evaluate.make_confusions(
+        model.logits,
+        dataset,
+        num_views=config.evaluate.views,
+        augmentation=config.augmentation,
+    )
     log = evaluate.make_log(config, mechanism, parts, confusions, workdir, started)
 
     # From the last checkpoint, or from the initial weights.
@@ -134,6 +139,22 @@ def train(
     workdir.keep_metrics(first)
     if first:
         say(f"going on after update {first}")
+
+    if config.finetune.embeddings == "kept" and first < num_updates:
+        assert seed is not None
+        with performance.explained_out_of_memory(config.performance):
+            rows = build.keep(
+                parts,
+                config,
+                model,
+                workdir.embeddings,
+                num_records=len(train_set),
+                stop=lambda: bool(signals),
+            )
+        if rows is None:
+            say("stopped: the same command goes on from there")
+            return False
+        parts = build.on_kept(parts, config, model, rows, seed)
 
     every, progress = config.logging, Progress(first, num_updates, started)
     with performance.explained_out_of_memory(config.performance):
@@ -169,7 +190,7 @@ def train(
 
     # Nothing is drawn from the seed any more: the secrets go before anything comes out.
     checkpoints.keep_last()
-    workdir.forget_seed()
+    workdir.forget_secrets()
     release(
         config,
         parts,

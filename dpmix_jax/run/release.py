@@ -55,6 +55,7 @@ def release(
         precision=config.performance.precision,
         num_groups=int(parts.terms.expected) if parts.terms.shape else None,
         public_data=public_data,
+        kept_sets=config.finetune.sets * (config.finetune.embeddings == "kept"),
     )
     text = statement.statement(facts)
     workdir.write("model.safetensors", export_weights(state))
@@ -76,6 +77,10 @@ def release(
         "jax": jax.__version__,
         "seconds": time.time() - started,
     }
+    if "test_views" in confusions:
+        for name, params in (("", state.params), ("_ema", state.ema_params)):
+            counts = confusions["test_views"](parts.all_params(params))
+            results[f"test_accuracy{name}_views"] = evaluate.accuracy(counts)
     if raw[:, -1].any() or ema[:, -1].any():
         results["diverged"] = True
     if facts["selection"]:

@@ -19,6 +19,7 @@ def privacy_report(
     num_groups: int | None = None,
     clipping: str = "instantiate",
     precision: str = "float32",
+    kept_sets: int = 0,
 ) -> dict[str, Any]:
     """Collects what `statement` must say, as JSON-ready values (`privacy.json`).
 
@@ -34,6 +35,8 @@ def privacy_report(
       num_groups: expected groups of a batch, for `microbatch_mixup`.
       clipping: see `PerformanceConfig`.
       precision: of the model, see `PerformanceConfig`.
+      kept_sets: M, augmentation sets of each record whose embeddings were kept while
+        the run went on; 0 for none.
     """
     selection = _selection(config)
     if mechanism.selection != config.private_selection:
@@ -66,6 +69,7 @@ def privacy_report(
         "precision": precision,
         "secret_seed": secret_seed,
         "accountant": accountant_version(),
+        **({"kept_sets": kept_sets} if kept_sets else {}),
     }
 
 
@@ -217,6 +221,14 @@ def statement(report: dict[str, Any]) -> str:
         "Accountant": (
             f"{report['accountant']}: {', '.join(found)}, at delta ="
             f" {round_up(delta, 7)}"
+        ),
+        "Kept embeddings": (
+            f"{report['kept_sets']} augmentation set(s) of each record were embedded"
+            " once, from that record, public data and a key; each update drew one of"
+            " them for each of its records. The embeddings were deleted after the last"
+            " update"
+            if report.get("kept_sets")
+            else ""
         ),
         "Public data used": report["public_data"],
         "Seed": _SEEDS[report["secret_seed"]],

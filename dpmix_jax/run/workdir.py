@@ -71,7 +71,7 @@ class Workdir:
           noise_multiplier: of the run.
 
         Returns:
-          The seed of the run, or None once `forget_seed` has erased it.
+          The seed of the run, or None once `forget_secrets` has erased it.
 
         Raises:
           UserError: if a run began here with other data, or if its secret is lost.
@@ -97,8 +97,14 @@ class Workdir:
         text = json.dumps(content)
         write_atomically(self.path / "secret.json", text, mode=0o600)
 
-    def forget_seed(self) -> None:
-        """Erases the seed, with which the noise could be drawn again."""
+    @property
+    def embeddings(self) -> pathlib.Path:
+        """The file of embeddings that are kept until the last update."""
+        return self.path / "embeddings"
+
+    def forget_secrets(self) -> None:
+        """Erases kept embeddings, and the seed that can draw the noise again."""
+        self.embeddings.unlink(missing_ok=True)
         kept = self.kept()
         assert kept is not None
         self._keep(**{**kept, "seed": None})

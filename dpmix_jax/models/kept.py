@@ -1,0 +1,194 @@
+"""Embeddings that are kept: a frozen encoder runs once over M sets of each record.
+
+`keep` embeds the sets that updates 0 to M - 1 of a run with fresh embeddings would make
+of every record, one row a set. From then on the rows are the data: an update draws one
+of the M rows of each record of its batch (`rows_of`), and looks it up (`sets`).
+"""
+
+import os
+import pathlib
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dpmix_jax import devices, sampling, training
+from dpmix_jax.progress import duration, say
+
+PyTree = Any
+Embed = Callable[[jax.Array, training.Batch, training.Inputs], tuple[jax.Array, ...]]
+
+_SECONDS = 10.0  # between lines of progress
+_LARGEST = float(np.finfo(np.float16).max)
+
+
+def make_embed(
+    sets: training.MakeSets,
+    encode: Callable[[PyTree, jax.Array], jax.Array],
+    mesh: jax.sharding.Mesh,
+) -> Embed:
+    """Compiles the embedding of the sets of a microbatch.
+
+    Formal guarantees:
+      - Record i's row depends on record i, its index, the step, the key, the encoder
+        and the public pool alone, on no other record.
+
+    Args:
+      sets: from `training.make_sets`.
+      encode: `f(frozen parameters, images [n, H, W, C]) -> [n, *E]`, each of its image
+        alone.
+      mesh: from `devices.make_mesh`.
+
+    Returns:
+      `f(step, batch, inputs) -> (embeddings float16 [m, K, *E], soft labels float32
+      [m, K, O])`; the one constant of the inputs, if any, is the tree of frozen
+      parameters. What is beyond float16 becomes its largest number.
+    """
+
+    def embed(step, batch, inputs):
+        images, labels, _ = sets(step, batch, inputs)
+        records, members, *shape = images.shape
+        frozen = inputs.constants[0] if inputs.constants else {}
+        found = encode(frozen, images.reshape(-1, *shape))
+        found = jnp.clip(found.astype(jnp.float32), -_LARGEST, _LARGEST)
+        found = found.reshape(records, members, *found.shape[1:])
+        return found.astype(jnp.float16), labels.astype(jnp.float32)
+
+    return jax.jit(devices.on_every_device(embed, mesh))
+
+
+def row_type(embed: Embed, batch: training.Batch, inputs: training.Inputs) -> np.dtype:
+    """Returns the type of a row: `embeddings` [K, *E] and `labels` [K, O].
+
+    Args:
+      embed: from `make_embed`.
+      batch: any microbatch.
+      inputs: of the run.
+    """
+    parts = jax.eval_shape(embed, jnp.int32(0), batch, inputs)
+    names = ("embeddings", "labels")
+    return np.dtype(
+        [(n, x.dtype, x.shape[1:]) for n, x in zip(names, parts, strict=True)]
+    )
+
+
+def keep(
+    path: pathlib.Path,
+    embed: Embed,
+    put: Callable[[np.ndarray], training.Batch],
+    inputs: training.Inputs,
+    *,
+    num_records: int,
+    num_sets: int,
+    microbatch_size: int,
+    stop: Callable[[], bool] = lambda: False,
+) -> np.ndarray | None:
+    """Embeds M sets of every record, or goes on with it, or finds that it is done.
+
+    Args:
+      path: of the file, which only its owner may read: embeddings are as private as
+        the records.
+      embed: from `make_embed`.
+      put: puts a microbatch of indices on the devices.
+      inputs: of the run.
+      num_records: N.
+      num_sets: M.
+      microbatch_size: m, records that are embedded before they are written.
+      stop: asked before each microbatch; once true, what was done stays for the next
+        call.
+
+    Returns:
+      A memory map of rows [M * N] of `row_type`, of which row j * N + i is set j of
+      record i; None if stopped.
+    """
+    row = row_type(embed, put(np.full(microbatch_size, -1)), inputs)
+    if not path.exists():
+        partial = path.with_name(f"{path.name}.partial")
+        descriptor = os.open(partial, os.O_RDWR | os.O_CREAT, 0o600)
+        with open(descriptor, "r+b") as file:
+            starts = [
+                (j, i)
+                for j in range(num_sets)
+                for i in range(0, num_records, microbatch_size)
+            ]
+            written = os.fstat(descriptor).st_size // row.itemsize
+            done = max(sum(j * num_records + i <= written for j, i in starts) - 1, 0)
+            j, i = starts[done]
+            file.truncate((j * num_records + i) * row.itemsize)
+            file.seek(0, os.SEEK_END)
+            for j, i in _with_progress(starts, done):
+                if stop():
+                    return None
+                indices = np.arange(i, i + microbatch_size)
+                indices[indices >= num_records] = -1
+                found = embed(jnp.int32(j), put(indices), inputs)
+                rows = np.zeros(np.count_nonzero(indices >= 0), row)
+                for name, array in zip(row.names or (), found, strict=True):
+                    rows[name] = np.asarray(array)[: len(rows)]
+                file.write(rows.tobytes())
+            file.flush()
+            os.fsync(descriptor)
+        os.replace(partial, path)
+    return np.memmap(path, row, "r", shape=(num_sets * num_records,))
+
+
+def _with_progress(starts: list[tuple[int, int]], done: int):
+    """Yields what is still to do, and says now and then how much that is."""
+    began = said = time.monotonic()
+    for count, start in enumerate(starts[done:]):
+        now = time.monotonic()
+        if now - said >= _SECONDS:
+            said, pace = now, (now - began) / count
+            eta = duration(pace * (len(starts) - done - count))
+            say(f"embedding {(done + count) / len(starts):.0%}  ETA {eta}")
+        yield start
+
+
+def rows_of(
+    microbatches: list[np.ndarray],
+    *,
+    seed: int,
+    step: int,
+    num_records: int,
+    num_sets: int,
+) -> list[np.ndarray]:
+    """Draws for update `step` which of the M sets of each record stands for it.
+
+    Formal guarantees:
+      - The draw of record i depends on the seed, the step and i alone.
+
+    Args:
+      microbatches: indices of records, -1 for padding.
+      seed: of the run.
+      step: the update.
+      num_records: N.
+      num_sets: M.
+
+    Returns:
+      Rows in [0, M * N) of what `keep` returns, -1 for padding.
+    """
+    drawn = sampling.generator(seed, "sets", step).integers(num_sets, size=num_records)
+    rows = drawn * num_records + np.arange(num_records)
+    return [np.where(part < 0, -1, rows[part]) for part in microbatches]
+
+
+def sets(
+    step: jax.Array, batch: training.Batch, inputs: training.Inputs
+) -> training.Sets:
+    """Looks up the kept sets of a microbatch: a `training.MakeSets`.
+
+    Formal guarantees:
+      - Record i's set is the row that was drawn for it, and no other.
+
+    Args:
+      step: not used, the rows are drawn already.
+      batch: rows from `rows_of` in the place of indices.
+      inputs: with the columns of `keep`'s rows as records.
+    """
+    del step
+    embeddings, labels = training.look_up(batch, inputs)
+    present = (batch.indices >= 0).astype(jnp.float32)
+    return training.Sets(embeddings.astype(jnp.float32), labels, present)
