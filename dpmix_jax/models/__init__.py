@@ -1,30 +1,36 @@
 """Models by name. Any Flax Linen module without batch statistics can be added here."""
 
 import dataclasses
+from collections.abc import Callable
 
 from flax import linen as nn
 
 from dpmix_jax.errors import UserError
 from dpmix_jax.models.cnn import CNN
 from dpmix_jax.models.convnext import ConvNeXt
-from dpmix_jax.models.layers import EncoderAndHead
+from dpmix_jax.models.layers import EncoderAndHead, LinearHead
+from dpmix_jax.models.scattering import Scattering, ScatteringCNN
 from dpmix_jax.models.vit import VisionTransformer
 from dpmix_jax.models.wrn import WideResNet
 
 # A class with `num_classes` maps images to logits. A class without maps images to
-# embeddings, and gets a linear head.
+# embeddings, and gets the head of `HEADS`, or else a linear one.
 REGISTRY: dict[str, type[nn.Module]] = {
     "cnn": CNN,
     "convnext": ConvNeXt,
+    "scattering_cnn": Scattering,
+    "scattering_linear": Scattering,
     "vit": VisionTransformer,
     "wrn": WideResNet,
 }
+HEADS: dict[str, type[nn.Module]] = {"scattering_cnn": ScatteringCNN}
 
 
 def options(name: str) -> tuple[str, ...]:
     """Returns the names of the options of a model, or raises `UserError`."""
     given = ("parent", "name", "num_classes", "dtype")
-    return tuple(field for field in _fields(name) if field not in given)
+    fields = [*_fields(_model(name)), *(_fields(HEADS[name]) if name in HEADS else ())]
+    return tuple(dict.fromkeys(field for field in fields if field not in given))
 
 
 def create(name: str, num_classes: int | None, **kwargs) -> nn.Module:
@@ -38,14 +44,28 @@ def create(name: str, num_classes: int | None, **kwargs) -> nn.Module:
     Raises:
       UserError: for a name that no model has.
     """
-    if "num_classes" in _fields(name):
-        return REGISTRY[name](num_classes=num_classes, **kwargs)
-    return EncoderAndHead(REGISTRY[name](**kwargs), num_classes)
+    model = _model(name)
+    if "num_classes" in _fields(model):
+        return model(num_classes=num_classes, **kwargs)
+    names = _fields(HEADS[name]) if name in HEADS else ()
+    of_head = {key: value for key, value in kwargs.items() if key in names}
+    of_encoder = {
+        key: value
+        for key, value in kwargs.items()
+        if key in _fields(model) or key not in of_head
+    }
+    make: Callable[..., nn.Module] = HEADS.get(name, LinearHead)
+    head = None if num_classes is None else make(num_classes, **of_head)
+    return EncoderAndHead(model(**of_encoder), head)
 
 
-def _fields(name: str) -> tuple[str, ...]:
+def _model(name: str) -> type[nn.Module]:
     if name not in REGISTRY:
         raise UserError(
             f"model.name is {name!r}: it must be one of {', '.join(sorted(REGISTRY))}"
         )
-    return tuple(field.name for field in dataclasses.fields(REGISTRY[name]))
+    return REGISTRY[name]
+
+
+def _fields(module: type[nn.Module]) -> tuple[str, ...]:
+    return tuple(field.name for field in dataclasses.fields(module))

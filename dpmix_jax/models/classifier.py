@@ -22,9 +22,9 @@ class Classifier:
       shapes: `{"params": ...}` of `jax.ShapeDtypeStruct`.
       init: `f(key) -> params`.
       logits: `f(params, images [B, H, W, C]) -> [B, O]`.
-      encode: `f(params, images [N, H, W, C]) -> embeddings [N, E]`, each of its image
-        alone, or None for a model without an encoder and a head.
-      classify: `f(params, embeddings [B, E]) -> [B, O]`, by the head alone.
+      encode: `f(params, images [N, H, W, C]) -> embeddings [N, ...]`, each of its
+        image alone, or None for a model without an encoder and a head.
+      classify: `f(params, embeddings [B, ...]) -> [B, O]`, by the head alone.
       images_at_once: how many images `encode` takes at a time on this machine, or None
         for all.
     """
@@ -123,7 +123,8 @@ def _in_chunks(
             return of_each(images)
         whole = len(images) // size * size
         chunks = images[:whole].reshape(-1, size, *images.shape[1:])
-        first = jax.lax.map(of_each, chunks).reshape(whole, -1)
+        first = jax.lax.map(of_each, chunks)
+        first = first.reshape(whole, *first.shape[2:])
         rest = [of_each(images[whole:])] if whole < len(images) else []
         return jnp.concatenate([first, *rest])
 

@@ -166,9 +166,9 @@ def join(trained: PyTree, frozen: PyTree | None = None) -> PyTree:
 
 
 def is_head(trained: PyTree, frozen: PyTree) -> bool:
-    """Whether these are a whole head, and the encoder that feeds it."""
-    both = trained, frozen or {"params": {}}
-    return [set(part["params"]) for part in both] == [{"head"}, {"encoder"}]
+    """Whether these are a whole head, and what its encoder has of parameters."""
+    trained, frozen = trained["params"], (frozen or {"params": {}})["params"]
+    return set(trained) == {"head"} and set(frozen) <= {"encoder"}
 
 
 def on_embeddings(
@@ -183,22 +183,22 @@ def on_embeddings(
 
     Args:
       gradient_fn: from `gradients.clipped_gradient`, of a loss of a head over
-        embeddings [K, E] and labels [K, O].
-      encode: `f(frozen params, images [N, H, W, C]) -> [N, E]`, each from its image
-        alone.
+        embeddings [K, ...] and labels [K, O].
+      encode: `f(frozen params, images [N, H, W, C]) -> [N, ...]`, each from its
+        image alone.
 
     Returns:
       A clipped sum over images [B, K, H, W, C] and labels [B, K, O], of the same
-      sensitivity; the one constant is the tree of frozen parameters.
+      sensitivity; the one constant is the tree of frozen parameters, if there are any.
     """
 
     def clipped_sum(params, images, labels, *, constants, is_padding_example=None):
         records, members, *shape = images.shape
-        (frozen,) = constants
+        (frozen,) = constants or ({},)
         embeddings = encode(frozen, images.reshape(-1, *shape))
         return gradient_fn(
             params,
-            embeddings.reshape(records, members, -1),
+            embeddings.reshape(records, members, *embeddings.shape[1:]),
             labels,
             is_padding_example=is_padding_example,
         )

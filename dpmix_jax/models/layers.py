@@ -128,32 +128,42 @@ def mlp(x: jax.Array, hidden: int, dtype: jax.typing.DTypeLike) -> jax.Array:
     return dense(x.shape[-1], dtype, "fc2")(y)
 
 
+class LinearHead(nn.Dense):
+    """A linear classifier of embeddings of any shape.
+
+    It starts at zero, as is usual for linear probes: all classes are equally likely,
+    and its first gradient does not depend on chance.
+    """
+
+    kernel_init: nn.initializers.Initializer = nn.initializers.zeros
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Embeddings [B, ...] -> logits [B, O]."""
+        return super().__call__(x.reshape(x.shape[0], -1))
+
+
 class EncoderAndHead(nn.Module):
-    """An image encoder with a linear head.
+    """An image encoder and a classifier of its embeddings.
 
     Parameters are `{"encoder": ..., "head": ...}`; `pretrained.load_encoder` reads
-    weights for the encoder. The head starts at zero, as is usual for linear probes: all
-    classes are equally likely, and its first gradient does not depend on chance.
+    weights for the encoder. An encoder without parameters leaves `{"head": ...}`.
 
     Attributes:
-      encoder: maps images [B, H, W, C] to embeddings [B, E] in float32.
-      num_classes: O; None leaves the head out: the result is the embedding.
+      encoder: maps images [B, H, W, C] to embeddings [B, ...] in float32.
+      head: maps embeddings to logits [B, O]; None leaves it out: the result is the
+        embedding.
     """
 
     encoder: nn.Module
-    num_classes: int | None = None
-
-    def setup(self):
-        if self.num_classes is not None:
-            self.head = nn.Dense(self.num_classes, kernel_init=nn.initializers.zeros)
+    head: nn.Module | None = None
 
     def __call__(self, images: jax.Array) -> jax.Array:
-        """[B, H, W, C] -> logits [B, O], or embeddings [B, E] without classes."""
+        """[B, H, W, C] -> logits [B, O], or embeddings [B, ...] without a head."""
         embedding = self.encode(images)
-        return embedding if self.num_classes is None else self.head(embedding)
+        return embedding if self.head is None else self.head(embedding)
 
     def encode(self, images: jax.Array) -> jax.Array:
-        """[B, H, W, C] -> embeddings [B, E], not normalised."""
+        """[B, H, W, C] -> embeddings [B, ...] as the encoder returns them."""
         return self.encoder(images)
 
     @property
