@@ -33,8 +33,13 @@ from dpmix_jax.gradients import check_clip_norm, sum_of_no_records
 
 PyTree = Any
 
-# Rows that are multiplied at once: many are faster, few round less.
+# Rows that are multiplied at once: many are faster, few round less. A CPU is fastest
+# where these stay in its cache from their norms to their sum.
 _ROWS = 2048
+_NUMBERS_ON_CPU = 2**20
+
+# Up to so many rows, their inner products are faster one by one than as a matrix.
+_FEW_ROWS = 3
 
 # Above this, what is small beside it might vanish from float32 once it is clipped.
 _LARGEST_FACTOR = 1e12
@@ -44,11 +49,30 @@ _BODIES = ("checkpoint", "remat2", "scan")
 _LAYOUT = ("reshape", "transpose", "squeeze", "broadcast_in_dim", "rev", "copy")
 
 
+def cheaper_as_factors(positions: int, inputs: int, outputs: int) -> bool:
+    """Whether T rows on both sides take no more room than the matrix: T (d + p) <= d p.
+
+    Their T^2 inner products take no more either, for then 4 T^2 <= d p.
+
+    Args:
+      positions: T, of all K set members.
+      inputs: d, for a convolution channels times taps.
+      outputs: p.
+    """
+    return 0 < positions * (inputs + outputs) <= inputs * outputs
+
+
+def always(positions: int, inputs: int, outputs: int) -> bool:
+    """For a linear head, whose rows are there already: the embeddings of its images."""
+    return True
+
+
 def ghost_clipped_gradient(
     loss_fn: Callable[..., jax.Array],
     *,
     l2_clip_norm: float,
     convolutions: str = "auto",
+    keep: Callable[[int, int, int], bool] = cheaper_as_factors,
 ) -> clipping.BoundedSensitivityCallable:
     """`gradients.clipped_gradient` that keeps small factors instead of large matrices.
 
@@ -87,6 +111,8 @@ def ghost_clipped_gradient(
       l2_clip_norm: C, in [1e-10, 1e10].
       convolutions: how per-record gradients of convolutions are computed where they
         are, see `conv.fast_convolutions`.
+      keep: `f(T, d, p)`, whether the factors of a matrix used once are kept:
+        `cheaper_as_factors`, or `always`.
 
     Returns:
       A function of the signature of `clipped_gradient`'s.
@@ -111,8 +137,8 @@ def ghost_clipped_gradient(
         def value_and_kept(params, *record):
             args = (params, *record, *constants)
             closed = jax.make_jaxpr(jax.value_and_grad(loss_fn))(*args)
-            rewritten, sources[:] = _rewritten(closed)
-            return core.jaxpr_as_fun(rewritten)(*jax.tree.leaves(args))
+            outputs, sources[:] = _rewritten(closed, keep)
+            return outputs(*jax.tree.leaves(args))
 
         of_one = conv.fast_convolutions(value_and_kept, formulation=convolutions)
         axes = (None, *(0 for _ in records))
@@ -129,19 +155,6 @@ def ghost_clipped_gradient(
     )
 
 
-def cheaper_as_factors(positions: int, inputs: int, outputs: int) -> bool:
-    """Whether T rows on both sides take no more room than the matrix: T (d + p) <= d p.
-
-    Their T^2 inner products take no more either, for then 4 T^2 <= d p.
-
-    Args:
-      positions: T, of all K set members.
-      inputs: d, for a convolution channels times taps.
-      outputs: p.
-    """
-    return 0 < positions * (inputs + outputs) <= inputs * outputs
-
-
 class _Source(NamedTuple):
     """How an output of the traced gradient comes about; by default it is formed.
 
@@ -150,8 +163,8 @@ class _Source(NamedTuple):
         repeats a 0.
       position: which of the equation's outputs it is.
       inner: the source in the body.
-      inputs: d, if rows [*b, T, d + p] of a and g are kept; 0 if not.
-      finish: makes the output of the sum of products [*b, d, p], or of the kept 0.
+      inputs: d, if rows a [*b, T, d] and g [*b, T, p] are kept; 0 if not.
+      finish: makes the output of the sum of products, see `_order`, or of the kept 0.
     """
 
     equation: Any = None
@@ -167,7 +180,7 @@ class _Source(NamedTuple):
 def _clipped_sums(
     clip_norm: float,
     usable: jax.Array,
-    kept: Sequence[jax.Array],
+    kept: Sequence[PyTree],
     sources: Sequence[_Source],
 ) -> tuple[list[jax.Array], jax.Array]:
     """Clips every record by the norm of all that is kept of it, and adds up.
@@ -179,7 +192,7 @@ def _clipped_sums(
     Args:
       clip_norm: C.
       usable: [B] bool, which records may count.
-      kept: for each output what is kept of all records, [B, ...].
+      kept: for each output what is kept of all records, [B, ...] or two such.
       sources: of the outputs.
 
     Returns:
@@ -187,49 +200,70 @@ def _clipped_sums(
     """
     size = len(usable)
     if size == 1:
-        usable, *kept = (
-            jnp.concatenate([x, jnp.zeros_like(x)]) for x in (usable, *kept)
+        usable, kept = jax.tree.map(
+            lambda x: jnp.concatenate([x, jnp.zeros_like(x)]), (usable, kept)
         )
-    rows = [x.shape[-2] for x, s in zip(kept, sources, strict=True) if s.inputs]
-    limit = max(1, min(len(usable) // 2, _ROWS // max(rows, default=1)))
-    together = max(n for n in range(1, limit + 1) if len(usable) % n == 0)
-    rounds = len(usable) // together
+    together = _records_at_once(kept, sources)
+    rounds = -(-len(usable) // together)
+    last = len(usable) - together
 
-    def clipped(usable, *kept):
+    def clipped(counts, kept):
         with jax.enable_x64(True):
             norms = [_norms(x, s, rounds) for x, s in zip(kept, sources, strict=True)]
             norm = jnp.sqrt(sum(map(jnp.square, norms))).astype(jnp.float32)
         weights = jnp.minimum(1.0, clip_norm / jnp.maximum(norm, 1e-30))
         # A subnormal weight would be rounded by more than the bounds allow for.
-        counts = usable & jnp.isfinite(norm) & (weights >= 2.0**-126)
+        counts = counts & jnp.isfinite(norm) & (weights >= 2.0**-126)
         weights = jnp.where(counts, weights, 0.0)
         each = zip(kept, sources, strict=True)
         return [_weighted_sum(weights, x, source) for x, source in each], norm
 
-    def add(totals, block):
-        sums, norms = clipped(*block)
+    def block(start):
+        """The last one begins among the records of the one before: these are over."""
+        first = jnp.minimum(start, last)
+        part, *kept_of_block = jax.tree.map(
+            lambda x: jax.lax.dynamic_slice_in_dim(x, first, together), (usable, *kept)
+        )
+        return part & (first + jnp.arange(together) >= start), kept_of_block
+
+    def add(totals, start):
+        sums, norms = clipped(*block(start))
         return jax.tree.map(jnp.add, totals, sums), norms
 
-    blocks = [x.reshape(rounds, together, *x.shape[1:]) for x in (usable, *kept)]
-    shapes, _ = jax.eval_shape(clipped, *(x[0] for x in blocks))
+    shapes, _ = jax.eval_shape(lambda: clipped(*block(0)))
     zeros = [jnp.zeros(x.shape, x.dtype) for x in shapes]
-    totals, norms = jax.lax.scan(add, zeros, blocks)
+    starts = together * jnp.arange(rounds)
+    totals, norms = jax.lax.scan(add, zeros, starts)
     sums = [s.finish(total) for s, total in zip(sources, totals, strict=True)]
-    return sums, norms.reshape(-1)[:size]
+    new = len(usable) - together * (rounds - 1)
+    norms = jnp.concatenate([norms[:-1].reshape(-1), norms[-1, together - new :]])
+    return sums, norms[:size]
 
 
-def _norms(kept: jax.Array, source: _Source, rounds: int) -> jax.Array:
+def _records_at_once(kept: Sequence[PyTree], sources: Sequence[_Source]) -> int:
+    """Returns how many records a block has: at most half of them."""
+    records = len(jax.tree.leaves(kept)[0])
+    rows = [x[0].shape[-2] for x, s in zip(kept, sources, strict=True) if s.inputs]
+    limit = _ROWS // max(rows, default=1)
+    if jax.default_backend() == "cpu":
+        numbers = max(x.size // records for x in jax.tree.leaves(kept))
+        limit = min(limit, max(16, _NUMBERS_ON_CPU // max(numbers, 1)))
+    return max(1, min(records // 2, limit))
+
+
+def _norms(kept: PyTree, source: _Source, rounds: int) -> jax.Array:
     """Returns norms, [r] in float64, of r records' gradients in a sum over records."""
-    records, axes = len(kept), tuple(range(1, kept.ndim))
-    wide = kept.astype(jnp.float64)
+    wide = jax.tree.map(lambda x: x.astype(jnp.float64), kept)
     if not source.inputs:
-        norms = jnp.sqrt(jnp.square(wide).sum(axes))
-        return norms * (1 + _rounding(records + rounds))
-    a, g = jnp.split(wide, [source.inputs], -1)
-    norms = _norms_of_products(a, g, records * kept.shape[-2] + rounds)
-    norms = jnp.sqrt(jnp.square(norms).sum(axes[:-2]))
-    small = (jnp.abs(kept) <= _LARGEST_FACTOR).all(axes)
-    return jnp.where(small, norms, jnp.inf)
+        norms = jnp.sqrt(jnp.square(wide).sum(range(1, wide.ndim)))
+        return norms * (1 + _rounding(len(wide) + rounds))
+    a, g = wide
+    norms = _norms_of_products(a, g, len(a) * a.shape[-2] + rounds)
+    norms = jnp.sqrt(jnp.square(norms).sum(range(1, norms.ndim)))
+    for x in kept:
+        small = (jnp.abs(x) <= _LARGEST_FACTOR).all(range(1, x.ndim))
+        norms = jnp.where(small, norms, jnp.inf)
+    return norms
 
 
 def _norms_of_products(a: jax.Array, g: jax.Array, rounded: int) -> jax.Array:
@@ -251,11 +285,20 @@ def _norms_of_products(a: jax.Array, g: jax.Array, rounded: int) -> jax.Array:
       [*b] float64.
     """
     (*_, t, d), p = a.shape, g.shape[-1]
-    products = (a @ a.mT) * (g @ g.mT)
-    lengths = jnp.sqrt(jnp.diagonal(products, axis1=-2, axis2=-1)).sum(-1)
+    inner = [_inner_products(x) for x in (a, g)]
+    squares = [jnp.diagonal(x, axis1=-2, axis2=-1) for x in inner]
+    lengths = jnp.sqrt(squares[0] * squares[1]).sum(-1)
     hidden = _rounding(d + p + t * t, 2.0**-53) * jnp.square(lengths)
-    norms = jnp.sqrt(jnp.maximum(products.sum((-2, -1)), 0.0) + hidden)
+    total = (inner[0] * inner[1]).sum((-2, -1))
+    norms = jnp.sqrt(jnp.maximum(total, 0.0) + hidden)
     return norms + _rounding(rounded) * lengths
+
+
+def _inner_products(rows: jax.Array) -> jax.Array:
+    """Returns [*b, T, T], of all pairs of rows [*b, T, n]."""
+    if rows.shape[-2] > _FEW_ROWS:
+        return rows @ rows.mT
+    return (rows[..., :, None, :] * rows[..., None, :, :]).sum(-1)
 
 
 def _rounding(n: int, unit: float = 2.0**-24) -> float:
@@ -263,14 +306,25 @@ def _rounding(n: int, unit: float = 2.0**-24) -> float:
     return (n + 8) * unit / (1 - (n + 8) * unit)
 
 
-def _weighted_sum(weights: jax.Array, kept: jax.Array, source: _Source) -> jax.Array:
+def _weighted_sum(weights: jax.Array, kept: PyTree, source: _Source) -> jax.Array:
     """Sums r records' gradients, each times its weight [r], in float32."""
-    weights = weights.reshape(-1, *(1,) * (kept.ndim - 1))
-    kept = jnp.where(weights > 0, kept, kept.dtype.type(0))  # 0 times NaN is NaN
+
+    def of_counted(x):
+        counted = weights.reshape(-1, *(1,) * (x.ndim - 1)) > 0
+        return jnp.where(counted, x, x.dtype.type(0))  # 0 times NaN is NaN
+
+    *a, g = jax.tree.leaves(jax.tree.map(of_counted, kept))
+    weighted = weights.reshape(-1, *(1,) * (g.ndim - 1)) * g.astype(jnp.float32)
     if not source.inputs:
-        return (weights * kept.astype(jnp.float32)).sum(0)
-    a, g = jnp.split(kept, [source.inputs], -1)
-    return jnp.einsum("r...td,r...tp->...dp", a, weights * g, precision="float32")
+        return weighted.sum(0)
+    order = _order(source.inputs, g.shape[-1])
+    products = f"r...td,r...tp->...{order}"
+    return jnp.einsum(products, *a, weighted, precision="float32")
+
+
+def _order(inputs: int, outputs: int) -> str:
+    """How sums of products d x p are laid out: with the longer side last, for speed."""
+    return "pd" if inputs > outputs else "dp"
 
 
 # What a product is made of.
@@ -296,12 +350,12 @@ def _sizes(equation) -> tuple[int, int, int] | None:
     return math.prod(positions), out.size // outputs, outputs
 
 
-def _rows(equation, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
-    """Lays out the operands of a product as rows of both, [*b, T, d + p]."""
+def _rows(equation, lhs: jax.Array, rhs: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Lays out the operands of a product as rows, [*b, T, d] and [*b, T, p]."""
     params = equation.params
     if equation.primitive.name == "dot_general":
-        pairs = zip((lhs, rhs), *params["dimension_numbers"], strict=True)
-        return jnp.concatenate([_laid_out(*pair) for pair in pairs], -1)
+        (of_lhs, of_rhs) = zip(*params["dimension_numbers"], strict=True)
+        return _laid_out(lhs, *of_lhs), _laid_out(rhs, *of_rhs)
     numbers = params["dimension_numbers"]
     n, c, *space = numbers.lhs_spec
     o, f, *window = numbers.rhs_spec
@@ -311,8 +365,8 @@ def _rows(equation, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
     taps = itertools.product(*(range(shape[axis]) for axis in numbers.out_spec[2:]))
     spread = gradients.shape[1:-1]
     pieces = [conv.window(params, images, tap, spread) for tap in taps]
-    rows = jnp.concatenate([*pieces, gradients], -1)
-    return rows.reshape(-1, rows.shape[-1])
+    rows = jnp.concatenate(pieces, -1)
+    return rows.reshape(-1, rows.shape[-1]), gradients.reshape(-1, gradients.shape[-1])
 
 
 def _laid_out(operand: jax.Array, contracted, batch) -> jax.Array:
@@ -324,8 +378,9 @@ def _laid_out(operand: jax.Array, contracted, batch) -> jax.Array:
     return operand.reshape(*sizes, positions, -1)
 
 
-def _finished(equation, product: jax.Array) -> jax.Array:
-    """Lays a product [*b, d, p] out as the output of its equation."""
+def _finished(equation, sizes: tuple[int, int, int], product: jax.Array) -> jax.Array:
+    """Lays a sum of products out as the output of its equation, of T, d and p."""
+    product = product if _order(*sizes[1:]) == "dp" else product.mT
     shape = equation.outvars[0].aval.shape
     if equation.primitive.name == "dot_general":
         return product.reshape(shape)
@@ -338,14 +393,16 @@ def _finished(equation, product: jax.Array) -> jax.Array:
 # The rewrite of a traced gradient.
 
 
-def _rewritten(closed: core.ClosedJaxpr) -> tuple[core.ClosedJaxpr, list[_Source]]:
+def _rewritten(
+    closed: core.ClosedJaxpr, keep: Callable[[int, int, int], bool]
+) -> tuple[Callable[..., list[PyTree]], list[_Source]]:
     """Puts what is kept in the place of gradients, and says how these come of it."""
     sources: dict[int, _Source] = {}
     try:
-        inlined = _with_kept(closed, {})
-        sources = _sources(inlined.jaxpr)
+        closed = _with_kept(closed, {})
+        sources = _sources(closed.jaxpr, keep)
         sources.pop(0, None)  # the loss
-        closed = _with_kept(inlined, sources)
+        jax.eval_shape(functools.partial(_interpret, closed, sources), *closed.in_avals)
     except (AttributeError, TypeError, NotImplementedError, KeyError) as error:
         warnings.warn(
             f"jax {jax.__version__} does not let us find factors, so that every"
@@ -354,10 +411,13 @@ def _rewritten(closed: core.ClosedJaxpr) -> tuple[core.ClosedJaxpr, list[_Source
         )
         sources = {}
     gradients = range(1, len(closed.jaxpr.outvars))
-    return closed, [sources.get(k, _Source()) for k in gradients]
+    outputs = functools.partial(_interpret, closed, sources)
+    return outputs, [sources.get(k, _Source()) for k in gradients]
 
 
-def _sources(jaxpr: core.Jaxpr) -> dict[int, _Source]:
+def _sources(
+    jaxpr: core.Jaxpr, keep: Callable[[int, int, int], bool]
+) -> dict[int, _Source]:
     """Finds the outputs in whose place something smaller can be kept."""
     producers = {var: eqn for eqn in jaxpr.eqns for var in eqn.outvars}
     atoms = (*jaxpr.outvars, *(a for e in jaxpr.eqns for a in e.invars))
@@ -369,12 +429,12 @@ def _sources(jaxpr: core.Jaxpr) -> dict[int, _Source]:
         equation, alone = producers[var], alone and uses[var] == 1
         name, position = equation.primitive.name, equation.outvars.index(var)
         sizes = _sizes(equation)
-        if sizes and cheaper_as_factors(*sizes):
-            finish = functools.partial(_finished, equation)
+        if sizes and keep(*sizes):
+            finish = functools.partial(_finished, equation, sizes)
             return _Source(equation, position, None, sizes[1], finish)
         if name in _BODIES and alone:
             body = _closed(equation.params["jaxpr"]).jaxpr
-            inner = _sources(body).get(position)
+            inner = _sources(body, keep).get(position)
             stacked = var.aval.ndim > body.outvars[position].aval.ndim
             if inner and inner.inputs and (stacked or name != "scan"):  # or it adds up
                 each = jax.vmap(inner.finish) if stacked else inner.finish
@@ -402,9 +462,18 @@ def _evaluated(equation, operand: jax.Array) -> jax.Array:
 def _with_kept(
     closed: core.ClosedJaxpr, sources: dict[int, _Source]
 ) -> core.ClosedJaxpr:
-    """Returns the jaxpr with what is kept in the place of these outputs."""
-    avals = [var.aval for var in closed.jaxpr.invars]
-    return jax.make_jaxpr(functools.partial(_interpret, closed, sources))(*avals)
+    """Returns the jaxpr with what is kept in the place of these outputs.
+
+    Rows [*b, T, d] and [*b, T, p] are one array there, for the jaxpr is also the body
+    of an equation, whose number of outputs JAX knows.
+    """
+
+    def function(*args):
+        outputs = _interpret(closed, sources, *args)
+        pairs = (x if isinstance(x, tuple) else (x,) for x in outputs)
+        return [x[0] if len(x) == 1 else jnp.concatenate(x, -1) for x in pairs]
+
+    return jax.make_jaxpr(function)(*(var.aval for var in closed.jaxpr.invars))
 
 
 def _interpret(
@@ -445,7 +514,8 @@ def _interpret(
             return read(jaxpr.outvars[k])
         equation, position, inner, inputs, _ = sources[k]
         if inner:
-            return read(equation.outvars[position])
+            kept = read(equation.outvars[position])
+            return tuple(jnp.split(kept, [inputs], -1)) if inputs else kept
         operands = list(map(read, equation.invars))
         return _rows(equation, *operands) if inputs else operands[0]
 

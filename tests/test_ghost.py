@@ -22,7 +22,7 @@ from dpmix_jax import (
     models,
     training,
 )
-from dpmix_jax.ghost import _norms_of_products
+from dpmix_jax.ghost import _norms_of_products, always
 from dpmix_jax.run import build
 from dpmix_jax.run.config import from_config_dict
 from tests import toy
@@ -289,6 +289,96 @@ def test_what_the_loss_ignores_is_not_formed():
     assert total["frozen"].shape == (1000, 1000)
     assert not total["frozen"].any()
     assert total["used"].any()
+
+
+def head(params, embeddings, labels):
+    """A linear head over embeddings [K, E] that were kept in half precision."""
+    logits = embeddings.astype(jnp.float32) @ params["kernel"] + params["bias"][None]
+    return optax.softmax_cross_entropy(logits, labels).mean()
+
+
+HEAD = {"kernel": draw(10, 40, 5), "bias": draw(11, 5)}
+
+
+@functools.cache
+def compiled_head(clip_norm=0.3):
+    gradient_fn = ghost_clipped_gradient(head, l2_clip_norm=clip_norm, keep=always)
+    return jax.jit(gradient_fn)
+
+
+def embedded(num, set_size, seed=0):
+    keys = jax.random.split(jax.random.key(seed))
+    labels = jax.random.randint(keys[1], (num, set_size), 0, 5)
+    embeddings = jax.random.normal(keys[0], (num, set_size, 40))
+    return embeddings, jax.nn.one_hot(labels, 5)
+
+
+@pytest.mark.parametrize("set_size", [1, 2, 8])
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_a_head_forms_no_gradient_of_a_record(set_size, dtype):
+    """35 records are no multiple of a block, and 8 rows are more than a matrix."""
+    embeddings, labels = embedded(35, set_size)
+    records = embeddings.astype(dtype), labels
+    gradient_fn = compiled_head()
+    expected, norms = oracle(HEAD, *records, 0.3, jax.jit(jax.grad(head)))
+    total, aux = gradient_fn(HEAD, *records)
+    np.testing.assert_allclose(toy.flat(total), expected, rtol=5e-5, atol=1e-6)
+    np.testing.assert_allclose(aux.grad_norms, norms, rtol=5e-5)
+    assert max(norms) > 0.3
+    largest = max(embeddings.size, 35 * set_size**2)
+    assert largest_array(gradient_fn, HEAD, *records) <= largest
+
+
+@pytest.mark.proves("ghost.ghost_clipped_gradient", 1, 2, 3, 4)
+@pytest.mark.parametrize("bad", [np.nan, np.inf, 3e38, 30.0])
+@pytest.mark.parametrize("set_size", [1, 2])
+def test_a_changed_record_moves_the_sum_of_a_head_by_its_term(set_size, bad):
+    embeddings, labels = embedded(35, set_size)
+    gradient_fn, nothing = compiled_head(), jnp.zeros(35, bool)
+    without = nothing.at[34].set(True)  # in the block that overlaps another
+    spoiled = embeddings.at[34, -1, 3].set(bad)
+    sums = [
+        toy.flat(gradient_fn(HEAD, x, labels, is_padding_example=padding)[0])
+        for x, padding in (
+            (embeddings, nothing),
+            (embeddings, without),
+            (spoiled, without),
+            (spoiled, nothing),
+        )
+    ]
+    np.testing.assert_array_equal(sums[1], sums[2])
+    one = jax.jit(jax.grad(head))
+    expected, _ = oracle(HEAD, embeddings[34:], labels[34:], 0.3, one)
+    np.testing.assert_allclose(sums[0] - sums[1], expected, atol=2e-6)
+    moved = np.linalg.norm(sums[3] - sums[1])
+    assert moved <= 0.3 * (1 + 1e-5)
+    assert np.isfinite(bad) or moved == 0
+
+
+@pytest.mark.proves("ghost.ghost_clipped_gradient", 2, 6)
+@pytest.mark.parametrize("set_size", [2, 8])
+@pytest.mark.parametrize("apart", [0.0, 1e-6, 1e-3, 1.0])
+def test_the_bound_of_a_head_holds_where_members_cancel(set_size, apart):
+    """Pairs of equal embeddings, up to `apart`, whose labels pull opposite ways."""
+    embeddings, _ = embedded(4, set_size)
+    embeddings = embeddings.at[:, 1::2].set(embeddings[:, ::2] + apart)
+    signs = jnp.tile(jnp.array([1.0, -1.0]), set_size // 2)
+
+    def loss_fn(params, embeddings, labels):
+        logits = embeddings @ params["kernel"] + params["bias"][None]
+        return 1e3 * (labels[:, None] * logits).sum()
+
+    gradient_fn = jax.jit(
+        ghost_clipped_gradient(loss_fn, l2_clip_norm=1e-3, keep=always)
+    )
+    labels = jnp.broadcast_to(signs, (4, set_size))
+    for i in range(4):
+        others = jnp.arange(4) != i
+        total, aux = gradient_fn(HEAD, embeddings, labels, is_padding_example=others)
+        assert np.linalg.norm(np.float64(toy.flat(total))) <= 1e-3
+        a = np.float64(embeddings[i])
+        true = 1e3 * np.linalg.norm(np.float64(signs) @ a) * 5**0.5
+        assert aux.grad_norms[i] >= true * (1 - 1e-7)
 
 
 LOSSES = {"conv": (toy.loss_fn, toy.init_params()), "dense": (loss_of(dense), DENSE)}

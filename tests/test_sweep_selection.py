@@ -202,7 +202,7 @@ DIFF = {"method.name": "dp_mix_diff", "public.name": "rendered_digits"}
         ({"data.half": 1}, "data.half (0 there, 1 here)"),
         (DIFF, "public.name (None there, rendered_digits here)"),
         ({"finetune.weights": "a"}, "finetune.weights (None there, a here)"),
-        ({"performance.clipping": "ghost"}, "(instantiate there, ghost here)"),
+        ({"performance.clipping": "ghost"}, "(auto there, ghost here)"),
         ({"performance.microbatch_size": 8}, None),
         ({"method.name": "microbatch_mixup", "method.k_self": 0}, None),
         ({"privacy.l2_clip_norm": 0.5}, None),

@@ -171,6 +171,14 @@ def is_head(trained: PyTree, frozen: PyTree) -> bool:
     return set(trained) == {"head"} and set(frozen) <= {"encoder"}
 
 
+def is_linear_head(trained: PyTree, frozen: PyTree) -> bool:
+    """Whether these are a head of one matrix and one bias, and its encoder."""
+    if not is_head(trained, frozen):
+        return False
+    axes = jax.tree.map(lambda leaf: leaf.ndim, trained["params"]["head"])
+    return axes == {"kernel": 2, "bias": 1}
+
+
 def on_embeddings(
     gradient_fn: clipping.BoundedSensitivityCallable,
     encode: Callable[[PyTree, jax.Array], jax.Array],

@@ -79,6 +79,7 @@ class Parts:
       frozen: the parameters that are not.
       loss_fn: `f(params, images, labels, *inputs.constants)`, for public images.
       expected_records: of a batch; a larger microbatch would be padding.
+      clipping: what `performance.clipping` comes to.
     """
 
     mesh: jax.sharding.Mesh
@@ -92,6 +93,7 @@ class Parts:
     frozen: PyTree
     loss_fn: Callable[..., jax.Array]
     expected_records: float
+    clipping: str
 
     def all_params(self, trained: PyTree) -> PyTree:
         """Returns parameters of the whole model, with what is frozen."""
@@ -228,6 +230,7 @@ def build(
         expected_records=max(1, _MOST_IMAGES // config.method.set_size)
         if in_chunks
         else config.privacy.expected_batch_size,
+        clipping=config.performance.clipping_of(_has_linear_head(config, model)),
     )
 
 
@@ -253,12 +256,21 @@ def _initial_params(config, model: Classifier, given: PyTree, seed: int):
     return trained, frozen
 
 
-def _gradient(config, loss_fn) -> clipping.BoundedSensitivityCallable:
-    return CLIPPED_GRADIENTS[config.performance.clipping](
+def _gradient(
+    config, loss_fn, *, linear_head: bool = False
+) -> clipping.BoundedSensitivityCallable:
+    name = config.performance.clipping_of(linear_head)
+    always = {"keep": ghost.always} if linear_head and name == "ghost" else {}
+    return CLIPPED_GRADIENTS[name](
         loss_fn,
         l2_clip_norm=config.privacy.l2_clip_norm,
         convolutions=config.performance.convolutions,
+        **always,
     )
+
+
+def _has_linear_head(config, model: Classifier) -> bool:
+    return finetune.is_linear_head(*config.finetune.split(model.shapes))
 
 
 def _head_gradient(config, model: Classifier) -> clipping.BoundedSensitivityCallable:
@@ -269,7 +281,7 @@ def _head_gradient(config, model: Classifier) -> clipping.BoundedSensitivityCall
         logits = model.classify(params, embeddings)
         return optax.softmax_cross_entropy(logits, labels).mean()
 
-    return _gradient(config, loss_fn)
+    return _gradient(config, loss_fn, linear_head=_has_linear_head(config, model))
 
 
 def _accumulate(config, sets: training.MakeSets, gradient_fn, mesh) -> Any:

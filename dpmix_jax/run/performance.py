@@ -14,7 +14,7 @@ from dpmix_jax import conv
 from dpmix_jax.errors import UserError
 
 PRECISIONS = ("float32", "tensorfloat32", "bfloat16")
-CLIPPINGS = ("instantiate", "ghost")
+CLIPPINGS = ("auto", "instantiate", "ghost")
 PLACES = ("auto", "device", "host")
 _GIB = 2**30
 _SHARE = 0.9  # of the memory of an accelerator; compilers underestimate a little
@@ -38,7 +38,9 @@ class PerformanceConfig:
       convolutions: how per-record gradients of convolutions are computed, see
         `conv.fast_convolutions`.
       clipping: `instantiate` forms every record's gradient, `ghost` keeps factors of
-        large matrices, see `ghost.ghost_clipped_gradient`; in float32 only.
+        large matrices, see `ghost.ghost_clipped_gradient`; in float32 only. `auto` is
+        `ghost` where a linear head on a frozen encoder is trained in float32, whose
+        factors are the embeddings themselves, and `instantiate` elsewhere.
       dataset_on: where the training set lives: `device`, `host` (records are read
         ahead, a few microbatches at a time), or `auto`, on the device if, with the
         public images, it takes no more than a quarter of its memory. Public images
@@ -49,7 +51,7 @@ class PerformanceConfig:
     memory_gib: float = 0.0
     precision: str = "float32"
     convolutions: str = "auto"
-    clipping: str = "instantiate"
+    clipping: str = "auto"
     dataset_on: str = "auto"
 
     def __post_init__(self):
@@ -86,6 +88,13 @@ class PerformanceConfig:
                 "performance.clipping is 'ghost': performance.precision must be"
                 f" float32 then, it is {self.precision}"
             )
+
+    def clipping_of(self, linear_head: bool) -> str:
+        """Returns what `clipping` comes to, for a linear head or another model."""
+        if self.clipping != "auto":
+            return self.clipping
+        is_cheap = linear_head and self.precision == "float32"
+        return "ghost" if is_cheap else "instantiate"
 
     def check_devices(self, num_devices: int) -> None:
         """Raises `UserError` if microbatches do not divide over the devices."""

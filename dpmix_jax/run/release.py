@@ -51,7 +51,7 @@ def release(
         images_per_record=config.method.set_size,
         secret_seed=config.seed is None,
         sensitivity=parts.terms.gradient_fn.sensitivity(config.privacy.relation),
-        clipping=config.performance.clipping,
+        clipping=parts.clipping,
         precision=config.performance.precision,
         num_groups=int(parts.terms.expected) if parts.terms.shape else None,
         public_data=public_data,

@@ -33,7 +33,7 @@ def privacy_report(
       public_data: what else entered, and why it may be called public.
       sensitivity: of the clipped sum, by which the noise was scaled.
       num_groups: expected groups of a batch, for `microbatch_mixup`.
-      clipping: see `PerformanceConfig`.
+      clipping: `instantiate` or `ghost`, see `PerformanceConfig`.
       precision: of the model, see `PerformanceConfig`.
       kept_sets: M, augmentation sets of each record whose embeddings were kept while
         the run went on; 0 for none.
