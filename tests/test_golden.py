@@ -431,7 +431,7 @@ RTOL = {
 }
 
 
-@marked(RUNS, slow={*RUNS} - {"dp_mix_diff_class"})
+@marked(RUNS, slow={*RUNS} - {"dp_mix_self"})
 def test_runs(name, folder, monkeypatch):
     monkeypatch.setenv("DPMIX_JAX_CACHE", str(folder / "cache"))
     run_method, changes = RUNS[name]
