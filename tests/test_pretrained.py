@@ -218,7 +218,7 @@ def test_weights_of_de_et_al(tmp_path):
     for (_, wrong), message in (
         (like(3), "jax_privacy names them; 'wide_res_net/Softmax/b' is (5,), not"),
         (like(5, order=3), "_skip_norm/"),
-        (other("cnn"), "; 'wide_res_net/Conv_0/kernel' is missing (and 3 more)"),
+        (other("cnn"), "'wide_res_net/Conv_0/kernel' is missing (and 3 more)"),
         (like(5, depth=16), "is missing (and 29 more)"),
     ):
         refused(path, wrong, message, load=load_weights)
