@@ -24,7 +24,7 @@ import optax
 from dp_accounting import NeighboringRelation, pld, rdp
 from jax_privacy import clipping, noise_addition
 
-from dpmix_jax.errors import UserError, require
+from dpmix_jax.errors import UserError, require, require_one_of
 from dpmix_jax.files import cache_folder
 from dpmix_jax.selection import Selection
 
@@ -71,11 +71,6 @@ class PrivacyConfig:
             ("num_updates", 0 < self.num_updates < math.inf, "at least 1"),
             ("l2_clip_norm", 1e-10 <= self.l2_clip_norm <= 1e10, "in [1e-10, 1e10]"),
             (
-                "neighboring_relation",
-                self.neighboring_relation in RELATIONS,
-                f"one of {', '.join(RELATIONS)}",
-            ),
-            (
                 "expected_candidates",
                 (selection is None) == (self.expected_candidates is None),
                 f"{'None without' if selection is None else 'a number for'}"
@@ -83,7 +78,9 @@ class PrivacyConfig:
             ),
         ):
             require(valid, f"privacy.{key}", getattr(self, key), allowed)
-        if self.private_selection and self.neighboring_relation == "replace_one":
+        relation = self.neighboring_relation
+        require_one_of("privacy.neighboring_relation", relation, RELATIONS)
+        if self.private_selection and relation == "replace_one":
             raise UserError(
                 "privacy.selection must be None for privacy.neighboring_relation"
                 " 'replace_one', for which nothing bounds it"
