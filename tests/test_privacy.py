@@ -210,17 +210,12 @@ def test_noise_is_independent_between_updates_and_coordinates():
     [(relation, relation != "replace_one") for relation in privacy.RELATIONS],
 )
 def test_the_statement_says_everything(relation, secret):
+    config = PrivacyConfig(**GOOD[PrivacyConfig], neighboring_relation=relation)
     mechanism = Mechanism(
-        sampling_prob=256 / 1437,
-        num_updates=100,
+        sampling_prob=config.sampling_prob(1437),
+        num_updates=config.num_updates,
         noise_multiplier=2.69,
-        neighboring_relation=privacy.RELATIONS[relation],
-    )
-    config = PrivacyConfig(
-        epsilon=3.0,
-        expected_batch_size=256,
-        num_updates=100,
-        neighboring_relation=relation,
+        neighboring_relation=config.relation,
     )
     facts = privacy_report(
         config,
