@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend import core
 
-from dpmix_jax.errors import UserError
+from dpmix_jax.errors import UserError, require_one_of
 
 FORMULATIONS = ("auto", "rows", "shifted", "batch_group", "plain")
 
@@ -62,11 +62,7 @@ def fast_convolutions(
     Raises:
       UserError: for an unknown formulation.
     """
-    if formulation not in FORMULATIONS:
-        raise UserError(
-            f"formulation is {formulation!r}: it must be one of"
-            f" {', '.join(FORMULATIONS)}"
-        )
+    require_one_of("formulation", formulation, FORMULATIONS)
 
     @functools.wraps(function)
     def rewritten(*args, **kwargs):

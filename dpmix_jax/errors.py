@@ -1,5 +1,7 @@
 """The one exception of the package for mistakes that a user can mend."""
 
+from collections.abc import Iterable
+
 
 class UserError(ValueError):
     """A bad value, file or key: one line naming it and what is allowed instead.
@@ -7,3 +9,15 @@ class UserError(ValueError):
     Command-line programs print the message and exit with a non-zero status; library
     users catch it as the `ValueError` it is.
     """
+
+
+def require(ok: bool, key: str, value: object, allowed: str) -> None:
+    """Raises `UserError`, "<key> is <value>: it must be <allowed>", unless `ok`."""
+    if not ok:
+        raise UserError(f"{key} is {value!r}: it must be {allowed}")
+
+
+def require_one_of(key: str, value: object, allowed: Iterable[str]) -> None:
+    """Raises `UserError` for a value that is none of those allowed."""
+    names = list(allowed)
+    require(value in names, key, value, f"one of {', '.join(names)}")

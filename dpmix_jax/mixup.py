@@ -6,13 +6,14 @@ from that record, a key and public data alone.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 
 from dpmix_jax import augment
-from dpmix_jax.errors import UserError
+from dpmix_jax.errors import UserError, require, require_one_of
 from dpmix_jax.pool import DRAWS, Pool, draw_rows
 
 # The sizes of each method's set in the paper, (k_base, k_diff, k_self). A method never
@@ -64,30 +65,21 @@ class MethodConfig:
     distinct_pairs: bool = True
 
     def __post_init__(self):
-        if self.name not in METHODS:
-            raise UserError(
-                f"method.name is {self.name!r}: it must be one of {', '.join(METHODS)}"
-            )
+        require_one_of("method.name", self.name, METHODS)
         sizes = zip(("k_base", "k_diff", "k_self"), METHODS[self.name], strict=True)
         for key, preset in sizes:
             size = getattr(self, key)
             if size is None:
                 object.__setattr__(self, key, preset)
-            elif size and not preset:
-                raise UserError(
-                    f"method.{key} is {size}: it must be 0 for method.name"
-                    f" {self.name!r}"
-                )
-            elif size < (least := int(preset > 0 and key != "k_self")):
-                raise UserError(f"method.{key} is {size}: it must be at least {least}")
-        if self.draw not in DRAWS:
-            raise UserError(
-                f"method.draw is {self.draw!r}: it must be one of {', '.join(DRAWS)}"
-            )
-        if not 0 < self.alpha < float("inf"):
-            raise UserError(
-                f"method.alpha is {self.alpha}: it must be positive and finite"
-            )
+            elif not preset:
+                allowed = f"0 for method.name {self.name!r}"
+                require(size == 0, f"method.{key}", size, allowed)
+            else:
+                least = int(key != "k_self")
+                require(size >= least, f"method.{key}", size, f"at least {least}")
+        require_one_of("method.draw", self.draw, DRAWS)
+        finite = 0 < self.alpha < math.inf
+        require(finite, "method.alpha", self.alpha, "positive and finite")
         if self.num_mixes and self.distinct_pairs and self.pool_size < 2:
             key, what = ("k_base", "views") if self.k_base else ("k_diff", "images")
             raise UserError(

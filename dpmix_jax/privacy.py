@@ -24,7 +24,7 @@ import optax
 from dp_accounting import NeighboringRelation, pld, rdp
 from jax_privacy import clipping, noise_addition
 
-from dpmix_jax.errors import UserError
+from dpmix_jax.errors import UserError, require, require_one_of
 from dpmix_jax.files import cache_folder
 from dpmix_jax.selection import Selection
 
@@ -63,34 +63,24 @@ class PrivacyConfig:
     expected_candidates: float | None = None
 
     def __post_init__(self):
-        for name, allowed in (
-            ("epsilon", "positive and finite"),
-            ("expected_batch_size", "at least 1"),
-            ("num_updates", "at least 1"),
+        batch, selection = self.expected_batch_size, self.selection
+        for key, valid, allowed in (
+            ("epsilon", 0 < self.epsilon < math.inf, "positive and finite"),
+            ("delta", 0 < self.delta < 1, "in (0, 1)"),
+            ("expected_batch_size", 0 < batch < math.inf, "at least 1"),
+            ("num_updates", 0 < self.num_updates < math.inf, "at least 1"),
+            ("l2_clip_norm", 1e-10 <= self.l2_clip_norm <= 1e10, "in [1e-10, 1e10]"),
+            (
+                "expected_candidates",
+                (selection is None) == (self.expected_candidates is None),
+                f"{'None without' if selection is None else 'a number for'}"
+                " privacy.selection",
+            ),
         ):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise UserError(
-                    f"privacy.{name} is {getattr(self, name)}: it must be {allowed}"
-                )
-        if not 1e-10 <= self.l2_clip_norm <= 1e10:
-            raise UserError(
-                f"privacy.l2_clip_norm is {self.l2_clip_norm}: it must be in"
-                " [1e-10, 1e10]"
-            )
-        if not 0 < self.delta < 1:
-            raise UserError(f"privacy.delta is {self.delta}: it must be in (0, 1)")
-        if self.neighboring_relation not in RELATIONS:
-            raise UserError(
-                f"privacy.neighboring_relation is {self.neighboring_relation!r}: it"
-                f" must be one of {', '.join(RELATIONS)}"
-            )
-        if (self.selection is None) != (self.expected_candidates is None):
-            raise UserError(
-                f"privacy.expected_candidates is {self.expected_candidates}: it must be"
-                f" {'None without' if self.selection is None else 'a number for'}"
-                " privacy.selection"
-            )
-        if self.private_selection and self.neighboring_relation == "replace_one":
+            require(valid, f"privacy.{key}", getattr(self, key), allowed)
+        relation = self.neighboring_relation
+        require_one_of("privacy.neighboring_relation", relation, RELATIONS)
+        if self.private_selection and relation == "replace_one":
             raise UserError(
                 "privacy.selection must be None for privacy.neighboring_relation"
                 " 'replace_one', for which nothing bounds it"
@@ -122,12 +112,17 @@ class PrivacyConfig:
 
     def sampling_prob(self, num_records: int) -> float:
         """Returns q = B / N, or raises `UserError` if that is no probability."""
-        if self.expected_batch_size > num_records:
-            raise UserError(
-                f"privacy.expected_batch_size is {self.expected_batch_size}: it must be"
-                f" at most the number of training records, {num_records}"
-            )
-        return self.expected_batch_size / num_records
+        size, allowed = (
+            self.expected_batch_size,
+            "at most the number of training records",
+        )
+        require(
+            size <= num_records,
+            "privacy.expected_batch_size",
+            size,
+            f"{allowed}, {num_records}",
+        )
+        return size / num_records
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -214,29 +209,22 @@ def _memory(folder: str) -> joblib.Memory:
 
 
 def _cached(function, *args):
-    """Calls a function through the disk cache, keyed by the versions of the code."""
-    return _memory(str(cache_folder())).cache(function)(
-        *args, (accountant_version(), _OWN_VERSION)
-    )
+    """Calls a function through the disk cache of these versions of the code."""
+    version = f"{accountant_version()}-{_OWN_VERSION}".replace(" ", "-")
+    return _memory(str(cache_folder() / version)).cache(function)(*args)
 
 
 def accountant_version() -> str:
     return f"dp_accounting {importlib.metadata.version('dp-accounting')}"
 
 
-def _epsilon(mechanism, delta, version):
-    del version  # part of the cache's key
-    return mechanism.epsilon(delta)
-
-
 def epsilon_after(mechanism: Mechanism, num_updates: int, delta: float) -> float:
     """Returns the epsilon of the first `num_updates` updates, cached on disk."""
     first = dataclasses.replace(mechanism, num_updates=num_updates)
-    return _cached(_epsilon, first, delta)
+    return _cached(Mechanism.epsilon, first, delta)
 
 
-def _calibrate(epsilon, delta, silent, version):
-    del version  # part of the cache's key
+def _calibrate(epsilon, delta, silent):
     relation, updates = silent.neighboring_relation, silent.num_updates
 
     def mechanism(noise_multiplier):
@@ -309,8 +297,7 @@ def calibrate(
         ("num_updates", num_updates, num_updates >= 1, "at least 1"),
         ("num_updates", num_updates, num_updates % 1 == 0, "a whole number"),
     ):
-        if not valid:
-            raise UserError(f"{name} is {value}: it must be {allowed}")
+        require(valid, name, value, allowed)
     silent = Mechanism(
         sampling_prob=float(sampling_prob),
         num_updates=int(num_updates),
@@ -361,19 +348,14 @@ def privatizer(
     Raises:
       UserError: for another batch size, or for what is no typed key.
     """
-    if not 0 < expected_batch_size < math.inf:
-        raise UserError(
-            f"expected_batch_size is {expected_batch_size}: it must be positive and"
-            " finite"
-        )
-    if not jax.dtypes.issubdtype(getattr(key, "dtype", None), jax.dtypes.prng_key):
-        raise UserError(
-            f'key is {key!r}: it must be a typed key, such as stream_key(seed, "noise")'
-        )
+    size, kind = expected_batch_size, getattr(key, "dtype", None)
+    require(0 < size < math.inf, "expected_batch_size", size, "positive and finite")
+    is_key = jax.dtypes.issubdtype(kind, jax.dtypes.prng_key)
+    require(is_key, "key", key, 'a typed key, such as stream_key(seed, "noise")')
     sensitivity = gradient_fn.sensitivity(mechanism.neighboring_relation)
     add_noise = noise_addition.gaussian_privatizer(
         stddev=mechanism.noise_multiplier * sensitivity,
         prng_key=key,
         dtype=jnp.float32,
     )
-    return optax.chain(add_noise, optax.scale(1.0 / expected_batch_size))
+    return optax.chain(add_noise, optax.scale(1.0 / size))

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax_privacy import batch_selection
 
-from dpmix_jax.errors import UserError
+from dpmix_jax.errors import require, require_one_of
 
 STREAMS = ("init", "sampling", "augmentation", "noise", "groups", "pretraining", "sets")
 
@@ -24,10 +24,7 @@ def generator(seed: int, stream: str, *path: int) -> np.random.Generator:
 
 
 def _sequence(seed: int, stream: str, *path: int) -> np.random.SeedSequence:
-    if stream not in STREAMS:
-        raise UserError(
-            f"the stream is {stream!r}: it must be one of {', '.join(STREAMS)}"
-        )
+    require_one_of("the stream", stream, STREAMS)
     return np.random.SeedSequence(seed, spawn_key=(STREAMS.index(stream), *path))
 
 
@@ -90,10 +87,8 @@ def poisson_batch(
     Raises:
       UserError: if `sampling_prob` is outside [0, 1] or `num_records` below 1.
     """
-    if num_records < 1:
-        raise UserError(f"num_records is {num_records}: it must be at least 1")
-    if not 0.0 <= sampling_prob <= 1.0:
-        raise UserError(f"sampling_prob is {sampling_prob}: it must be in [0, 1]")
+    require(num_records >= 1, "num_records", num_records, "at least 1")
+    require(0 <= sampling_prob <= 1, "sampling_prob", sampling_prob, "in [0, 1]")
     # One iteration of jax_privacy's sampler from a generator of this step alone makes
     # the batch of step t available without drawing the t before it.
     strategy = batch_selection.CyclicPoissonSampling(

@@ -27,7 +27,7 @@ import numpy as np
 import scipy.optimize
 from dp_accounting import NeighboringRelation, dp_event, rdp
 
-from dpmix_jax.errors import UserError
+from dpmix_jax.errors import UserError, require
 
 # Shape of the truncated negative binomial distribution, whose limit is Poisson's.
 SHAPES = {"logarithmic": 0.0, "geometric": 1.0, "poisson": math.inf}
@@ -53,16 +53,11 @@ class Selection:
     expected_candidates: float
 
     def __post_init__(self):
-        if self.distribution not in SHAPES:
-            raise UserError(
-                f"privacy.selection is {self.distribution!r}: it must be None or one of"
-                f" {', '.join(SHAPES)}"
-            )
-        if not 1 < self.expected_candidates <= 1e6:
-            raise UserError(
-                f"privacy.expected_candidates is {self.expected_candidates}: it must be"
-                " more than 1 and at most 1,000,000"
-            )
+        shape, mean = self.distribution, self.expected_candidates
+        known = f"None or one of {', '.join(SHAPES)}"
+        require(shape in SHAPES, "privacy.selection", shape, known)
+        allowed = "more than 1 and at most 1,000,000"
+        require(1 < mean <= 1e6, "privacy.expected_candidates", mean, allowed)
 
     def event(self, candidate: dp_accounting.DpEvent) -> dp_accounting.DpEvent:
         """Returns the event of all candidates, of which only the best is released.

@@ -21,7 +21,6 @@ from absl import flags
 
 from dpmix_jax import data, privacy, training
 from dpmix_jax.data.public import PublicConfig
-from dpmix_jax.errors import UserError
 from dpmix_jax.mixup import METHODS, MethodConfig
 from dpmix_jax.models import finetune
 from dpmix_jax.run import build, cli
@@ -108,11 +107,7 @@ def table13() -> dict[str, Any]:
     """Does what the flags say, and returns all that was measured."""
     cli.config_file()
     config, count = from_config_dict(_CONFIG.value), _RECORDS.value
-    if count % jax.device_count():
-        raise UserError(
-            f"--records is {count}: it must be a multiple of the number of devices,"
-            f" {jax.device_count()}"
-        )
+    timing.check_records(count)
     environment = timing.environment()
     records = random_records(config, count, seed=0)
     workload = (

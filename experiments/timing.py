@@ -20,7 +20,7 @@ from typing import Any
 
 import jax
 
-from dpmix_jax.errors import UserError
+from dpmix_jax.errors import require
 from dpmix_jax.files import write_atomically
 
 Columns = dict[str, tuple[str, Callable[[Any], str]]]
@@ -54,6 +54,13 @@ class Row:
         ratios = [a / b for a, b in zip(self.seconds, base.seconds, strict=True)]
         middle = statistics.median(ratios)
         return {"median": middle, "min": min(ratios), "max": max(ratios)}
+
+
+def check_records(count: int) -> None:
+    """Raises `UserError` for `--records` that cannot be spread over all devices."""
+    devices = jax.device_count()
+    allowed = f"a multiple of the number of devices, {devices}"
+    require(count % devices == 0, "--records", count, allowed)
 
 
 def measure(rows: Sequence[Row], rounds: int) -> None:
@@ -135,8 +142,8 @@ def run(json_file: str | None, benchmark: Callable[[], dict[str, Any]]) -> None:
       UserError: for a file that cannot be written, before anything is timed.
     """
     path = pathlib.Path(json_file) if json_file else None
-    if path and (path.is_dir() or not path.parent.is_dir()):
-        raise UserError(f"--json is {path}: it must be a file in a folder that exists")
+    fits = path is None or (path.parent.is_dir() and not path.is_dir())
+    require(fits, "--json", json_file, "a file in a folder that exists")
     result = benchmark()
     if path:
         write_atomically(path, json.dumps(result, indent=2) + "\n")

@@ -11,12 +11,13 @@ run the same command with `DPMIX_JAX_GOLDEN_RECORD=1`, on each version of JAX. V
 of all versions are in one file, bits in one file for each.
 """
 
+import functools
 import hashlib
+import importlib
 import json
 import os
 import pathlib
 import re
-import runpy
 
 import jax
 import jax.numpy as jnp
@@ -24,8 +25,9 @@ import ml_collections
 import numpy as np
 import pytest
 import safetensors.numpy
+from dp_accounting import NeighboringRelation
 
-from tests import files, towers, toy
+from tests import files, runs, towers, toy
 from tests.conftest import ROOT
 
 # Everything of the package that a test below reaches is named from here to `FOLDER`.
@@ -34,7 +36,6 @@ from dpmix_jax import (  # isort: skip
     MethodConfig,
     Mechanism,
     augmentation_set,
-    calibrate,
     clipped_gradient,
     data,
     ghost_clipped_gradient,
@@ -59,14 +60,6 @@ from dpmix_jax.run.config import from_config_dict
 from dpmix_jax.run.workdir import Workdir
 from dpmix_jax.sweeps import from_config_dict as sweep_from_config_dict
 
-
-def sweep(name, argument=""):
-    """Returns the sweep of a config file and its argument."""
-    namespace = runpy.run_path(str(ROOT / f"configs/{name}.py"))
-    config = namespace["get_config"](*filter(None, [argument]))
-    return sweep_from_config_dict(config)
-
-
 FOLDER = pathlib.Path(__file__).parent / "golden"
 EXACT = os.environ.get("DPMIX_JAX_GOLDEN_EXACT") == "1"
 RECORD = os.environ.get("DPMIX_JAX_GOLDEN_RECORD") == "1"
@@ -77,14 +70,13 @@ def sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def flatten(result, path=""):
-    """Yields (path, leaf) of nested dicts and lists."""
-    if isinstance(result, dict | list):
-        pairs = result.items() if isinstance(result, dict) else enumerate(result)
-        for key, value in pairs:
-            yield from flatten(value, f"{path}/{key}" if path else str(key))
-    else:
-        yield path, result
+def flatten(result):
+    """Returns the leaves of nested dicts and lists by their paths."""
+    pairs = jax.tree.leaves_with_path(result, is_leaf=lambda leaf: leaf is None)
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
+        for path, leaf in pairs
+    }
 
 
 def summary(leaf):
@@ -146,7 +138,7 @@ def check(name, result, *, rtol=1e-5, exact=True):
       rtol: of floats, between processors and versions of JAX.
       exact: whether bits are to be the same where both are.
     """
-    leaves = dict(flatten(result))
+    leaves = flatten(result)
     values = {path: summary(leaf) for path, leaf in leaves.items()}
     found = {path: bits(leaf) for path, leaf in leaves.items()}
     found = {path: value for path, value in found.items() if value and exact}
@@ -233,16 +225,16 @@ METHODS = {
 }
 
 
-LONG = ("dp_mix_self_same", "dp_mix_diff")
-
-
 def method(name):
-    short = re.sub("_(same|class)$", "", name)
-    return {"name": short, **METHODS[name]}
+    return {"name": re.sub("_(same|class)$", "", name), **METHODS[name]}
 
 
-def draws_public(name):
-    return "diff" in name
+def marked(names, slow):
+    """Parametrises a test with names, of which some are slow."""
+    slowly = {name: pytest.mark.slow for name in slow}
+    return pytest.mark.parametrize(
+        "name", [pytest.param(name, marks=slowly.get(name, ())) for name in names]
+    )
 
 
 @pytest.fixture(scope="module")
@@ -299,20 +291,11 @@ def made(name, augmentation, digits, transform):
         "norms": aux.grad_norms,
         "losses": aux.values,
     }
-    return jax.tree.map(np.asarray, found) | {
-        "sensitivity": [
-            float(gradient_fn.sensitivity(relation))
-            for relation in type(
-                from_config_dict(run_config("dp_sgd")).privacy.relation
-            )
-        ]
-    }
+    sensitivity = [float(gradient_fn.sensitivity(r)) for r in NeighboringRelation]
+    return jax.tree.map(np.asarray, found) | {"sensitivity": sensitivity}
 
 
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(n, marks=[pytest.mark.slow] * (n in LONG)) for n in METHODS],
-)
+@marked(METHODS, slow=("dp_mix_self_same", "dp_mix_diff"))
 def test_sets_and_clipped_sums(name, digits):
     augmentation = AUGMENTATIONS["subpixel" if name == "self_aug" else "whole"]
     check(f"sets/{name}", made(name, augmentation, digits, clipped_gradient))
@@ -351,7 +334,7 @@ def run_config(name, **changes):
             "logging": {"log_every": 1, "eval_every": 3, "checkpoint_every": 2},
         }
     )
-    if draws_public(name):
+    if "diff" in name:
         config.public = {"name": "rendered_digits"}
     with config.unlocked():
         config.update_from_flattened_dict(changes)
@@ -374,9 +357,6 @@ def outcome(folder, config):
     path = folder / sha256(repr(config).encode())[:12]
     assert experiment.run(from_config_dict(config), Workdir(path)) == 0
     facts = json.loads((path / "privacy.json").read_text())
-    metrics = [
-        json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()
-    ]
     del facts["accountant"]
     public_data = text(facts.pop("public_data"))
     return {
@@ -384,13 +364,8 @@ def outcome(folder, config):
         "PRIVACY.md": text((path / "PRIVACY.md").read_text()),
         "privacy.json": {**facts, "public_data": public_data},
         "metrics": [
-            {
-                key: value
-                for key, value in line.items()
-                if key not in ("seconds", "nonprivate/images_per_second")
-                and "accuracy" not in key
-            }
-            for line in metrics
+            {key: value for key, value in line.items() if "accuracy" not in key}
+            for line in runs.metrics(path)
         ],
     }
 
@@ -420,14 +395,9 @@ def tower(folder):
     return {"finetune.encoder": str(weights), "data.path": str(images)}
 
 
+HEAD_ALONE = {**HEAD, "finetune": {"trainable": "head"}}
 RUNS = {
-    "dp_sgd": ("dp_sgd", {}),
-    "self_aug": ("self_aug", {}),
-    "dp_mix_self": ("dp_mix_self", {}),
-    "dp_mix_diff": ("dp_mix_diff", {}),
-    "dp_mix_diff_class": ("dp_mix_diff_class", {}),
-    "pure_dp_mix_diff": ("pure_dp_mix_diff", {}),
-    "microbatch_mixup": ("microbatch_mixup", {}),
+    **{name: (name, {}) for name in METHODS if name != "dp_mix_self_same"},
     "host": ("dp_mix_diff", {"performance.dataset_on": "host"}),
     "groups_on_host": ("microbatch_mixup", {"performance.dataset_on": "host"}),
     "momentum": (
@@ -445,8 +415,8 @@ RUNS = {
     ),
     "bfloat16": ("dp_mix_self", {"performance.precision": "bfloat16"}),
     "ghost": ("dp_mix_self", {"performance.clipping": "ghost"}),
-    "head": ("dp_mix_self", {**HEAD, "finetune": {"trainable": "head"}}),
-    "head_of_groups": ("microbatch_mixup", {**HEAD, "finetune": {"trainable": "head"}}),
+    "head": ("dp_mix_self", HEAD_ALONE),
+    "head_of_groups": ("microbatch_mixup", HEAD_ALONE),
     "last_block": (
         "dp_mix_self",
         {**HEAD, "finetune": {"trainable": "head,ln_post,block_1"}},
@@ -459,13 +429,9 @@ RTOL = {
     # rounding decides on which side of the ReLU that is.
     "resized_wide_resnet": 2e-2,
 }
-FAST = ("dp_mix_diff_class",)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(n, marks=[pytest.mark.slow] * (n not in FAST)) for n in RUNS],
-)
+@marked(RUNS, slow={*RUNS} - {"dp_mix_self"})
 def test_runs(name, folder, monkeypatch):
     monkeypatch.setenv("DPMIX_JAX_CACHE", str(folder / "cache"))
     run_method, changes = RUNS[name]
@@ -542,6 +508,10 @@ def facts(config):
     return json.loads(json.dumps(found, default=dict))
 
 
+def digest_of_facts(config):
+    return sha256(json.dumps(facts(config), sort_keys=True).encode())
+
+
 def mechanism(config, noise_multiplier):
     return Mechanism(
         sampling_prob=config.privacy.sampling_prob(len(data.blank(config.data))),
@@ -557,16 +527,16 @@ def test_configs(name):
     for argument in CONFIGS[name]:
         config = load(name, argument)
         found[argument] = {
-            "settings": sha256(json.dumps(facts(config), sort_keys=True).encode()),
+            "settings": digest_of_facts(config),
             "updates": config.privacy.num_updates,
             "rate": config.optimizer.learning_rate,
             "q": mechanism(config, 1.0).sampling_prob,
         }
     config = load(name)
-    for noise_multiplier in (1.0, 3.0):
-        found[f"epsilon by RDP at {noise_multiplier}"] = mechanism(
-            config, noise_multiplier
-        ).epsilon(config.privacy.delta, accountant="rdp")
+    for noise in (1.0, 3.0):
+        found[f"epsilon by RDP at {noise}"] = mechanism(config, noise).epsilon(
+            config.privacy.delta, accountant="rdp"
+        )
     if name == "digits":
         found["epsilon"] = mechanism(config, 2.6903).epsilon(config.privacy.delta)
     check(f"configs/{name}", found)
@@ -575,11 +545,11 @@ def test_configs(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CONFIGS)
 def test_epsilon_of_configs(name):
-    config, found = load(name), {}
-    for noise_multiplier in (1.0, 3.0):
-        found[f"{noise_multiplier}"] = mechanism(config, noise_multiplier).epsilon(
-            config.privacy.delta
-        )
+    config = load(name)
+    found = {
+        f"{noise}": mechanism(config, noise).epsilon(config.privacy.delta)
+        for noise in (1.0, 3.0)
+    }
     check(f"epsilon/{name}", found)
 
 
@@ -588,13 +558,7 @@ def test_epsilon_of_configs(name):
 def test_sigma_of_configs(name, folder, monkeypatch):
     monkeypatch.setenv("DPMIX_JAX_CACHE", str(folder / "cache"))
     config = load(name)
-    found = calibrate(
-        epsilon=config.privacy.epsilon,
-        delta=config.privacy.delta,
-        sampling_prob=mechanism(config, 1.0).sampling_prob,
-        num_updates=config.privacy.num_updates,
-        neighboring_relation=config.privacy.relation,
-    )
+    found = config.privacy.calibrate(mechanism(config, 1.0).sampling_prob)
     check(f"sigma/{name}", {"sigma": found.noise_multiplier})
 
 
@@ -602,18 +566,15 @@ def test_sigma_of_configs(name, folder, monkeypatch):
 def test_sweeps(name):
     found = {}
     for argument in SWEEPS[name]:
-        grid = sweep(name, argument)
-        runs = [run for run in grid.runs() if run.seed in (None, 0)]
+        file = importlib.import_module(f"configs.{name}")
+        grid = sweep_from_config_dict(file.get_config(*filter(None, [argument])))
         found[argument or "default"] = {
             "runs": len(grid.runs()),
             "metric": grid.metric,
             "settings": {
-                str(run.folder): sha256(
-                    json.dumps(
-                        facts(load_experiment([*run.flags])), sort_keys=True
-                    ).encode()
-                )
-                for run in runs
+                str(run.folder): digest_of_facts(load_experiment([*run.flags]))
+                for run in grid.runs()
+                if run.seed in (None, 0)
             },
         }
     check(f"sweeps/{name}", found)
@@ -622,72 +583,59 @@ def test_sweeps(name):
 # --- The order of records ---------------------------------------------------------
 
 
-def cifar(path, num_classes, kind):
+def cifar(num_classes, kind, root):
     sizes = (30, 20) if num_classes == 10 else (200, 100)
     parts = [files.learnable(size, num_classes, seed=size) for size in sizes]
-    files.cifar(path, num_classes, kind, *parts)
-    return f"cifar{num_classes}"
+    files.cifar(root, num_classes, kind, *parts)
 
 
-def idx(path, name):
+def idx(root):
     parts = [files.learnable(size, 10, size=28, seed=size) for size in (30, 20)]
-    files.idx(path, *((images[..., 0], labels) for images, labels in parts))
-    return name
+    files.idx(root, *((images[..., 0], labels) for images, labels in parts))
 
 
-def npz(path):
-    write_npz(path / "x.npz", *files.learnable(30, 3, size=8), 20)
-    return "npz", path / "x.npz"
+def npz(root):
+    write_npz(root / "x.npz", *files.learnable(30, 3, size=8), 20)
+    return root / "x.npz"
 
 
-def folders(path):
-    files.put(path, files.class_members(["dog", "cat", "Cow"], 11))
-    return "folder"
+def split_folders(root):
+    files.put(root, files.class_members(["dog", "cat"], 11, top="train/"))
+    files.put(root, files.class_members(["dog", "cat"], 3, top="test/"))
 
 
-def folders_split(path):
-    for top, count in (("train/", 11), ("test/", 3)):
-        files.put(path, files.class_members(["dog", "cat"], count, top=top))
-    return "folder"
-
-
-def pets(path):
+def pets(root):
     images, annotations = files.pet_members(12)
-    files.tar(path / "images.tar.gz", images)
-    files.tar(path / "annotations.tar.gz", annotations)
-    return "oxford_iiit_pet"
+    files.tar(root / "images.tar.gz", images)
+    files.tar(root / "annotations.tar.gz", annotations)
 
 
-def zipped(path):
-    return "eurosat", files.make_zip(path / "EuroSAT.zip", files.eurosat_members())
-
-
-def in_tar(name, members):
-    return lambda path: (name, files.tar(path / "x.tar", members, "w"))
-
-
-def prepared(path):
+def prepared(root):
     pytest.importorskip("tensorflow_datasets")
     source = data.load(DataConfig(half=1))
     few = [records.subset(np.arange(40)) for records in (source.train, source.test)]
-    tfds.write("mnist", *few, str(path))
-    return "tfds:mnist"
+    tfds.write("mnist", *few, str(root))
 
 
+# Each writes a dataset into a folder, and may return the path of its file there. The
+# name of the dataset is what stands before a hyphen.
 READERS = {
-    "cifar10-binary": lambda path: cifar(path, 10, "binary"),
-    "cifar10-python": lambda path: cifar(path, 10, "python"),
-    "cifar100-binary": lambda path: cifar(path, 100, "binary"),
-    "cifar100-python": lambda path: cifar(path, 100, "python"),
-    "mnist": lambda path: idx(path, "mnist"),
-    "fashion_mnist": lambda path: idx(path, "fashion_mnist"),
+    **{
+        f"cifar{num}-{kind}": functools.partial(cifar, num, kind)
+        for num in (10, 100)
+        for kind in ("binary", "python")
+    },
+    "mnist": idx,
+    "fashion_mnist": idx,
     "npz": npz,
-    "folder": folders,
-    "folder-split": folders_split,
-    "eurosat-zip": zipped,
-    "eurosat": lambda path: (files.put(path, files.eurosat_members()), "eurosat")[1],
-    "caltech256": in_tar("caltech256", files.caltech_members(12)),
-    "sun397": in_tar("sun397", files.sun_members(11)),
+    "folder": lambda root: files.put(
+        root, files.class_members(["dog", "cat", "Cow"], 11)
+    ),
+    "folder-split": split_folders,
+    "eurosat-zip": lambda root: files.make_zip(root / "x.zip", files.eurosat_members()),
+    "eurosat": lambda root: files.put(root, files.eurosat_members()),
+    "caltech256": lambda root: files.tar(root / "x.tar", files.caltech_members(12)),
+    "sun397": lambda root: files.tar(root / "x.tar", files.sun_members(11)),
     "oxford_iiit_pet": pets,
     "tfds": prepared,
 }
@@ -719,8 +667,8 @@ def test_order_of_records(name, tmp_path, monkeypatch):
     monkeypatch.setenv("DPMIX_JAX_CACHE", str(tmp_path / "cache"))
     root = tmp_path / "data"
     root.mkdir()
-    made = READERS[name](root)
-    dataset, path = made if isinstance(made, tuple) else (made, root)
+    path = READERS[name](root) or root
+    dataset = "tfds:mnist" if name == "tfds" else name.partition("-")[0]
     config = {"name": dataset, "path": str(path)}
     check(
         f"records/{name}",

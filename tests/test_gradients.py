@@ -63,15 +63,6 @@ def test_equals_a_loop_over_records_and_members(num_records, set_size, clip_norm
         np.testing.assert_allclose(aux.grad_norms, norms, rtol=1e-4, atol=1e-7)
 
 
-def test_identical_members_count_once():
-    """K copies of an image give the gradient of the image."""
-    params = toy.init_params()
-    images, labels = sets(4, 1)
-    many, _ = summed()(params, jnp.repeat(images, 2, 1), jnp.repeat(labels, 2, 1))
-    once, _ = oracle(params, images, labels, 0.3)
-    np.testing.assert_allclose(toy.flat(many), once, atol=1e-6)
-
-
 @pytest.mark.proves("gradients.clipped_gradient", 4)
 def test_padding_counts_exactly_nothing():
     params = toy.init_params()

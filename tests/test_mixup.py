@@ -208,32 +208,16 @@ def test_public_images_are_augmented_like_views():
     assert not np.array_equal(which[:400], which[400:])  # by keys of their own
 
 
-def test_pairs_are_uniform_over_the_whole_pool():
-    """Read off the labels: every member of the set has a class of its own."""
-    image = jnp.zeros((1, 1, 1))
-    pool = make_pool(np.zeros((1, 1, 1, 1), np.float32), np.array([3]), "abcd")
-    method = toy.method("dp_mix_diff", k_self=NUM, alpha=4.0)
-    size = method.pool_size
-
-    @jax.jit
-    def marked(key):
-        # As `augmentation_set` mixes a pool, of which each member is marked.
-        mix_key = jax.random.split(key)[1]
-        images = jnp.zeros((size, 1, 1, 1))
-        return mixups(mix_key, images, jnp.eye(size), NUM, alpha=4.0)[1]
-
-    key = jax.random.key(9)
-    soft = np.asarray(marked(key))
-    counts = np.zeros((size, size))
-    members = np.argsort(-soft, axis=1)[:, :2]
-    np.add.at(counts, (members.min(axis=1), members.max(axis=1)), 1)
-    observed = counts[np.triu_indices(size, 1)]
-    assert scipy.stats.chisquare(observed).pvalue > 1e-4
-    # Those very marks are what the set is made of: label 0 for views, 3 for public.
-    _, labels = set_of(method, NONE, key, image, jnp.eye(4)[0], pool)
-    of_public = soft[:, method.num_views :].sum(axis=1)
-    np.testing.assert_allclose(labels[size:, 3], of_public, atol=1e-6)
-    np.testing.assert_allclose(labels[size:, 0], 1 - of_public, atol=1e-6)
+def test_pairs_are_uniform_over_views_and_public_images():
+    """Read off the labels: of views they have class 0, of public images class 2."""
+    method = toy.method("dp_mix_diff", k_base=2, k_self=NUM, alpha=4.0)
+    pool = make_pool(np.zeros((1, 6, 6, 1), np.float32), np.array([2]), "abc")
+    label = jnp.eye(3)[0]
+    _, labels = set_of(method, NONE, jax.random.key(9), IMAGE, label, pool)
+    of_public = np.asarray(labels[method.pool_size :, 2])
+    counts = [(of_public == 0).sum(), (of_public == 1).sum()]  # of 6 pairs, one each
+    expected = [NUM / 6, NUM / 6, 4 * NUM / 6]
+    assert scipy.stats.chisquare([*counts, NUM - sum(counts)], expected).pvalue > 1e-4
 
 
 def pool_of(images, names="abc"):

@@ -8,6 +8,7 @@ the groups of a batch, the set of a group, and the sensitivity.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 
 import jax
@@ -16,7 +17,7 @@ import numpy as np
 from jax_privacy import clipping
 
 from dpmix_jax import augment, mixup, sampling
-from dpmix_jax.errors import UserError
+from dpmix_jax.errors import require
 
 NAME = "microbatch_mixup"
 
@@ -39,14 +40,10 @@ class MicrobatchMixupConfig:
 
     def __post_init__(self):
         for key, least in (("k_base", 1), ("group_size", 2)):
-            if getattr(self, key) < least:
-                raise UserError(
-                    f"method.{key} is {getattr(self, key)}: it must be at least {least}"
-                )
-        if not 0 < self.alpha < float("inf"):
-            raise UserError(
-                f"method.alpha is {self.alpha}: it must be positive and finite"
-            )
+            size = getattr(self, key)
+            require(size >= least, f"method.{key}", size, f"at least {least}")
+        finite = 0 < self.alpha < math.inf
+        require(finite, "method.alpha", self.alpha, "positive and finite")
 
     num_views = 0  # the set holds mixes only
     num_public = 0

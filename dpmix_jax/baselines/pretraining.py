@@ -14,7 +14,7 @@ import numpy as np
 import optax
 
 from dpmix_jax import augment, training
-from dpmix_jax.errors import UserError
+from dpmix_jax.errors import require
 from dpmix_jax.pool import Pool, draw_rows
 
 PyTree = Any
@@ -38,20 +38,12 @@ class PretrainConfig:
 
     def __post_init__(self):
         for name, least in (("num_updates", 0), ("batch_size", 1)):
-            if getattr(self, name) < least:
-                raise UserError(
-                    f"pretrain.{name} is {getattr(self, name)}: it must be at least"
-                    f" {least}"
-                )
-        if not 0 < self.learning_rate < math.inf:
-            raise UserError(
-                f"pretrain.learning_rate is {self.learning_rate}: it must be positive"
-                " and finite"
-            )
-        if not 0 <= self.momentum < 1:
-            raise UserError(
-                f"pretrain.momentum is {self.momentum}: it must be in [0, 1)"
-            )
+            size = getattr(self, name)
+            require(size >= least, f"pretrain.{name}", size, f"at least {least}")
+        rate, momentum = self.learning_rate, self.momentum
+        finite = 0 < rate < math.inf
+        require(finite, "pretrain.learning_rate", rate, "positive and finite")
+        require(0 <= momentum < 1, "pretrain.momentum", momentum, "in [0, 1)")
 
     def build(self) -> optax.GradientTransformation:
         return optax.sgd(self.learning_rate, self.momentum or None)

@@ -6,9 +6,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from dpmix_jax.models.layers import LayerNorm, Patches, mlp
+from dpmix_jax.models.layers import LayerNorm, Patches, dense, mlp
 
-_INIT = nn.initializers.normal(0.02)
 _EPSILON = 1e-6
 
 
@@ -58,17 +57,10 @@ class ConvNeXt(nn.Module):
             for index in range(self.depths[stage]):
                 hidden, name = int(channels * self.mlp_ratio), f"stage_{stage}_{index}"
                 x = Block(hidden, self.layer_scale, self.dtype, name=name)(x)
-        x = LayerNorm(_EPSILON, self.dtype, name="norm")(
-            x.astype(jnp.float32).mean((1, 2))
-        )
+        x = x.astype(jnp.float32).mean((1, 2))
+        x = LayerNorm(_EPSILON, self.dtype, name="norm")(x)
         if self.embedding_size is not None:
-            x = nn.Dense(
-                self.embedding_size,
-                use_bias=False,
-                dtype=self.dtype,
-                kernel_init=_INIT,
-                name="proj",
-            )(x)
+            x = dense(self.embedding_size, self.dtype, "proj", use_bias=False)(x)
         return x.astype(jnp.float32)
 
     def _check(self, shape: tuple[int, ...]) -> None:
@@ -107,12 +99,11 @@ class Block(nn.Module):
             (7, 7),
             feature_group_count=channels,
             dtype=self.dtype,
-            kernel_init=_INIT,
+            kernel_init=nn.initializers.normal(0.02),
             name="conv",
         )(x)
-        y = mlp(
-            LayerNorm(_EPSILON, self.dtype, name="norm")(y), self.hidden, self.dtype
-        )
+        y = LayerNorm(_EPSILON, self.dtype, name="norm")(y)
+        y = mlp(y, self.hidden, self.dtype)
         start = nn.initializers.constant(self.layer_scale)
         gamma = self.param("gamma", start, (channels,))
         return x + y * gamma[None, None, None].astype(self.dtype)

@@ -113,10 +113,17 @@ class Patches(nn.Module):
         return out
 
 
-def dense(features: int, dtype: jax.typing.DTypeLike, name: str) -> nn.Dense:
-    """Returns a dense layer whose kernel starts normal, of deviation 0.02."""
-    start = nn.initializers.normal(0.02)
-    return nn.Dense(features, dtype=dtype, kernel_init=start, name=name)
+def dense(
+    features: int,
+    dtype: jax.typing.DTypeLike,
+    name: str,
+    stddev: float = 0.02,
+    *,
+    use_bias: bool = True,
+) -> nn.Dense:
+    """Returns a dense layer whose kernel starts normal, of deviation `stddev`."""
+    start = nn.initializers.normal(stddev)
+    return nn.Dense(features, use_bias, dtype=dtype, kernel_init=start, name=name)
 
 
 def mlp(x: jax.Array, hidden: int, dtype: jax.typing.DTypeLike) -> jax.Array:

@@ -140,10 +140,9 @@ def load_weights(
     stored = _read(path, "the model.safetensors of a run")
     what, prefix = "weights of the same model", "ema_params/"
     keys = {ours: prefix + ours for ours in wanted}
-    theirs = _de_et_al_keys(wanted)
-    if theirs and any(key.startswith("wide_res_net/") for key in stored):
+    if any(key.startswith("wide_res_net/") for key in stored):
         what, prefix = f"{what} as jax_privacy names them", "wide_res_net/"
-        keys = theirs
+        keys = _de_et_al_keys(wanted)
     return _fill(path, stored, keys, like, prefix, what, skip)
 
 
@@ -230,10 +229,8 @@ def _fill(
       what: says which weights the file must have.
       skip: names of modules whose leaves stay as they are.
     """
-    wanted = _flat(like)
-    places = {
-        ours: key for ours, key in keys.items() if set(skip).isdisjoint(ours.split("/"))
-    }
+    wanted, stays = _flat(like), {*skip}
+    places = {ours: k for ours, k in keys.items() if stays.isdisjoint(ours.split("/"))}
     wrong = [
         f"{key!r} is {stored[key].shape}, not {wanted[ours].shape}"
         + ", for images of another size" * key.endswith("positional_embedding")
@@ -241,12 +238,8 @@ def _fill(
         if key in stored and stored[key].shape != wanted[ours].shape
     ]
     missing = [f"{key!r} is missing" for key in places.values() if key not in stored]
-    known = {*keys.values()}
-    unexpected = [
-        f"{key!r} is unexpected"
-        for key in stored
-        if key.startswith(prefix) and key not in known
-    ]
+    more = (key for key in stored if key.startswith(prefix))
+    unexpected = [f"{key!r} is unexpected" for key in more if key not in keys.values()]
     faults = [
         found[0] + f" (and {len(found) - 1} more)" * (len(found) > 1)
         for found in (wrong, missing, unexpected)
@@ -304,23 +297,22 @@ _HAIKU = {  # De et al.'s names of parameters, by our kinds of layers
 }
 
 
-def _de_et_al_keys(paths: Collection[str]) -> dict[str, str] | None:
+def _de_et_al_keys(paths: Collection[str]) -> dict[str, str]:
     """Returns the key of each parameter of `wrn` in a file of De et al.'s weights.
 
     Args:
       paths: of all parameters, `params/<module>/<leaf>`.
 
     Returns:
-      Keys `wide_res_net/<module>/<leaf>` by path, or None for another model.
+      Keys `wide_res_net/<module>/<leaf>` by path; of another model such keys as no file
+      has.
     """
     modules = _de_et_al_modules(depth=sum(path.endswith("/gain") for path in paths))
     keys = {}
     for path in paths:
-        _, module, *leaf = path.split("/")
-        if module not in modules or len(leaf) != 1:
-            return None
-        theirs = _HAIKU[module.partition("_")[0]][leaf[0]]
-        keys[path] = f"wide_res_net/{modules[module]}/{theirs}"
+        module, leaf = path.removeprefix("params/").split("/", 1)
+        leaf = _HAIKU.get(module.partition("_")[0], {}).get(leaf, leaf)
+        keys[path] = f"wide_res_net/{modules.get(module, module)}/{leaf}"
     return keys
 
 

@@ -47,33 +47,26 @@ class VisionTransformer(nn.Module):
     def __call__(self, images: jax.Array) -> jax.Array:
         """[B, H, W, C] -> [B, E]."""
         self._check(images.shape)
-        batch, at_random = images.shape[0], nn.initializers.normal(self.width**-0.5)
+        batch, stddev = images.shape[0], self.width**-0.5
+        at_random = nn.initializers.normal(stddev)
         first = self.param("class_embedding", at_random, (self.width,))
-        x = Patches(
-            self.width,
-            self.patch_size,
-            use_bias=False,
-            dtype=self.dtype,
-            name="patches",
-        )(images).reshape(batch, -1, self.width)
+        patches = Patches(
+            self.width, self.patch_size, False, self.dtype, name="patches"
+        )
+        x = patches(images).reshape(batch, -1, self.width)
         first = jnp.broadcast_to(first.astype(self.dtype), (batch, 1, self.width))
         x = jnp.concatenate([first, x], axis=1)
         positions = self.param("positional_embedding", at_random, x.shape[1:])
-        x = LayerNorm(_EPSILON, self.dtype, name="ln_pre")(
-            x + positions[None].astype(self.dtype)
-        )
+        x = x + positions[None].astype(self.dtype)
+        x = LayerNorm(_EPSILON, self.dtype, name="ln_pre")(x)
         for index in range(self.depth):
             hidden = int(self.width * self.mlp_ratio)
             x = Block(self.heads, hidden, self.dtype, name=f"block_{index}")(x)
         x = LayerNorm(_EPSILON, self.dtype, name="ln_post")(x[:, 0])
         if self.embedding_size is not None:
-            x = nn.Dense(
-                self.embedding_size,
-                use_bias=False,
-                dtype=self.dtype,
-                kernel_init=at_random,
-                name="proj",
-            )(x)
+            x = dense(self.embedding_size, self.dtype, "proj", stddev, use_bias=False)(
+                x
+            )
         return x.astype(jnp.float32)
 
     def _check(self, shape: tuple[int, ...]) -> None:
