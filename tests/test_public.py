@@ -9,6 +9,7 @@ from ml_collections import config_dict
 from PIL import Image
 
 from dpmix_jax import UserError, data
+from dpmix_jax.data.clothes import CLOTHES
 from dpmix_jax.data.public import (
     PublicConfig,
     blank_public,
@@ -83,6 +84,29 @@ def test_rendered_digits_are_those_of_a_bank(tmp_path, monkeypatch):
     other = dataclasses.replace(dataset.train, class_names=(*CLASSES[:9], "ten"))
     with pytest.raises(UserError, match="the private classes must be digits 0 to 9"):
         load_public(config, DIGITS, dataset._replace(train=other))
+
+
+def test_rendered_clothes_are_of_no_photograph(monkeypatch):
+    """Their classes are those of Fashion-MNIST; the statement says what they are."""
+    monkeypatch.setattr("dpmix_jax.data.public._NUM_RENDERED", 20)
+    config = PublicConfig(name="rendered_clothes")
+    private = data.DataConfig(name="fashion_mnist")
+    pool = blank_public(config, private, data.blank(private))
+    assert pool.images.shape == (20, 28, 28, 1)
+    assert pool.class_names == CLOTHES
+    with pytest.raises(
+        UserError, match=r"must be among T-shirt/top, .*, Ankle boot, in"
+    ):
+        load_public(config, DIGITS, data.load(DIGITS))
+    with pytest.raises(UserError, match=r"public.half is 1: it must not be given for"):
+        PublicConfig(name="rendered_clothes", half=1)
+    text = describe(config, pool, 2)
+    assert "rendered_clothes, 20 images declared public" in text
+    assert (
+        "for what they do not reveal already: they were drawn by this program from what"
+        " the names of the classes mean, and no photograph was used. That none" in text
+    )
+    assert "generative" not in text
 
 
 @pytest.mark.parametrize(

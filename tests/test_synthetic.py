@@ -14,6 +14,7 @@ from sklearn.svm import SVC
 
 from dpmix_jax import UserError, data
 from dpmix_jax.data import images
+from dpmix_jax.data.clothes import CLOTHES
 from dpmix_jax.data.folder import class_folder, class_of
 from dpmix_jax.data.rendered import Render
 from dpmix_jax.synthetic import Plan, fill
@@ -234,6 +235,29 @@ def test_rendered_digits_are_digits():
     assert np.stack(large)[:, 0].mean() < 0.1 * np.stack(large).mean()  # a margin
 
 
+def test_rendered_clothes_are_of_ten_kinds(tmp_path):
+    """Drawings of one seed tell those of another apart: no photograph is looked at."""
+    command = [f"--out={tmp_path}/bank", "--data=fashion_mnist", "--count=20"]
+    assert call(SCRIPT, [*command, "--generator=render"]).returncode == 0
+    bank = data.load_bank(tmp_path / "bank", CLOTHES, channels=1)
+    assert (bank.images.shape, bank.images.dtype) == ((20, 28, 28, 1), np.uint8)
+    assert bank.labels.tolist() == [label for label in range(10) for _ in range(2)]
+    render, seen = Render(class_names=CLOTHES, image_shape=(28, 28, 1)), []
+    for seed in (0, 1):
+        plan = Plan(class_names=CLOTHES, count=150, seed=seed, image_shape=(28, 28, 1))
+        wanted = list(plan.wanted())
+        seen.append((np.stack(render(wanted)), [one.label for one in wanted]))
+    (drawn, labels), (others, theirs) = seen
+    order = np.argsort(labels[:20], kind="stable")
+    np.testing.assert_array_equal(bank.images, drawn[:20][order])
+    assert len({image.tobytes() for image in (*drawn, *others)}) == 300
+    assert (drawn[:, 0, 0] == 0).mean() > 0.95  # on black
+    extent = [np.ptp(np.nonzero(image[..., 0] > 20), axis=1).max() for image in drawn]
+    assert min(extent) > 14
+    model = SVC(C=3).fit(drawn.reshape(150, -1) / 255, labels)
+    assert model.score(others.reshape(150, -1) / 255, theirs) > 0.7
+
+
 def test_names_are_spoken_in_prompts():
     for name, words in {
         "maple_tree": "maple tree",
@@ -281,7 +305,9 @@ MISTAKES = {
     "--classes=same --count=4 --image_size=8": "class '3' is named twice",
     "--data=digits --seed=-1": "--seed is -1: it must be",
     "--data=digits --steps=9": "--steps is given: it is of --generator=diffusion",
-    "--data=cifar10": "class 'airplane' is none of them",
+    "--data=cifar10": "the digits 0 to 9 and the clothes T-shirt/top, Trouser,"
+    " Pullover, Dress, Coat, Sandal, Shirt, Sneaker, Bag, Ankle boot; class 'airplane'"
+    " is none of them",
     "--generator=diffusion --data=digits": "--model is missing",
     "--data=digits --out=names": "bank names is not writable",
 }

@@ -5,7 +5,8 @@ download    where files are looked for; official ones are fetched and verified
 arrays      digits, npz, CIFAR, IDX: read into memory
 folder      image files, labelled by the folder they are in; banks
 tfds        prepared TensorFlow Datasets, read and written without TensorFlow
-rendered    digits drawn from fonts
+rendered    digits drawn from fonts, and clothes
+clothes     clothes, shoes and bags drawn from what their names mean
 public      images declared public, for DP-Mix_diff
 records images cache trees    what those are made of
 """

@@ -15,10 +15,10 @@ import numpy as np
 
 from dpmix_jax.data import DataConfig, Dataset, datasets, half, load_bank
 from dpmix_jax.data.records import Records
-from dpmix_jax.data.rendered import rendered_digits
+from dpmix_jax.data.rendered import RENDERED, rendered
 from dpmix_jax.errors import UserError
 
-RENDERED, _NUM_RENDERED = "rendered_digits", 1_500
+_NUM_RENDERED = 1_500
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,7 +31,8 @@ class PublicConfig:
     Attributes:
       name: as for `DataConfig`, or `bank` for a folder of class folders of which all
         images are taken, such as `experiments/generate.py` writes, or
-        `rendered_digits` for 1,500 digits drawn from fonts.
+        `rendered_digits` for 1,500 digits drawn from fonts, or `rendered_clothes` for
+        1,500 images of the classes of Fashion-MNIST, drawn from what their names mean.
       path: as for `DataConfig`.
       image_size: as for `DataConfig`; None takes that of the private data.
       half: as for `DataConfig`, or None for all. The other half of the private dataset
@@ -46,7 +47,8 @@ class PublicConfig:
     download: bool = False
 
     def __post_init__(self):
-        refused = {RENDERED: ("path", "image_size", "half"), "bank": ("half",)}
+        of_rendered = dict.fromkeys(RENDERED, ("path", "image_size", "half"))
+        refused = {**of_rendered, "bank": ("half",)}
         for key in refused.get(self.name, ()):
             if getattr(self, key):
                 raise UserError(
@@ -177,6 +179,13 @@ def describe(
             "on which the initial weights were trained for"
             f" {pretraining_updates} updates without noise"
         )
+    origin = (
+        "they were drawn by this program from what the names of the classes mean, and"
+        " no photograph was used"
+        if config.name == "rendered_clothes"
+        else "if a generative model made them, its own training set may hold the"
+        " private images or images like them"
+    )
     copies = (
         "That none is an exact copy of a training record was checked before training,"
         " other copies not; the outcome of that check is not covered"
@@ -187,15 +196,14 @@ def describe(
         f"{config.name}{where}{part}, {len(bank):,} images declared public in the"
         f" configuration (sha256 {bank.digest()[:16]}), {' and '.join(uses)}. They are"
         " not protected, and this guarantee holds only for what they do not reveal"
-        " already: if a generative model made them, its own training set may hold the"
-        f" private images or images like them. {copies}"
+        f" already: {origin}. {copies}"
     )
 
 
 def _read(config: PublicConfig, private: DataConfig, train: Records) -> Records:
     """Returns all images of a bank, or the training split of another dataset."""
-    if config.name == RENDERED:
-        return _rendered(train)
+    if config.name in RENDERED:
+        return _rendered(config.name, train)
     channels, size = train.images.shape[-1], config.size(private.image_size)
     if config.is_bank and channels not in (1, 3):
         raise UserError(
@@ -214,21 +222,23 @@ def _read(config: PublicConfig, private: DataConfig, train: Records) -> Records:
     return half(public, config.half or 0)
 
 
-def _rendered(train: Records) -> Records:
-    """Draws digits of the classes and the shape of the private ones."""
+def _rendered(name: str, train: Records) -> Records:
+    """Draws images of the classes and the shape of the private ones."""
     height, width, channels = train.images.shape[1:]
-    if height != width or not {*train.class_names} <= {*"0123456789"}:
+    if height != width or not {*train.class_names} <= {*RENDERED[name]}:
+        digits = name == "rendered_digits"
+        known = "digits 0 to 9" if digits else f"among {', '.join(RENDERED[name])}"
         raise UserError(
-            f"public.name is {RENDERED!r}: the private classes must be digits 0 to 9,"
-            " in square images"
+            f"public.name is {name!r}: the private classes must be {known}, in square"
+            " images"
         )
     shape = (height, width, channels)
-    images, labels = rendered_digits(train.class_names, shape, _NUM_RENDERED)
+    images, labels = rendered(train.class_names, shape, _NUM_RENDERED)
     return dataclasses.replace(train, images=images, labels=labels)  # as many of both
 
 
 def _refuse_private_files(public: PublicConfig, private: DataConfig) -> None:
-    if public.name == RENDERED or public.is_other_half(private):
+    if public.name in RENDERED or public.is_other_half(private):
         return
     theirs = datasets.location(private.name, private.path)
     if public.is_bank:

@@ -1,7 +1,9 @@
-"""Digits drawn from the fonts that come with matplotlib, as if written by hand.
+"""Public images drawn by this program: digits, and the clothes of `data.clothes`.
 
-A digit of a random font is drawn large, its stroke thickened, bent by a smooth random
-displacement, turned, sheared and stretched, then brought to the size of the dataset.
+A digit of a random font of matplotlib is drawn large, as if written by hand: its stroke
+thickened, bent by a smooth random displacement, turned, sheared and stretched, then
+brought to the size of the dataset. Clothes are drawn large too, bent less, and fill the
+image.
 """
 
 import hashlib
@@ -14,8 +16,12 @@ import PIL
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from scipy import ndimage
 
+from dpmix_jax.data import clothes
 from dpmix_jax.errors import UserError
 
+DIGITS = tuple("0123456789")
+# What each `public.name` draws.
+RENDERED = {"rendered_digits": DIGITS, "rendered_clothes": clothes.CLOTHES}
 _FONTS = (  # of matplotlib; its monospaced DejaVu has a dot in the zero
     *("DejaVuSans", "DejaVuSans-Oblique", "DejaVuSerif", "DejaVuSerif-Italic"),
     *("STIXGeneral", "STIXGeneralItalic", "cmr10", "cmss10", "cmtt10"),
@@ -28,6 +34,7 @@ _SMALL = 16
 _HEIGHT_SMALL, _HEIGHT = (0.9, 1.05), (0.62, 0.8)
 _NARROW_SMALL, _NARROW = (0.9, 1.25), (0.8, 1.15)
 _BRIGHTEST = 240  # as in the digits
+_LESS = 0.25  # how much clothes are bent, of what digits are
 
 
 def image_seed(bank_seed: int, label: int, number: int, attempt: int = 0) -> int:
@@ -39,16 +46,16 @@ def image_seed(bank_seed: int, label: int, number: int, attempt: int = 0) -> int
     return int.from_bytes(hashlib.sha256(key).digest()[:8], "big") >> 1
 
 
-def rendered_digits(
+def rendered(
     class_names: Sequence[str], image_shape: Sequence[int], count: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Draws digits, one of each class in turn, as a bank of seed 0 has them.
+    """Draws one image of each class in turn, as a bank of seed 0 has them.
 
     Returns:
       Images uint8 [count, H, W, C] and labels int32 [count].
 
     Raises:
-      UserError: for a class that is no digit.
+      UserError: as for `Render`.
     """
     render = Render(class_names=class_names, image_shape=image_shape)
     numbers, labels = np.divmod(np.arange(count), len(class_names))
@@ -60,14 +67,22 @@ def rendered_digits(
 
 
 class Render:
-    """Draws digits: bright strokes on black. A `synthetic.Generator`."""
+    """Draws digits or clothes, bright on black. A `synthetic.Generator`.
+
+    Args:
+      class_names: digits, or names of `clothes.CLOTHES`.
+      image_shape: height, width (equal to the height) and channels.
+
+    Raises:
+      UserError: for a class that is neither.
+    """
 
     def __init__(self, *, class_names: Sequence[str], image_shape: Sequence[int]):
         for name in class_names:
-            if name not in tuple("0123456789"):
+            if name not in DIGITS + clothes.CLOTHES:
                 raise UserError(
-                    f"--generator is render: it draws the digits 0 to 9, class {name!r}"
-                    " is none of them"
+                    "--generator is render: it draws the digits 0 to 9 and the clothes"
+                    f" {', '.join(clothes.CLOTHES)}; class {name!r} is none of them"
                 )
         self._size, _, self._channels = image_shape
         self._fonts = [
@@ -86,9 +101,15 @@ class Render:
         """Draws what is `synthetic.Wanted`, by its class and seed."""
         return [self.draw(each.class_name, each.seed) for each in wanted]
 
-    def draw(self, digit: str, seed: int) -> np.ndarray:
+    def draw(self, class_name: str, seed: int) -> np.ndarray:
         """Returns uint8 [H, W, C]."""
         rng = np.random.default_rng(seed)
+        of_kind = self._digit if class_name in DIGITS else self._clothes
+        grey = of_kind(class_name, rng).round().astype(np.uint8)[..., None]
+        return np.repeat(grey, self._channels, axis=-1)
+
+    def _digit(self, digit: str, rng: np.random.Generator) -> np.ndarray:
+        """Returns float [H, W] from 0 to 255, as `_clothes` does."""
         canvas = Image.new("L", (_CANVAS, _CANVAS))
         ImageDraw.Draw(canvas).text(
             (_CANVAS // 2, _CANVAS // 2),
@@ -100,21 +121,26 @@ class Render:
         )
         bent = _bent(np.asarray(canvas, np.float32), rng)
         pixels = _placed(bent, self._size, rng)
-        pixels = np.clip(pixels * rng.uniform(1.0, 1.4), 0, 1) * _BRIGHTEST
-        grey = pixels.round().astype(np.uint8)[..., None]
-        return np.repeat(grey, self._channels, axis=-1)
+        return np.clip(pixels * rng.uniform(1.0, 1.4), 0, 1) * _BRIGHTEST
+
+    def _clothes(self, name: str, rng: np.random.Generator) -> np.ndarray:
+        bent = _bent(clothes.draw(name, _CANVAS, rng), rng, _LESS)
+        to_size = (self._size, self._size), Image.Resampling.BILINEAR
+        return np.asarray(Image.fromarray(bent).resize(*to_size))
 
 
-def _bent(canvas: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def _bent(
+    canvas: np.ndarray, rng: np.random.Generator, strength: float = 1.0
+) -> np.ndarray:
     """Turns, shears, stretches and bends what is on the canvas."""
-    angle, shear = rng.normal(0, 0.12), rng.normal(0, 0.2)
+    angle, shear = rng.normal(0, 0.12 * strength), rng.normal(0, 0.2 * strength)
     turn = np.array(
         [[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]
     ) @ np.array([[1, 0], [shear, 1]])
     middle = (_CANVAS - 1) / 2
     grid = np.indices((_CANVAS, _CANVAS)) - middle
     points = np.einsum("ij,jhw->ihw", turn, grid) + middle
-    coarse = rng.normal(0, 3.0, (2, 4, 4))
+    coarse = rng.normal(0, 3.0 * strength, (2, 4, 4))
     points += np.stack([ndimage.zoom(part, _CANVAS / 4, order=3) for part in coarse])
     return ndimage.map_coordinates(canvas, points, order=1)
 

@@ -6,7 +6,7 @@ diffusion   a generator: Stable Diffusion through diffusers, extra `diffusion`
 generate    plan, generator and bank put together: `experiments/generate.py`
 domain_gap  how far a bank is from a dataset: `experiments/domain_gap.py`
 
-`data.rendered.Render` is a generator too: digits drawn from fonts, without a model.
+`data.rendered.Render` is a generator too: digits and clothes, drawn without a model.
 """
 
 from dpmix_jax.synthetic.bank import Generator, fill

@@ -18,7 +18,7 @@ def generate(
 
     Args:
       out: folder of the bank.
-      generator: `diffusion`, or `render` for digits.
+      generator: `diffusion`, or `render` for digits or clothes.
       diffusion: settings of `DiffusionConfig`, for `diffusion` only.
       batch_size: images made at a time.
       **plan: as for `make_plan`.
