@@ -2,10 +2,12 @@
 
     python experiments/benchmark.py --width=2 --k=16 --records=4 --json=speed.json
     python experiments/benchmark.py --methods=ours --k=16 --k=34  # Self-Aug and DP-Mix
+    python experiments/benchmark.py --head=3969 --k=2 --records=8192 --rounds=3
 
-The workload is B records of K random 32x32x3 images. Leave the machine alone meanwhile:
-PyTorch's CPU threads spin while they wait for each other, and with another program on
-their cores its rows were seen to take ten times as long, JAX's twice.
+The workload is B records of K random 32x32x3 images, or of K embeddings. Leave the
+machine alone meanwhile: PyTorch's CPU threads spin while they wait for each other, and
+with another program on their cores its rows were seen to take ten times as long, JAX's
+twice.
 """
 
 import dataclasses
@@ -14,6 +16,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,15 +28,16 @@ from jax_privacy import clipping
 
 from dpmix_jax import conv, devices, models
 from dpmix_jax.errors import UserError
-from dpmix_jax.ghost import ghost_clipped_gradient
+from dpmix_jax.ghost import always, ghost_clipped_gradient
 from dpmix_jax.gradients import clipped_gradient
 from dpmix_jax.run import cli
 from dpmix_jax.run.performance import PRECISIONS, PerformanceConfig
 
 BASE, PEER, TORCH_BASE = "non-private", "jax_privacy", "torch non-private"
 GHOST, ALL_DEVICES = "ours:ghost", "ours on all devices"
+HEAD = "ours:head"
 FORMULATIONS = tuple(f"ours:{name}" for name in conv.FORMULATIONS if name != "auto")
-IN_JAX = (BASE, "ours", GHOST, ALL_DEVICES, *FORMULATIONS, PEER)
+IN_JAX = (BASE, "ours", GHOST, HEAD, ALL_DEVICES, *FORMULATIONS, PEER)
 IN_TORCH = (
     TORCH_BASE,
     "torch.func vmap(grad)",
@@ -49,6 +53,9 @@ TOLERANCE = {"float32": 1e-5, "tensorfloat32": 5e-3, "bfloat16": 5e-2}
 
 _DEPTH = flags.DEFINE_integer("depth", 16, "d of WRN-d-w.")
 _WIDTH = flags.DEFINE_integer("width", 2, "w of WRN-d-w.", lower_bound=1)
+_HEAD = flags.DEFINE_integer(
+    "head", None, "E: times a linear head over embeddings instead.", lower_bound=1
+)
 _K = flags.DEFINE_multi_integer(
     "k", [16], "Images of a record; given twice, the two are compared.", lower_bound=1
 )
@@ -130,6 +137,7 @@ def jax_gradients(loss_fn: Callable[..., jax.Array]) -> dict[str, Callable[..., 
         BASE: nonprivate,
         "ours": default,
         GHOST: ours(ghost_clipped_gradient),
+        HEAD: ours(ghost_clipped_gradient, keep=always),
         ALL_DEVICES: lambda params, *records: of_all_devices(
             params, jnp.int32(0), records, ()
         ),
@@ -191,11 +199,16 @@ def make_rows(names: Sequence[str], k: int) -> list[Row]:
       UserError: for a depth that there is not.
     """
     rng, shape = np.random.default_rng(0), (_RECORDS.value, k)
-    images = rng.standard_normal((*shape, 32, 32, 3), np.float32)
+    each = (_HEAD.value,) if _HEAD.value else (32, 32, 3)
+    images = rng.standard_normal((*shape, *each), np.float32)
     classes = rng.integers(NUM_CLASSES, size=shape)
     labels = np.eye(NUM_CLASSES, dtype=np.float32)[classes]
     options = {"depth": _DEPTH.value, "width": _WIDTH.value}
-    model = models.create("wrn", NUM_CLASSES, dtype=performance().dtype, **options)
+    model: Any = (
+        nn.Dense(NUM_CLASSES, dtype=performance().dtype)
+        if _HEAD.value
+        else models.create("wrn", NUM_CLASSES, dtype=performance().dtype, **options)
+    )
     try:
         params = jax.jit(model.init)(jax.random.key(0), images[0, :1])
     except ValueError as error:
@@ -231,13 +244,15 @@ def select() -> list[str]:
     Raises:
       UserError: for a method that there is not, or records that cannot be spread.
     """
-    known = (*IN_JAX, *IN_TORCH)
+    known = IN_JAX if _HEAD.value else (*IN_JAX, *IN_TORCH)
     if _METHODS.value is None:
         wanted = {*known} - {*FORMULATIONS}
         if jax.device_count() == 1:
             wanted.discard(ALL_DEVICES)
         if _PRECISION.value != "float32":
-            wanted.discard(GHOST)
+            wanted -= {GHOST, HEAD}
+        if not _HEAD.value:
+            wanted.discard(HEAD)
     else:
         wanted = {name.strip() for name in _METHODS.value}
     for name in sorted(wanted - {*known}):
@@ -310,8 +325,13 @@ def benchmark() -> dict[str, Any]:
     names, ks = select(), sorted({*_K.value})
     result: dict[str, Any] = {
         "environment": timing.environment(),
-        "workload": f"WRN-{_DEPTH.value}-{_WIDTH.value}, 32x32x3, {_PRECISION.value},"
-        f" {_RECORDS.value} records x {' and '.join(map(str, ks))} images,"
+        "workload": (
+            f"linear head, {_HEAD.value} x {NUM_CLASSES}"
+            if _HEAD.value
+            else f"WRN-{_DEPTH.value}-{_WIDTH.value}, 32x32x3"
+        )
+        + f", {_PRECISION.value}, {_RECORDS.value} records x"
+        f" {' and '.join(map(str, ks))} images,"
         f" {_ROUNDS.value} paired rounds: medians (least to greatest)",
     }
     print(result["workload"], flush=True)

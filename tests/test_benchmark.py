@@ -49,6 +49,19 @@ def test_every_row_is_printed_and_written(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["speed.json"]
 
 
+def test_a_head_is_timed(tmp_path):
+    path = tmp_path / "head.json"
+    flags = ("--head=20", "--k=2", "--records=4", "--rounds=2", f"--json={path}")
+    done = call(SCRIPT, flags)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(path.read_text())
+    assert result["workload"].startswith("linear head, 20 x 10, float32, 4 records x 2")
+    (head,) = (row for row in result["rows"] if row["name"] == "ours:head")
+    assert head["difference_from_jax_privacy"] <= 1e-5
+    assert head["ratio_to_jax_nonprivate"]["min"] > 0
+    assert head["peak_bytes"] > 0
+
+
 @pytest.mark.slow
 def test_two_k_are_compared_and_operations_named(tmp_path):
     path = tmp_path / "speed.json"

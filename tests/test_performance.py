@@ -177,7 +177,7 @@ def test_precision_of_products_is_set_not_left_to_the_backend(precision, stored)
         ({"convolutions": "fft"}, "performance.convolutions is 'fft'"),
         (
             {"clipping": "flat"},
-            "performance.clipping is 'flat': it must be one of inst",
+            "performance.clipping is 'flat': it must be one of auto",
         ),
         (
             {"clipping": "ghost", "precision": "bfloat16"},
@@ -202,3 +202,18 @@ def test_a_microbatch_must_divide_over_the_devices():
     PerformanceConfig().check_devices(3)
     with pytest.raises(UserError, match="a multiple of the number of devices, 4"):
         PerformanceConfig(microbatch_size=6).check_devices(4)
+
+
+@pytest.mark.parametrize(
+    ("settings", "of_a_head", "elsewhere"),
+    [
+        ({}, "ghost", "instantiate"),
+        ({"precision": "bfloat16"}, "instantiate", "instantiate"),
+        ({"clipping": "instantiate"}, "instantiate", "instantiate"),
+        ({"clipping": "ghost"}, "ghost", "ghost"),
+    ],
+)
+def test_what_clipping_comes_to(settings, of_a_head, elsewhere):
+    config = PerformanceConfig(**settings)
+    assert config.clipping_of(linear_head=True) == of_a_head
+    assert config.clipping_of(linear_head=False) == elsewhere

@@ -41,7 +41,7 @@ class Scattering(nn.Module):
     """
 
     # More images at a time leave a CPU's caches.
-    CPU_IMAGES: ClassVar[int | None] = 64
+    CPU_IMAGES: ClassVar[int | None] = 32
 
     scales: int = 2
     angles: int = 8
@@ -162,24 +162,24 @@ def coefficients(images: jax.Array, scales: int, angles: int, order: int) -> jax
 def _scattering(x: jax.Array, scales: int, angles: int, order: int) -> jax.Array:
     """[H, W, N] -> [h, w, P, N]."""
     sides = [_Side(side, scales) for side in x.shape[:2]]
-    wavelets = [_wavelets(*(s.padded for s in sides), j, angles) for j in range(scales)]
+    height, width = (side.padded for side in sides)
+    wavelets = [_wavelets(height, width, j, angles) for j in range(scales)]
 
-    def spectrum(x, pads):
-        return _both([_hartley(p.shape[0]) @ p for p in pads], x)
+    def spectrum(x):
+        return _both([_hartley(side) for side in x.shape[:2]], x)
 
     def average(x, j):
         return _both([s.average(j) for s in sides], x)
 
-    pads = [side.padding() for side in sides]
-    padded = _both(pads, x)
-    image = spectrum(x, pads)
+    padded = _both([side.padding() for side in sides], x)
+    image = spectrum(padded)
     found, second = [average(padded[:, :, None], 0)], []
     for j in range(scales):
         moduli = _moduli(image, wavelets[j], 2**j)
         found.append(average(moduli, j))
         if order == 1 or j == scales - 1:
             continue
-        again = spectrum(moduli, [np.eye(side) for side in moduli.shape[:2]])
+        again = spectrum(moduli)
         coarser = [
             average(_moduli(again, _low(wavelets[k], 2**j), 2 ** (k - j)), k)
             for k in range(j + 1, scales)
@@ -205,7 +205,7 @@ def _moduli(spectrum: jax.Array, wavelets: np.ndarray, step: int) -> jax.Array:
       [M / step, N / step, L, ...].
     """
     flips = _flip(spectrum, 0), _flip(spectrum, 1)
-    sources = (spectrum, _flip(flips[0], 1)), flips
+    sources: Any = (spectrum, _flip(flips[0], 1)), flips
     side = spectrum.shape[0] // step, spectrum.shape[1] // step
     matrices = [_hartley(n) for n in side]
 
@@ -240,11 +240,11 @@ def _mixing(wavelets: np.ndarray) -> np.ndarray:
     return np.stack([np.stack(x, axis=1) for x in pairs]) / (2 * wavelets[0].size)
 
 
-def _flip(x, axis: int):
+def _flip(x: Any, axis: int) -> Any:
     """Takes index -k for k along an axis, modulo its length; NumPy or JAX."""
     xp: Any = np if isinstance(x, np.ndarray) else jnp
-    first, rest = xp.split(x, [1], axis)
-    return xp.concatenate([first, xp.flip(rest, axis)], axis)
+    zero, others = xp.split(x, [1], axis)
+    return xp.concatenate([zero, xp.flip(others, axis)], axis)
 
 
 def _both(matrices: Sequence[np.ndarray], x: jax.Array) -> jax.Array:
@@ -258,8 +258,8 @@ def _both(matrices: Sequence[np.ndarray], x: jax.Array) -> jax.Array:
 
 def _product(subscripts: str, constant: np.ndarray, x: jax.Array) -> jax.Array:
     """Multiplies in float32, also where an accelerator would take fewer bits."""
-    constant = jnp.asarray(constant, jnp.float32)
-    return jnp.einsum(subscripts, constant, x, precision="highest")
+    weights = jnp.asarray(constant, jnp.float32)
+    return jnp.einsum(subscripts, weights, x, precision="highest")
 
 
 def _hartley(size: int) -> np.ndarray:
@@ -297,10 +297,9 @@ class _Side:
         gaussian = np.exp(-(_positions(self.padded) ** 2) / (2 * sigma**2))
         gaussian = gaussian.reshape(-1, self.padded).sum(0)
         spectrum = np.fft.fft(gaussian / np.sqrt(2 * _PI * sigma**2)).real
-        kernel = np.fft.ifft(_low_half(spectrum, 2**scale, 0)).real
-        centres = 2 ** (self.scales - scale) * np.arange(
-            1, self.padded // 2**self.scales - 1
-        )
+        kernel = np.fft.ifft(_low(spectrum, 2**scale)).real
+        centres = np.arange(1, self.size // 2**self.scales + 1)
+        centres *= 2 ** (self.scales - scale)
         return kernel[(centres[:, None] - np.arange(len(kernel))) % len(kernel)]
 
 
@@ -329,11 +328,12 @@ def _positions(size: int) -> np.ndarray:
 
 
 def _low(spectra: np.ndarray, step: int) -> np.ndarray:
-    """Returns the spectra [..., M / step, N / step] of low frequencies."""
-    return _low_half(_low_half(spectra, step, -2), step, -1)
+    """Cuts spectra to the low frequencies, 1 / step of each axis but a first of three.
 
-
-def _low_half(spectra: np.ndarray, step: int, axis: int) -> np.ndarray:
-    half = spectra.shape[axis] // step // 2
-    ends = np.split(spectra, [half, spectra.shape[axis] - half], axis)
-    return np.concatenate([ends[0], ends[2]], axis)
+    What is high and would be mixed with them is left out, as kymatio does.
+    """
+    for axis in range(-min(spectra.ndim, 2), 0):
+        half = spectra.shape[axis] // step // 2
+        first, _, last = np.split(spectra, [half, spectra.shape[axis] - half], axis)
+        spectra = np.concatenate([first, last], axis)
+    return spectra
