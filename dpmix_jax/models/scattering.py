@@ -136,9 +136,9 @@ def coefficients(images: jax.Array, scales: int, angles: int, order: int) -> jax
     """Returns scattering coefficients: [B, H, W, C] -> [B, h, w, C * P].
 
     See `Scattering` for what they are. Images are small, so that a Fourier transform is
-    two products with small matrices, which take a CPU a third of the time of FFTs and
-    suit accelerators better. They are Hartley matrices, real ones. Images lie in the
-    last axis, and every product is by a constant from the left: none mixes images.
+    two products with small matrices, which take a CPU half the time of FFTs. They are
+    Hartley matrices, which are real. Images lie in the last axis, and every product is
+    by a constant from the left: none mixes images.
     """
 
     @jax.custom_batching.custom_vmap
