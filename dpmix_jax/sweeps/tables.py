@@ -4,7 +4,7 @@ import csv
 import io
 import itertools
 import statistics
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import scipy.stats
@@ -70,11 +70,10 @@ def choices(sweep: SweepConfig, records: Iterable[Record]) -> list[dict[str, Any
     for (row, point), by_seed in cells.items():
         named = dict(zip(sweep.columns, point, strict=True))
         given = {k: v for k, v in named.items() if f"{{{k}}}" in sweep.base}
-        settings = {k: v for k, v in named.items() if k not in given}
         choice = {
             "row": row,
             "given": given,
-            "settings": {**sweep.rows[row], **settings},
+            "settings": sweep.settings(row, point),
             "median": statistics.median(by_seed.values()),
         }
         first = best.setdefault((row, *given.values()), choice)
@@ -179,25 +178,40 @@ def _choice_lines(
 
 def _spread(sweep: SweepConfig, values: Collection[float]) -> list[str]:
     """Returns n, median, standard deviation, least and greatest."""
-    if not values:
-        return ["0", "-", "-", "-", "-"]
-    median, *ends = (sweep.show(f(values)) for f in (statistics.median, min, max))
-    return [str(len(values)), median, _sd(sweep, values), *ends]
+    shown = (statistics.median, statistics.stdev, min, max)
+    return [str(len(values)), *(_show(sweep, f, values) for f in shown)]
 
 
-def _sd(sweep: SweepConfig, values: Collection[float]) -> str:
-    return sweep.show(statistics.stdev(values)) if len(values) > 1 else "-"
+def _show(
+    sweep: SweepConfig,
+    statistic: Callable[[Collection[float]], float],
+    values: Collection[float],
+    sign: str = "",
+) -> str:
+    """Writes a statistic of values, or "-" where there are too few for it."""
+    try:
+        return sweep.show(statistic(values), sign)
+    except ValueError:
+        return "-"
 
 
 def _differences(sweep: SweepConfig, cells: Cells) -> Iterator[list[str]]:
-    for second, first in itertools.combinations(sweep.rows, 2):
-        for point in sweep.points:
-            a, b = cells[first, point], cells[second, point]
-            values = [a[seed] - b[seed] for seed in a if seed in b]
-            mean = sweep.show(statistics.fmean(values), "+") if values else "-"
-            tests = ["-" if x is None else f"{x:.2g}" for x in paired_test(values)]
-            names = [f"{first} less {second}", sweep.label(point)]
-            yield [*names, str(len(values)), mean, _sd(sweep, values), *tests]
+    if sweep.baseline is None:
+        pairs = [(b, a) for a, b in itertools.combinations(sweep.rows, 2)]
+    else:
+        rows = [row for row in sweep.rows if row != sweep.baseline]
+        pairs = [(row, sweep.baseline) for row in rows]
+    for (first, second), point in itertools.product(pairs, sweep.points):
+        a, b = cells[first, point], cells[second, point]
+        values = [a[seed] - b[seed] for seed in a if seed in b]
+        yield [
+            f"{first} less {second}",
+            sweep.label(point),
+            str(len(values)),
+            _show(sweep, statistics.fmean, values, "+"),
+            _show(sweep, statistics.stdev, values),
+            *("-" if x is None else f"{x:.2g}" for x in paired_test(values)),
+        ]
 
 
 def paired_test(differences: Sequence[float]) -> tuple[float | None, float | None]:
