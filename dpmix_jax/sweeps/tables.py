@@ -91,34 +91,28 @@ def to_markdown(sweep: SweepConfig, records: Sequence[Record]) -> str:
     cells, chosen = _cells(sweep, records), choices(sweep, records)
     total = len(cells) * sweep.seeds
     missing = f"**{len(records)} of {total} runs have finished.**"
+    spreads = [
+        [row, sweep.label(point), *_spread(sweep, by_seed.values())]
+        for (row, point), by_seed in cells.items()
+    ]
     blocks = [
-        [f"# {sweep.title}"],
-        [
-            f"`{sweep.metric}`{sweep.unit and ' in' + sweep.unit}, at the last update:"
-            f" median (standard deviation) over {sweep.seeds} paired seeds."
-        ],
-        [missing] if len(records) < total else [],
+        f"# {sweep.title}",
+        f"`{sweep.metric}`{sweep.unit and ' in' + sweep.unit}, at the last update:"
+        f" median (standard deviation) over {sweep.seeds} paired seeds.",
+        missing if len(records) < total else "",
         _table(*_summary(sweep, cells)),
         _notes(sweep, records),
-        ["## Chosen"] if chosen else [],
-        _table(("row", "settings", "median"), _choice_lines(sweep, chosen)),
-        ["## Each cell"],
-        _table(
-            ("row", "column", "n", "median", "sd", "least", "greatest"),
-            [
-                [row, sweep.label(point), *_spread(sweep, by_seed.values())]
-                for (row, point), by_seed in cells.items()
-            ],
-        ),
-        ["## Paired differences"],
+        "## Chosen" if chosen else "",
+        _table(("row", "settings", "median"), _chosen(sweep, chosen)),
+        "## Each cell",
+        _table(("row", "column", "n", "median", "sd", "least", "greatest"), spreads),
+        "## Paired differences",
         _table(("", "column", "n", "mean", "sd", "p", "d"), _differences(sweep, cells)),
-        [
-            "Over runs of the same seed, which share initial weights and batches. p: of"
-            " the two-sided paired t-test, not corrected for the number of differences."
-            " d: Cohen's, mean over standard deviation of the differences."
-        ],
+        "Over runs of the same seed, which share initial weights and batches. p: of"
+        " the two-sided paired t-test, not corrected for the number of differences."
+        " d: Cohen's, mean over standard deviation of the differences.",
     ]
-    return "\n\n".join("\n".join(block) for block in blocks if block) + "\n"
+    return "\n\n".join(filter(None, blocks)) + "\n"
 
 
 def _cells(sweep: SweepConfig, records: Iterable[Record]) -> Cells:
@@ -131,12 +125,11 @@ def _cells(sweep: SweepConfig, records: Iterable[Record]) -> Cells:
     return cells
 
 
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    rows = list(rows)
-    if not rows:
-        return []
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Returns a table, or nothing for one without rows."""
     lines = [header, ["---"] * len(header), *rows]
-    return ["| " + " | ".join(line).strip() + " |" for line in lines]
+    text = ["| " + " | ".join(line).strip() + " |" for line in lines]
+    return "\n".join(text) if len(text) > 2 else ""
 
 
 def _summary(sweep: SweepConfig, cells: Cells) -> tuple[list[str], list[list[str]]]:
@@ -157,19 +150,17 @@ def _summary(sweep: SweepConfig, cells: Cells) -> tuple[list[str], list[list[str
     return header, rows
 
 
-def _notes(sweep: SweepConfig, records: Iterable[Record]) -> list[str]:
+def _notes(sweep: SweepConfig, records: Iterable[Record]) -> str:
     places = sorted({f"{r.get('device')}, jax {r.get('jax')}" for r in records})
     lines = [f"- ours: run here, on {'; '.join(places)}."] if places else []
     if sweep.paper:
         lines.append(f"- paper: as printed, not run here. {sweep.paper['source']}")
     lines.append("- Known seeds: runs to be compared, not to be released.")
     lines.append("- Choosing among these runs is not covered by their epsilon.")
-    return lines
+    return "\n".join(lines)
 
 
-def _choice_lines(
-    sweep: SweepConfig, chosen: Iterable[Mapping[str, Any]]
-) -> Iterator[list[str]]:
+def _chosen(sweep: SweepConfig, chosen: Iterable[Record]) -> Iterator[list[str]]:
     for choice in chosen:
         named = {**choice["given"], **choice["settings"]}.items()
         settings = ", ".join(f"{key} = {value}" for key, value in named)
