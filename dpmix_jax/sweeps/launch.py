@@ -146,12 +146,14 @@ def _sweep(
     left = [run for run in runs if run not in records and run not in failures]
     for done, run in enumerate(left, 1):
         began = time.time()
-        if why := attempt(run, workdirs[run]):
-            failures[run], outcome = why, f"FAILED: {why}"
-        else:
+        try:
+            if why := attempt(run, workdirs[run]):
+                raise UserError(why)
             collect(run)
             value = config.show(records[run][config.metric]) + config.unit
             outcome = f"{config.metric} {value}, {time.time() - began:.0f} s"
+        except UserError as error:
+            failures[run], outcome = str(error), f"FAILED: {error}"
         write()
         number = f"{total - len(left) + done:>{len(str(total))}}/{total}"
         eta = _eta(started, done, len(left))

@@ -9,6 +9,7 @@ from typing import Any
 
 import scipy.stats
 
+from dpmix_jax.errors import UserError
 from dpmix_jax.run.workdir import Workdir
 from dpmix_jax.sweeps.grid import Point, Run, SweepConfig
 
@@ -25,6 +26,9 @@ def read_record(sweep: SweepConfig, run: Run, workdir: Workdir) -> Record:
 
     What was measured under the name of a column, as the epsilon that was spent, is
     named `measured_<name>`. A sweep that chooses does not see test accuracies.
+
+    Raises:
+      UserError: if the run has not measured the metric of the sweep.
     """
     columns = dict(zip(sweep.columns, run.point, strict=True))
     record = {"row": run.row, **columns, "seed": run.seed}
@@ -33,6 +37,11 @@ def read_record(sweep: SweepConfig, run: Run, workdir: Workdir) -> Record:
             hidden = sweep.chooses and key.startswith("test")
             if isinstance(value, int | float | str) and not hidden:
                 record[f"measured_{key}" if key in columns else key] = value
+    if sweep.metric not in record:
+        raise UserError(
+            f"metric is {sweep.metric!r}: workdir {workdir.path} has a finished run that"
+            " has not measured it; use another --workdir"
+        )
     return {**record, "workdir": str(run.folder)}
 
 
