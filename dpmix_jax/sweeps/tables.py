@@ -39,8 +39,8 @@ def read_record(sweep: SweepConfig, run: Run, workdir: Workdir) -> Record:
                 record[f"measured_{key}" if key in columns else key] = value
     if sweep.metric not in record:
         raise UserError(
-            f"metric is {sweep.metric!r}: workdir {workdir.path} has a finished run that"
-            " has not measured it; use another --workdir"
+            f"metric is {sweep.metric!r}: workdir {workdir.path} has a finished run"
+            " that has not measured it; use another --workdir"
         )
     return {**record, "workdir": str(run.folder)}
 
