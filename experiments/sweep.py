@@ -2,12 +2,12 @@
 
     python experiments/sweep.py --config=configs/table11.py:digits --config.seeds=3
 
-`dpmix_jax/sweeps/grid.py` shows what a sweep's config holds. Each run is a process of
-its own, with its log beside its workdir: one that fails is reported, and the rest go
-on. Started again with the same command, a sweep that was stopped goes on where it was;
-finished runs are not repeated. `runs.csv` and `table.md` in the workdir are rewritten
-after each run; where the metric is of validation records, `choice.json` says which
-settings come out.
+`dpmix_jax/sweeps/grid.py` shows what a sweep's config holds. Runs follow one another in
+a process beside this one, each with its log beside its workdir: one that fails is
+reported, and the rest go on. Started again with the same command, a sweep that was
+stopped goes on where it was; finished runs are not repeated. `runs.csv` and `table.md`
+in the workdir are rewritten after each run; where the metric is of validation records,
+`choice.json` says which settings come out.
 
     python experiments/sweep.py --config=configs/rates.py:vit_b16:cifar10-1 \
         --set=privacy.selection=geometric --set=privacy.expected_candidates=10
@@ -17,14 +17,12 @@ the best by a noisy count of correct validation records in `selected/`, deletes 
 others, and the epsilon of the model that is left covers the whole search.
 """
 
-import functools
 import pathlib
 
 from absl import flags
 
 from dpmix_jax import sweeps
 from dpmix_jax.run import cli
-from dpmix_jax.sweeps.processes import run_process
 
 _CONFIG = cli.define_config()
 _WORKDIR = flags.DEFINE_string(
@@ -36,11 +34,11 @@ _SET = flags.DEFINE_multi_string(
 
 
 def main() -> int:
-    run_one = functools.partial(run_process, pathlib.Path(__file__).with_name("run.py"))
     named = cli.config_file()
     config = sweeps.from_config_dict(_CONFIG.value, _SET.value)
     path = pathlib.Path(_WORKDIR.value or cli.default_workdir(*named))
-    return sweeps.launch(config, path, run_one)
+    with sweeps.Worker(path / ".jax_cache") as worker:
+        return sweeps.launch(config, path, worker.run)
 
 
 if __name__ == "__main__":

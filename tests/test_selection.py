@@ -28,28 +28,7 @@ from tests import runs
 from tests.conftest import ROOT
 
 ADD_OR_REMOVE = NeighboringRelation.ADD_OR_REMOVE_ONE
-RATE, VALIDATION = "optimizer.learning_rate", 288
-SMALL = {
-    "title": "Tiny",
-    "base": f"{ROOT}/configs/digits.py:8",
-    "rows": (
-        ("Slow", {"method.name": "dp_sgd", RATE: 1e-6}),
-        ("Fast", {"method.name": "dp_sgd", RATE: 1.0}),
-    ),
-    "columns": {},
-    "common": {
-        "data": {"validation_size": VALIDATION},
-        "model": {"features": "4,8", "groups": 2},
-        "privacy": {
-            "num_updates": 8,
-            "selection": "geometric",
-            "expected_candidates": 3.0,
-        },
-        "performance": {"microbatch_size": 256},
-    },
-    "seeds": 2,
-    "metric": "nonprivate/validation/accuracy_ema",
-}
+VALIDATION = 288
 
 
 def choose(distribution, mean=4.0):

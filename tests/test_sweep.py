@@ -8,23 +8,23 @@ import csv
 import json
 import os
 import pathlib
+import re
 import signal
-import statistics
 import subprocess
 import sys
 import threading
 import time
 
+import jax
 import ml_collections
 import pytest
 import scipy.stats
 
 from dpmix_jax import UserError, sweeps
-from dpmix_jax.run.cli import load_experiment
+from dpmix_jax.run import experiment
 from dpmix_jax.run.config import to_dict
 from dpmix_jax.run.workdir import Workdir
 from dpmix_jax.sweeps import tables
-from dpmix_jax.sweeps.processes import run_process
 from tests.conftest import ROOT
 from tests.programs import call
 
@@ -77,13 +77,24 @@ def test_runs_go_seed_by_seed():
         "--config.model.groups=2",
         "--config.performance.microbatch_size=256",
         "--config.privacy.num_updates=3",
-        "--config.optimizer.momentum=0",
         "--config.method.name=dp_sgd",
         "--config.optimizer.learning_rate=0.5",
+        "--config.optimizer.momentum=0",
         "--config.seed=1",
     )
     assert (last.config.seed, last.config.privacy.epsilon) == (1, 8.0)
     assert last.config.model.options["features"] == (4, 8)
+
+
+def test_some_cells_have_settings_of_their_own():
+    where = (
+        ({"epsilon": "8"}, {"privacy.expected_batch_size": 64}),
+        ({"row": "DP-SGD", "epsilon": "1"}, {"optimizer": {"learning_rate": 2.0}}),
+    )
+    grid = config(where=where, columns={"epsilon": ("1", "8")}, seeds=1)
+    built = [run.config for run in grid.runs()]
+    assert [c.privacy.expected_batch_size for c in built] == [256, 64, 256, 64]
+    assert [c.optimizer.learning_rate for c in built] == [2.0, 1.0, 0.5, 0.5]
 
 
 def test_columns_may_be_none_and_set_comes_before_common():
@@ -103,7 +114,12 @@ def test_columns_may_be_none_and_set_comes_before_common():
         ({"metric": "foo"}, "metric is 'foo': it must be one of test_accuracy, test_a"),
         ({"rows": ()}, "rows is empty"),
         ({"rows": {"a": {}}}, "rows is {'a': {}}: it must be of type tuple"),
-        ({"rows": (("a",),)}, "rows has ('a',): it must be a name and its settings"),
+        ({"rows": (("a",),)}, "rows has ('a',): it must be a str and a dict"),
+        ({"where": ({},)}, "where has {}: it must be a dict and a dict"),
+        ({"where": (({"row": "A"}, {}),)}, "where.row is 'A': it must be one of DP-SG"),
+        ({"where": (({"rows": "A"}, {}),)}, "unknown key where.rows: did you mean whe"),
+        ({"where": (({}, {"method.name": "a"}),)}, "rows.DP-SGD: method.name is set t"),
+        ({"baseline": "A"}, "baseline is 'A': it must be one of None, DP-SGD, K = 1,"),
         ({"rows": (("a", {}), ("a", {}))}, "rows has 'a' twice"),
         ({"rows": (("a b", {}), ("a-b", {}))}, "rows or columns share the folder a-b/"),
         ({"columns": {"epsilon": "3"}}, "columns.epsilon is '3': it must be a list"),
@@ -167,8 +183,27 @@ def test_table_by_hand():
     # Differences of the seeds that both have: 1 and 3 points.
     p = scipy.stats.ttest_rel([0.51, 0.55], [0.50, 0.52]).pvalue
     names = "| K = 1, half less DP-SGD | epsilon = 3 |"
-    assert f"{names} 2 | +2.00 | 1.41 | {p:.2g} | 1.4 |" in text
+    assert f"{names} 2 | +2.00 | 1.41 | {p:.2g} | 1.4 |" in text  # d = 2 / sqrt(2)
     assert "best" not in text
+
+
+def test_a_baseline_is_what_all_others_are_compared_with():
+    rows = (*ROWS, ("Third", {}))
+    records = [record(row, "3", seed, 0.5) for row, _ in rows for seed in (0, 1)]
+
+    def compared(**changes):
+        text = tables.to_markdown(config(rows=rows, **changes), records)
+        return re.findall(r"^\| (.* less .*?) \|", text, flags=re.MULTILINE)
+
+    assert compared(baseline="K = 1, half") == [
+        "DP-SGD less K = 1, half",
+        "Third less K = 1, half",
+    ]
+    assert compared() == [
+        "K = 1, half less DP-SGD",
+        "Third less DP-SGD",
+        "Third less K = 1, half",
+    ]
 
 
 def test_settings_are_chosen_by_the_median_on_validation_records():
@@ -211,12 +246,7 @@ def test_a_metric_that_is_no_accuracy_is_no_percentage():
     assert "paper" not in text
 
 
-def test_paired_test():
-    values = [0.01, -0.02, 0.03, 0.025, 0.04]
-    p, d = tables.paired_test(values)
-    t = statistics.fmean(values) / (statistics.stdev(values) / 5**0.5)
-    assert p == pytest.approx(2 * scipy.stats.t.sf(abs(t), 4))
-    assert d == pytest.approx(statistics.fmean(values) / statistics.stdev(values))
+def test_differences_that_no_test_can_judge():
     assert tables.paired_test([0.01]) == tables.paired_test([0.01] * 3) == (None, None)
 
 
@@ -231,8 +261,8 @@ def pretend(calls, outcomes=()):
       outcomes: by number of the call, a message that it fails with or a signal.
     """
 
-    def run_one(flags, workdir, *, cache, signals):
-        calls.append(str(workdir))
+    def run_one(config, workdir, signals):
+        calls.append(str(workdir.path))
         outcome = dict(outcomes).get(len(calls))
         if isinstance(outcome, signal.Signals):
             os.kill(os.getpid(), outcome)
@@ -241,15 +271,14 @@ def pretend(calls, outcomes=()):
         elif outcome is not None:
             return outcome
         else:
-            finish(Workdir(workdir), flags)
+            finish(workdir, config)
         return None
 
     return run_one
 
 
-def finish(workdir, flags):
+def finish(workdir, config):
     workdir.path.mkdir(parents=True)
-    config = load_experiment(flags)
     value = round((config.seed + 1) / 10 + config.optimizer.learning_rate / 100, 3)
     workdir.write_json("config.json", to_dict(config))
     workdir.add_metrics({"step": 3, "epsilon": 3.0, VALIDATED: value, "seconds": 1.0})
@@ -302,8 +331,13 @@ def test_what_a_sweep_writes_and_prints(tmp_path, capsys):
 def test_a_sweep_on_validation_records_writes_its_choice(tmp_path):
     rates = {"epsilon": ("3",), "optimizer": {"learning_rate": (1.0, 2.0)}}
     changes = {"metric": VALIDATED, "columns": rates, "rows": ROWS[:1], "paper": None}
-    with pytest.raises(UserError, match=r"data.validation_size is 0: it must be pos"):
-        launch(tmp_path / "none", pretend([]), **changes)
+    views = changes | {"metric": "test_accuracy_ema_views"}
+    for found, message in (
+        (changes, "data.validation"),
+        (views, "evaluate.views is 1"),
+    ):
+        with pytest.raises(UserError, match=message):
+            launch(tmp_path / "none", pretend([]), **found)
     path, setting = tmp_path / "sweep", "data.validation_size=9"
     assert launch(path, pretend([], {3: "it broke"}), setting, **changes) == 1
     assert not (path / "choice.json").exists()
@@ -360,6 +394,16 @@ def test_runs_of_other_settings_are_failures(tmp_path, capsys):
     assert content(path) == before
 
 
+def test_finished_runs_that_lack_the_metric_are_failures(tmp_path, capsys):
+    """As with another metric for a sweep that has ended."""
+    assert launch(tmp_path, pretend([]), seeds=1) == 0
+    views = {"metric": "test_accuracy_ema_views", "seeds": 1}
+    assert launch(tmp_path, pretend([]), "evaluate.views=2", **views) == 1
+    assert capsys.readouterr().err.count("finished run that has not measured it") == 2
+    assert launch(tmp_path, pretend([]), metric="test_accuracy", seeds=1) == 0
+    assert "| DP-SGD | 50.00 (-)" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -388,56 +432,69 @@ def test_a_run_that_would_be_refused_is_found_before_the_first(
 # Processes.
 
 
-def start_program(tmp_path, text, signals=()):
-    program = tmp_path / "program.py"
-    program.write_text(f"import os, signal, sys, time\n{text}\n")
-    options = {"cache": tmp_path / "cache", "signals": signals}
-    return run_process(program, ["--flag"], tmp_path / "run", **options)
+def do(config, workdir):
+    """A run of a few lines, done in the worker's process."""
+    print(os.getpid(), jax.config.jax_compilation_cache_dir)
+    if config == "refuse":
+        raise UserError("too many")
+    if config == "stop":
+        with experiment.caught_signals() as signals:
+            print("ready", flush=True)
+            while not signals:
+                time.sleep(0.01)
+        return 128 + signals[0]
+    {"raise": lambda: 1 / 0, "crash": lambda: os.kill(os.getpid(), signal.SIGKILL)}.get(
+        config, lambda: None
+    )()
+    return experiment.DIVERGED if config == "diverge" else 0
 
 
-def test_a_process_gets_its_flags_and_says_why_it_failed(tmp_path, monkeypatch):
-    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
-    log = tmp_path / "run.log"
-    show = "print(*sys.argv[1:], os.environ['JAX_COMPILATION_CACHE_DIR'])"
-    assert start_program(tmp_path, show) is None
-    assert log.read_text() == f"--flag --workdir={tmp_path}/run {tmp_path}/cache\n"
-    why = start_program(tmp_path, "print('error: too many'); sys.exit(2)")
-    assert why == f"exit status 2: too many ({log})"
-    why = start_program(tmp_path, "os.kill(os.getpid(), signal.SIGKILL)")
-    assert why == f"killed by SIGKILL: too many ({log})"
+@pytest.mark.slow  # three processes
+def test_runs_share_a_process_until_one_crashes(tmp_path, monkeypatch):
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    caught = []
 
-
-def test_a_process_gets_the_first_signal_and_is_waited_for(tmp_path):
-    log, signals = tmp_path / "run.log", []
-    text = """
-def stop(*_):
-    time.sleep(0.3)
-    sys.exit("saved")
-signal.signal(signal.SIGTERM, stop)
-print("ready", flush=True)
-time.sleep(60)"""
+    def log(name):
+        return tmp_path / f"{name}.log"
 
     def catch():
-        wait_for(log, "ready")
-        signals.append(signal.SIGTERM)
+        wait_for(log("stop"), "ready")
+        caught.append(signal.SIGTERM)
 
     thread = threading.Thread(target=catch)
-    thread.start()
-    assert start_program(tmp_path, text, signals) == f"exit status 1: saved ({log})"
+    with sweeps.Worker(tmp_path / "cache", do) as worker:
+
+        def run(name):
+            return worker.run(name, Workdir(tmp_path / name), caught)
+
+        assert run("end") is run("diverge") is None
+        assert run("refuse") == f"too many ({log('refuse')})"
+        assert log("end").read_text().split()[1] == str(tmp_path / "cache")
+        assert log("refuse").read_text().endswith("error: too many\n")
+        why = "exit status 1: ZeroDivisionError: division by zero"
+        assert run("raise") == f"{why} ({log('raise')})"
+        assert run("crash").startswith("killed by SIGKILL: ")
+        thread.start()
+        assert run("stop") == f"exit status 143 ({log('stop')})"
+        assert run("end") is None  # after a signal nothing begins
     thread.join()
+    names = ("end", "diverge", "refuse", "raise", "crash", "stop")
+    pids = [log(name).read_text().split()[0] for name in names]
+    assert len(set(pids[:4])) == 1
+    assert len(set(pids[3:])) == 3
+    assert log("end").read_text().count(" ") == 1
 
 
-def test_a_run_that_a_killed_sweep_has_left_is_waited_for(tmp_path):
-    ended = []
-    thread = threading.Thread(
-        target=lambda: ended.append(start_program(tmp_path, "pass"))
-    )
+def test_a_run_that_a_killed_sweep_has_left_is_waited_for(tmp_path, capsys):
+    worker, signals = sweeps.Worker(tmp_path), []
+    thread = threading.Timer(0.3, signals.append, [signal.SIGTERM])
     with Workdir(tmp_path / "run").locked():
         thread.start()
-        time.sleep(0.3)
-        assert not (tmp_path / "run.log").exists()
+        why = worker.run(None, Workdir(tmp_path / "run"), signals)
+    assert why == f"workdir {tmp_path}/run is in use by another run"
+    assert "waiting for another process" in capsys.readouterr().err
     thread.join()
-    assert ended == [None]
+    assert not (tmp_path / "run.log").exists()
 
 
 def wait_for(path, text):
@@ -455,22 +512,14 @@ def write_config(path, **changes):
     return path
 
 
-@pytest.mark.parametrize(
-    ("mistake", "message"),
-    [
-        ("--set=privacy.num_updats=3", "unknown key privacy.num_updats: did you mean"),
-        ("--config.metric=foo", "metric is 'foo': it must be one of test_accuracy,"),
-    ],
-)
-def test_a_mistake_is_one_line(tmp_path, mistake, message):
-    workdir = tmp_path / "sweep"
+def test_a_mistake_is_one_line(tmp_path):
     grid = write_config(tmp_path / "grid.py")
-    argv = [f"--config={grid}", f"--workdir={workdir}", mistake]
+    argv = [f"--config={grid}", f"--workdir={tmp_path}/sweep", "--config.metric=foo"]
     printed = call("experiments/sweep.py", argv)
     assert (printed.returncode, printed.stdout) == (2, "")
-    assert printed.stderr.startswith(f"error: {message}")
+    assert printed.stderr.startswith("error: metric is 'foo': it must be one of test_")
     assert printed.stderr.count("\n") == 1
-    assert not workdir.exists()
+    assert not (tmp_path / "sweep").exists()
 
 
 @pytest.mark.slow

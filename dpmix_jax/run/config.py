@@ -177,14 +177,14 @@ _FREE = ("performance", "logging", "evaluate", "data.download", "public.download
 _FIXED = ("performance.clipping", "performance.precision")
 
 
-def from_config_dict(values: Mapping[str, Any]) -> ExperimentConfig:
-    """Builds an `ExperimentConfig` from nested mappings such as a ConfigDict.
+def from_config_dict(values: Mapping[str, Any], cls: Any = ExperimentConfig) -> Any:
+    """Builds an `ExperimentConfig`, or another dataclass, from nested mappings.
 
     Raises:
       UserError: for an unknown or missing key, a value of a wrong type, or one that is
         not allowed; the message names the key.
     """
-    return _build(ExperimentConfig, values, "")
+    return _build(cls, values, "")
 
 
 def to_dict(config: ExperimentConfig) -> dict[str, Any]:

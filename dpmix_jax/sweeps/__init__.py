@@ -2,11 +2,12 @@
 
 grid        a sweep's config: which runs there are
 launch      does them one after another, and goes on after a stop
-processes   each in a process of its own
+worker      in a process that may die with a run
 tables      what came out: CSV, tables, settings chosen
 """
 
 from dpmix_jax.sweeps.grid import from_config_dict
 from dpmix_jax.sweeps.launch import launch
+from dpmix_jax.sweeps.worker import Worker
 
-__all__ = ["from_config_dict", "launch"]
+__all__ = ["Worker", "from_config_dict", "launch"]

@@ -1,17 +1,23 @@
 """Grids of runs over paired seeds: which runs there are.
 
 A sweep's config is plain data. Rows are settings to compare, columns what to compare
-them at: a column that is `{named}` in `base` fills it in, any other is a setting. This
-one chooses a learning rate on validation records:
+them at: a column that is `{named}` in `base` fills it in, any other is a setting. What
+holds for some cells alone stands under `where`. This one is a ladder, of methods at
+each epsilon, in which the base config knows the updates of an epsilon:
 
-    {"title": "Learning rates", "base": "configs/digits.py:{epsilon}", "seeds": 3,
+    {"title": "Methods", "base": "configs/digits.py:{epsilon}", "seeds": 5,
      "rows": (("DP-SGD", {"method.name": "dp_sgd"}), ("Self-Aug, K = 4", {...})),
-     "columns": {"epsilon": ("1", "8"), "optimizer": {"learning_rate": (0.5, 1.0)}},
-     "common": {"data": {"validation_size": 288}},
-     "metric": "nonprivate/validation/accuracy_ema"}
+     "columns": {"epsilon": ("1", "8")},
+     "where": (({"row": "DP-SGD", "epsilon": "8"}, {"optimizer.learning_rate": 2.0}),),
+     "common": {"privacy": {"expected_batch_size": 512}},
+     "metric": "test_accuracy_ema", "baseline": "DP-SGD"}
 
-With `privacy.selection` set, its cells are the points that candidates of a private
-selection are drawn from; then `metric` and `seeds` play no part.
+A sweep that chooses a learning rate has a column `"optimizer": {"learning_rate": (0.5,
+1.0)}`, `"data": {"validation_size": 288}` in `common` and
+`"nonprivate/validation/accuracy_ema"` for its metric.
+
+With `privacy.selection` set, the cells are the points that candidates of a private
+selection are drawn from; then `metric`, `baseline` and `seeds` play no part.
 """
 
 import dataclasses
@@ -19,28 +25,31 @@ import functools
 import itertools
 import pathlib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from dpmix_jax.errors import UserError
+from dpmix_jax.run import config as run_config
 from dpmix_jax.run.cli import load_experiment
-from dpmix_jax.run.config import ExperimentConfig, check_keys, flatten
 
 Point = tuple[Any, ...]  # a value of each column
 # Of what a run writes into `results.json` and the last line of `metrics.jsonl`.
 METRICS = (
-    *("test_accuracy", "test_accuracy_ema", "nonprivate/validation/accuracy"),
-    *("nonprivate/validation/accuracy_ema", "nonprivate/loss"),
-    *(
-        "nonprivate/clipped_fraction",
-        "noise_multiplier",
-        "nonprivate/images_per_second",
-    ),
+    "test_accuracy",
+    "test_accuracy_ema",
+    "test_accuracy_views",
+    "test_accuracy_ema_views",
+    "nonprivate/validation/accuracy",
+    "nonprivate/validation/accuracy_ema",
+    "nonprivate/loss",
+    "nonprivate/clipped_fraction",
+    "noise_multiplier",
+    "nonprivate/images_per_second",
     "seconds",
 )
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Run:
     """One run of a sweep.
 
@@ -63,7 +72,7 @@ class Run:
     flags: tuple[str, ...]
 
     @functools.cached_property
-    def config(self) -> ExperimentConfig:
+    def config(self) -> run_config.ExperimentConfig:
         return load_experiment(self.flags)
 
 
@@ -76,21 +85,27 @@ class SweepConfig:
       base: value of `--config`, with columns in braces where they belong.
       rows: settings by name (in a config, pairs: a ConfigDict would sort them).
       columns: values to go through, by setting.
+      where: settings of some cells: pairs of what these have in common, `row` or values
+        of columns, and of their settings.
       common: settings of every run.
       seeds: n, for the seeds 0 to n - 1.
       metric: one of `METRICS`.
+      baseline: the row that the others are compared with in pairs of the same seed;
+        None compares every two rows.
       paper: `source`, and `cells` (row, value of each column, text) to print beside
         ours; or None.
     """
 
     title: str
     base: str
-    rows: Mapping[str, Mapping[str, Any]]
-    columns: Mapping[str, Sequence[Any]]
-    common: Mapping[str, Any]
+    rows: dict
+    columns: dict = dataclasses.field(default_factory=dict)
+    where: tuple = ()
+    common: dict = dataclasses.field(default_factory=dict)
     seeds: int
     metric: str
-    paper: Mapping[str, Any] | None
+    baseline: str | None = None
+    paper: dict | None = None
 
     def __post_init__(self):
         if not self.rows:
@@ -103,20 +118,23 @@ class SweepConfig:
         for key in re.findall(r"{(.*?)}", self.base):
             if key not in self.columns:
                 raise UserError(f"base is {self.base}: {key} is none of the columns")
-        settings = [key for key in self.columns if f"{{{key}}}" not in self.base]
-        for name, row in self.rows.items():
-            for key in _repeated([*self.common, *settings, *row, "seed"]):
+        one_of: list[tuple[str, Any, Iterable[Any]]] = [
+            ("metric", self.metric, METRICS),
+            ("baseline", self.baseline, (None, *self.rows)),
+        ]
+        allowed = {"row": self.rows, **self.columns}
+        for cells, _ in self.where:
+            run_config.check_keys(cells, allowed, "where.")
+            one_of += [(f"where.{k}", v, allowed[k]) for k, v in cells.items()]
+        for key, value, values in one_of:
+            if value not in values:
                 raise UserError(
-                    f"rows.{name}: {key} is set twice, by two of rows, columns, common"
-                    " (with --set) and seeds"
+                    f"{key} is {value!r}: it must be one of"
+                    f" {', '.join(map(str, values))}"
                 )
         for folder in _repeated([run.folder for run in self.candidates()]):
             raise UserError(
                 f"rows or columns share the folder {folder.parent}: rename one"
-            )
-        if self.metric not in METRICS:
-            raise UserError(
-                f"metric is {self.metric!r}: it must be one of {', '.join(METRICS)}"
             )
 
     @property
@@ -153,14 +171,27 @@ class SweepConfig:
         """Lists the points of a private selection, whose runs have secret seeds."""
         return [self._run(row, at, None) for row in self.rows for at in self.points]
 
+    def settings(self, row: str, point: Point) -> dict[str, Any]:
+        """Returns what a cell sets beside `base` and `common`."""
+        cell = dict(zip(self.columns, point, strict=True))
+        given = [*self.rows[row].items()]
+        given += [(k, v) for k, v in cell.items() if f"{{{k}}}" not in self.base]
+        cell["row"] = row
+        for cells, settings in self.where:
+            if all(cell[key] == value for key, value in cells.items()):
+                given += settings.items()
+        for key in _repeated([*self.common, *(key for key, _ in given), "seed"]):
+            raise UserError(
+                f"rows.{row}: {key} is set twice, by two of rows, columns, where,"
+                " common (with --set) and seeds"
+            )
+        return dict(given)
+
     def _run(self, row: str, point: Point, seed: int | None) -> Run:
-        base, settings = self.base, dict(self.common)
+        base = self.base
         for key, value in zip(self.columns, point, strict=True):
-            if f"{{{key}}}" in base:
-                base = base.replace(f"{{{key}}}", str(value))
-            else:
-                settings[key] = value
-        settings |= self.rows[row]
+            base = base.replace(f"{{{key}}}", str(value))
+        settings = self.common | self.settings(row, point)
         if seed is not None:
             settings["seed"] = seed
         flags = (f"--config.{key}={value}" for key, value in settings.items())
@@ -197,28 +228,27 @@ def from_config_dict(config: Any, settings: Iterable[str] = ()) -> SweepConfig:
     Raises:
       UserError: naming the first key that is unknown, missing or has a bad value.
     """
-    kinds = {"title": str, "base": str, "seeds": int, "metric": str}
-    kinds |= {"rows": tuple, "columns": dict, "common": dict}
-    values = {"columns": {}, "common": {}, "paper": None, **config.to_dict()}
-    check_keys(values, (*kinds, "paper"))
-    for name, kind in kinds.items():
-        if name not in values:
-            raise UserError(f"{name} is missing from the config")
-        if not isinstance(values[name], kind):
-            raise UserError(
-                f"{name} is {values[name]!r}: it must be of type {kind.__name__}"
-            )
-    for pair in values["rows"]:
-        if not (isinstance(pair, tuple) and [*map(type, pair)] == [str, dict]):
-            raise UserError(f"rows has {pair!r}: it must be a name and its settings")
+    values = {"columns": {}, "common": {}, **config.to_dict()}
+    for name, kind in (("rows", str), ("where", dict)):
+        pairs = values.get(name, ())
+        if not isinstance(pairs, tuple):
+            raise UserError(f"{name} is {pairs!r}: it must be of type tuple")
+        for pair in pairs:
+            if not (isinstance(pair, tuple) and [*map(type, pair)] == [kind, dict]):
+                raise UserError(
+                    f"{name} has {pair!r}: it must be a {kind.__name__} and a dict"
+                )
+        values[name] = tuple((first, run_config.flatten(pair)) for first, pair in pairs)
     for name in _repeated([name for name, _ in values["rows"]]):
         raise UserError(f"rows has {name!r} twice")
-    rows = {name: flatten(row) for name, row in values["rows"]}
-    common = flatten(values["common"])
+    values["rows"] = dict(values["rows"])
+    for name in ("columns", "common"):
+        if not isinstance(values[name], dict):
+            raise UserError(f"{name} is {values[name]!r}: it must be of type dict")
+        values[name] = run_config.flatten(values[name])
     for setting in settings:
         key, equals, value = setting.partition("=")
         if not equals:
             raise UserError(f"--set is {setting}: it must be <key>=<value>")
-        common[key] = value
-    columns = flatten(values["columns"])
-    return SweepConfig(**{**values, "rows": rows, "columns": columns, "common": common})
+        values["common"][key] = value
+    return run_config.from_config_dict(values, SweepConfig)

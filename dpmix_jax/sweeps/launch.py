@@ -24,6 +24,7 @@ from dpmix_jax.sweeps.grid import Run, SweepConfig
 
 # Does a run in a folder, or goes on with it; returns why it failed, or None.
 Attempt = Callable[[Run, Workdir], str | None]
+Signals = Sequence[int]
 
 
 class _StoppedError(Exception):
@@ -31,14 +32,16 @@ class _StoppedError(Exception):
 
 
 def launch(
-    config: SweepConfig, path: pathlib.Path, run_one: Callable[..., str | None]
+    config: SweepConfig,
+    path: pathlib.Path,
+    run_one: Callable[[ExperimentConfig, Workdir, Signals], str | None],
 ) -> int:
     """Does what is left of a sweep, or of a private selection if a run asks for one.
 
     Args:
       config: of the sweep.
       path: its folder.
-      run_one: does one run, as `processes.run_process` does with its program.
+      run_one: does one run, as `worker.Worker.run` does.
 
     Returns:
       The exit status: 0, 1 if a run failed, or 128 + n after signal n.
@@ -54,20 +57,16 @@ def launch(
     else:
         runs = config.runs()
         left = [run for run in runs if Workdir(path / run.folder).results() is None]
-        if config.chooses and not all(r.config.data.validation_size for r in runs):
-            raise UserError(
-                "data.validation_size is 0: it must be positive for metric"
-                f" {config.metric!r}"
-            )
+        for run in runs:
+            _check_metric(config.metric, run.config)
     _check_inputs(left)
     with folder.locked(), caught_signals() as signals:
 
         def attempt(run: Run, workdir: Workdir) -> str | None:
-            cache = path / ".jax_cache"
-            error = run_one(run.flags, workdir.path, cache=cache, signals=signals)
+            why = run_one(run.config, workdir, signals)
             if signals:
                 raise _StoppedError
-            return error
+            return why
 
         try:
             if selects:
@@ -76,6 +75,18 @@ def launch(
         except _StoppedError:
             say("stopped: the same command goes on from there")
             return 128 + signals[0]
+
+
+def _check_metric(metric: str, config: ExperimentConfig) -> None:
+    """Raises `UserError` for a metric that a run does not measure."""
+    if "validation" in metric and not config.data.validation_size:
+        raise UserError(
+            f"data.validation_size is 0: it must be positive for metric {metric!r}"
+        )
+    if "views" in metric and config.evaluate.views == 1:
+        raise UserError(
+            f"evaluate.views is 1: it must be more than 1 for metric {metric!r}"
+        )
 
 
 def _check_inputs(runs: Sequence[Run]) -> None:
@@ -114,41 +125,42 @@ def _sweep(
     config: SweepConfig, runs: Sequence[Run], folder: Workdir, attempt: Attempt
 ) -> int:
     """Does the runs that have not ended and prints the table; returns the status."""
-    records: dict[int, tables.Record] = {}  # by index of the run
-    failures: dict[int, str] = {}
-    workdirs = [Workdir(folder.path / run.folder) for run in runs]
+    records: dict[Run, tables.Record] = {}
+    failures: dict[Run, str] = {}
+    workdirs = {run: Workdir(folder.path / run.folder) for run in runs}
 
-    def collect(i: int) -> None:
-        records[i] = tables.read_record(config, runs[i], workdirs[i])
+    def collect(run: Run) -> None:
+        records[run] = tables.read_record(config, run, workdirs[run])
 
     def write() -> str:
-        return tables.write(config, folder, [records[i] for i in sorted(records)])
+        return tables.write(config, folder, [records[r] for r in runs if r in records])
 
-    for i, run in enumerate(runs):
+    for run in runs:
         try:
-            if _has_ended(run, workdirs[i]):
-                collect(i)
+            if _has_ended(run, workdirs[run]):
+                collect(run)
         except UserError as error:
-            failures[i] = str(error)
+            failures[run] = str(error)
     total, started = len(runs), time.time()
     say(f"{total} runs into {folder.path}, {len(records)} of them finished before")
-    left = [i for i in range(total) if i not in records and i not in failures]
-    for done, i in enumerate(left, 1):
+    left = [run for run in runs if run not in records and run not in failures]
+    for done, run in enumerate(left, 1):
         began = time.time()
-        why = attempt(runs[i], workdirs[i])
-        if why is None:
-            collect(i)
-            value = config.show(records[i][config.metric]) + config.unit
+        try:
+            if why := attempt(run, workdirs[run]):
+                raise UserError(why)
+            collect(run)
+            value = config.show(records[run][config.metric]) + config.unit
             outcome = f"{config.metric} {value}, {time.time() - began:.0f} s"
-        else:
-            failures[i], outcome = why, f"FAILED: {why}"
+        except UserError as error:
+            failures[run], outcome = str(error), f"FAILED: {error}"
         write()
         number = f"{total - len(left) + done:>{len(str(total))}}/{total}"
         eta = _eta(started, done, len(left))
-        say(f"run {number}  {runs[i].name}: {outcome}; ETA {eta}")
+        say(f"run {number}  {run.name}: {outcome}; ETA {eta}")
     print(write(), end="", flush=True)
-    for i, why in failures.items():
-        say(f"failed: {runs[i].name}: {why}")
+    for run, why in failures.items():
+        say(f"failed: {run.name}: {why}")
     return 1 if failures else 0
 
 

@@ -4,11 +4,12 @@ import csv
 import io
 import itertools
 import statistics
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import scipy.stats
 
+from dpmix_jax.errors import UserError
 from dpmix_jax.run.workdir import Workdir
 from dpmix_jax.sweeps.grid import Point, Run, SweepConfig
 
@@ -25,6 +26,9 @@ def read_record(sweep: SweepConfig, run: Run, workdir: Workdir) -> Record:
 
     What was measured under the name of a column, as the epsilon that was spent, is
     named `measured_<name>`. A sweep that chooses does not see test accuracies.
+
+    Raises:
+      UserError: if the run has not measured the metric of the sweep.
     """
     columns = dict(zip(sweep.columns, run.point, strict=True))
     record = {"row": run.row, **columns, "seed": run.seed}
@@ -33,6 +37,11 @@ def read_record(sweep: SweepConfig, run: Run, workdir: Workdir) -> Record:
             hidden = sweep.chooses and key.startswith("test")
             if isinstance(value, int | float | str) and not hidden:
                 record[f"measured_{key}" if key in columns else key] = value
+    if sweep.metric not in record:
+        raise UserError(
+            f"metric is {sweep.metric!r}: workdir {workdir.path} has a finished run"
+            " that has not measured it; use another --workdir"
+        )
     return {**record, "workdir": str(run.folder)}
 
 
@@ -70,11 +79,10 @@ def choices(sweep: SweepConfig, records: Iterable[Record]) -> list[dict[str, Any
     for (row, point), by_seed in cells.items():
         named = dict(zip(sweep.columns, point, strict=True))
         given = {k: v for k, v in named.items() if f"{{{k}}}" in sweep.base}
-        settings = {k: v for k, v in named.items() if k not in given}
         choice = {
             "row": row,
             "given": given,
-            "settings": {**sweep.rows[row], **settings},
+            "settings": sweep.settings(row, point),
             "median": statistics.median(by_seed.values()),
         }
         first = best.setdefault((row, *given.values()), choice)
@@ -92,34 +100,28 @@ def to_markdown(sweep: SweepConfig, records: Sequence[Record]) -> str:
     cells, chosen = _cells(sweep, records), choices(sweep, records)
     total = len(cells) * sweep.seeds
     missing = f"**{len(records)} of {total} runs have finished.**"
+    spreads = [
+        [row, sweep.label(point), *_spread(sweep, by_seed.values())]
+        for (row, point), by_seed in cells.items()
+    ]
     blocks = [
-        [f"# {sweep.title}"],
-        [
-            f"`{sweep.metric}`{sweep.unit and ' in' + sweep.unit}, at the last update:"
-            f" median (standard deviation) over {sweep.seeds} paired seeds."
-        ],
-        [missing] if len(records) < total else [],
+        f"# {sweep.title}",
+        f"`{sweep.metric}`{sweep.unit and ' in' + sweep.unit}, at the last update:"
+        f" median (standard deviation) over {sweep.seeds} paired seeds.",
+        missing if len(records) < total else "",
         _table(*_summary(sweep, cells)),
         _notes(sweep, records),
-        ["## Chosen"] if chosen else [],
-        _table(("row", "settings", "median"), _choice_lines(sweep, chosen)),
-        ["## Each cell"],
-        _table(
-            ("row", "column", "n", "median", "sd", "least", "greatest"),
-            [
-                [row, sweep.label(point), *_spread(sweep, by_seed.values())]
-                for (row, point), by_seed in cells.items()
-            ],
-        ),
-        ["## Paired differences"],
+        "## Chosen" if chosen else "",
+        _table(("row", "settings", "median"), _chosen(sweep, chosen)),
+        "## Each cell",
+        _table(("row", "column", "n", "median", "sd", "least", "greatest"), spreads),
+        "## Paired differences",
         _table(("", "column", "n", "mean", "sd", "p", "d"), _differences(sweep, cells)),
-        [
-            "Over runs of the same seed, which share initial weights and batches. p: of"
-            " the two-sided paired t-test, not corrected for the number of differences."
-            " d: Cohen's, mean over standard deviation of the differences."
-        ],
+        "Over runs of the same seed, which share initial weights and batches. p: of"
+        " the two-sided paired t-test, not corrected for the number of differences."
+        " d: Cohen's, mean over standard deviation of the differences.",
     ]
-    return "\n\n".join("\n".join(block) for block in blocks if block) + "\n"
+    return "\n\n".join(filter(None, blocks)) + "\n"
 
 
 def _cells(sweep: SweepConfig, records: Iterable[Record]) -> Cells:
@@ -132,12 +134,11 @@ def _cells(sweep: SweepConfig, records: Iterable[Record]) -> Cells:
     return cells
 
 
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    rows = list(rows)
-    if not rows:
-        return []
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Returns a table, or nothing for one without rows."""
     lines = [header, ["---"] * len(header), *rows]
-    return ["| " + " | ".join(line).strip() + " |" for line in lines]
+    text = ["| " + " | ".join(line).strip() + " |" for line in lines]
+    return "\n".join(text) if len(text) > 2 else ""
 
 
 def _summary(sweep: SweepConfig, cells: Cells) -> tuple[list[str], list[list[str]]]:
@@ -158,19 +159,17 @@ def _summary(sweep: SweepConfig, cells: Cells) -> tuple[list[str], list[list[str
     return header, rows
 
 
-def _notes(sweep: SweepConfig, records: Iterable[Record]) -> list[str]:
+def _notes(sweep: SweepConfig, records: Iterable[Record]) -> str:
     places = sorted({f"{r.get('device')}, jax {r.get('jax')}" for r in records})
     lines = [f"- ours: run here, on {'; '.join(places)}."] if places else []
     if sweep.paper:
         lines.append(f"- paper: as printed, not run here. {sweep.paper['source']}")
     lines.append("- Known seeds: runs to be compared, not to be released.")
     lines.append("- Choosing among these runs is not covered by their epsilon.")
-    return lines
+    return "\n".join(lines)
 
 
-def _choice_lines(
-    sweep: SweepConfig, chosen: Iterable[Mapping[str, Any]]
-) -> Iterator[list[str]]:
+def _chosen(sweep: SweepConfig, chosen: Iterable[Record]) -> Iterator[list[str]]:
     for choice in chosen:
         named = {**choice["given"], **choice["settings"]}.items()
         settings = ", ".join(f"{key} = {value}" for key, value in named)
@@ -179,25 +178,40 @@ def _choice_lines(
 
 def _spread(sweep: SweepConfig, values: Collection[float]) -> list[str]:
     """Returns n, median, standard deviation, least and greatest."""
-    if not values:
-        return ["0", "-", "-", "-", "-"]
-    median, *ends = (sweep.show(f(values)) for f in (statistics.median, min, max))
-    return [str(len(values)), median, _sd(sweep, values), *ends]
+    shown = (statistics.median, statistics.stdev, min, max)
+    return [str(len(values)), *(_show(sweep, f, values) for f in shown)]
 
 
-def _sd(sweep: SweepConfig, values: Collection[float]) -> str:
-    return sweep.show(statistics.stdev(values)) if len(values) > 1 else "-"
+def _show(
+    sweep: SweepConfig,
+    statistic: Callable[[Collection[float]], float],
+    values: Collection[float],
+    sign: str = "",
+) -> str:
+    """Writes a statistic of values, or "-" where there are too few for it."""
+    try:
+        return sweep.show(statistic(values), sign)
+    except ValueError:
+        return "-"
 
 
 def _differences(sweep: SweepConfig, cells: Cells) -> Iterator[list[str]]:
-    for second, first in itertools.combinations(sweep.rows, 2):
-        for point in sweep.points:
-            a, b = cells[first, point], cells[second, point]
-            values = [a[seed] - b[seed] for seed in a if seed in b]
-            mean = sweep.show(statistics.fmean(values), "+") if values else "-"
-            tests = ["-" if x is None else f"{x:.2g}" for x in paired_test(values)]
-            names = [f"{first} less {second}", sweep.label(point)]
-            yield [*names, str(len(values)), mean, _sd(sweep, values), *tests]
+    if sweep.baseline is None:
+        pairs = [(b, a) for a, b in itertools.combinations(sweep.rows, 2)]
+    else:
+        rows = [row for row in sweep.rows if row != sweep.baseline]
+        pairs = [(row, sweep.baseline) for row in rows]
+    for (first, second), point in itertools.product(pairs, sweep.points):
+        a, b = cells[first, point], cells[second, point]
+        values = [a[seed] - b[seed] for seed in a if seed in b]
+        yield [
+            f"{first} less {second}",
+            sweep.label(point),
+            str(len(values)),
+            _show(sweep, statistics.fmean, values, "+"),
+            _show(sweep, statistics.stdev, values),
+            *("-" if x is None else f"{x:.2g}" for x in paired_test(values)),
+        ]
 
 
 def paired_test(differences: Sequence[float]) -> tuple[float | None, float | None]:
