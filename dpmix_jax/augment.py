@@ -4,6 +4,7 @@
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +40,14 @@ class AugmentationConfig:
             raise UserError(
                 f"augmentation.max_shift is {self.max_shift}: it must be a whole number"
                 " of pixels, or set augmentation.subpixel"
+            )
+
+    def check_images(self, shape: Sequence[int]) -> None:
+        """Raises `UserError` if images [H, W, C] are too small for `max_shift`."""
+        if self.max_shift and self.max_shift >= min(shape[:2]):
+            raise UserError(
+                f"augmentation.max_shift is {self.max_shift:g}: it must be smaller than"
+                f" the images, which are {shape[0]}x{shape[1]}"
             )
 
 
@@ -77,7 +86,11 @@ def random_view(
 
     Returns:
       [H, W, C] of the dtype of `image`.
+
+    Raises:
+      UserError: if `augmentation.max_shift` is not smaller than the image.
     """
+    augmentation.check_images(image.shape)
     flip_key, row_key, column_key = jax.random.split(key, 3)
     reach = augmentation.max_shift
     if reach > 0:

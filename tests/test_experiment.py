@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import stat
 import subprocess
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+from dpmix_jax.run.cli import load_experiment
 from dpmix_jax.run.config import to_dict
 from dpmix_jax.run.workdir import Workdir
 from tests.conftest import ROOT
@@ -252,6 +254,35 @@ def test_a_workdir_with_other_files_is_refused(tmp_path):
     assert "holds thesis.tex but no config.json: use a new or empty" in done.err
 
 
+def test_a_workdir_that_is_deleted_is_one_line(tmp_path, monkeypatch):
+    workdir, said = tmp_path / "run", Workdir.add_metrics
+
+    def deleted(self, line):
+        said(self, line)
+        shutil.rmtree(workdir)
+
+    monkeypatch.setattr(Workdir, "add_metrics", deleted)
+    done = run(workdir)
+    assert done.status == 2
+    assert done.err.endswith(f"error: workdir {workdir} was deleted\n")
+    assert not workdir.exists()
+
+
+def test_names_that_are_not_utf8_are_written(tmp_path):
+    """As when a class is named by a folder, or a statement names a file of weights."""
+    Workdir(tmp_path).write("report.html", os.fsdecode(b"caf\xe9"))
+    assert (tmp_path / "report.html").read_text() == "caf\\udce9"
+
+
+def test_a_run_is_repeated_from_its_config_json(finished, tmp_path):
+    workdir, _ = finished
+    saved = load_experiment([f"--config={workdir}/config.json"])
+    assert saved == config()
+    other = ["--config.method.k_base=3", "--config.seed=5"]
+    changed = load_experiment([f"--config={workdir}/config.json", *other])
+    assert changed == config(method__k_base=3, seed=5)
+
+
 def test_a_run_that_diverges_says_so_and_ends_with_another_status(tmp_path):
     diverging = {"optimizer__learning_rate": 1e30}
     done = run(tmp_path / "run", **diverging)
@@ -391,6 +422,24 @@ MISTAKES = (
         ["--config=configs/digits.py", "--workdir=README.md/run"],
         "workdir README.md/run is not writable: Not a directory",
     ),
+    (
+        ["--config=configs/digits.py", "--workdir=README.md"],
+        "workdir README.md is a file: it must be a folder",
+    ),
+    (
+        ["--config=configs/table11.py"],
+        "the config is that of a sweep: it is for experiments/sweep.py",
+    ),
+    (["--config=none.json"], "--config is none.json: there is no such file"),
+    (
+        ["--config=caf\udce9.py"],  # bytes that are not UTF-8, as Python hands them on
+        "--config is caf\udce9.py: there is no such file",
+    ),
+    (
+        ["--config=configs/digits.py", "--config.augmentation.max_shift=8"],
+        "augmentation.max_shift is 8: it must be smaller than the images, which are"
+        " 8x8",
+    ),
 )
 
 
@@ -401,6 +450,12 @@ def test_a_mistake_is_one_line(tmp_path, given, message):
     assert (done.returncode, done.stderr) == (2, f"error: {message}\n")
     assert done.stdout == ""
     assert {path.name for path in tmp_path.rglob("*")} <= {"run", ".lock"}
+
+
+def test_the_config_of_a_run_is_not_one_of_a_sweep():
+    done = call("experiments/sweep.py", ["--config=configs/digits.py"])
+    message = "error: the config is that of one run: it is for experiments/run.py\n"
+    assert (done.returncode, done.stderr) == (2, message)
 
 
 def test_help_tells_flags_and_configs():

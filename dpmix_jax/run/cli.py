@@ -2,16 +2,27 @@
 
 import ast
 import functools
+import json
 import pathlib
 import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from absl import app, flags, logging
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
+from ml_collections.config_flags.config_flags import ConfigFileFlagParser
 
 from dpmix_jax.errors import UserError
 from dpmix_jax.run import config
+
+
+class _ConfigParser(ConfigFileFlagParser):
+    """Loads Python config files, and the `config.json` of a run, which is one too."""
+
+    def parse(self, path: str) -> ConfigDict:
+        if path.endswith(".json") and pathlib.Path(path).is_file():
+            return ConfigDict(json.loads(pathlib.Path(path).read_text()))
+        return super().parse(path)
 
 
 def define_config(
@@ -25,7 +36,7 @@ def define_config(
       flag_values: receives the flag and those of the config's keys.
       argv: the command line with the program's name, if it is not this program's own.
     """
-    return config_flags.DEFINE_config_file(
+    holder = config_flags.DEFINE_config_file(
         "config",
         None,
         "Path of a config file; what follows a colon is its argument.",
@@ -34,6 +45,8 @@ def define_config(
         accept_new_attributes=True,
         sys_argv=None if argv is None else list(argv),
     )
+    flag_values["config"].parser = _ConfigParser("config", lock_config=False)
+    return holder
 
 
 def config_file(

@@ -225,6 +225,8 @@ def _build(cls, values: Any, prefix: str):
     if not isinstance(values, Mapping) and not hasattr(values, "items"):
         raise UserError(f"{prefix[:-1]} is {values!r}: it must be a group of settings")
     values = dict(values.items())
+    if cls is ExperimentConfig and "rows" in values:
+        raise UserError("the config is that of a sweep: it is for experiments/sweep.py")
     if cls is ModelConfig:
         return _build_model(values, prefix)
     if cls is MethodConfig:

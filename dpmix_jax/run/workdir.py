@@ -4,7 +4,7 @@ import contextlib
 import json
 import pathlib
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from dpmix_jax.errors import UserError
@@ -26,9 +26,16 @@ class Workdir:
     def __init__(self, path: pathlib.Path):
         self.path = path
 
-    def locked(self) -> contextlib.AbstractContextManager[None]:
-        """Holds the folder for this process; see `locked`."""
-        return locked(self.path, f"workdir {self.path}")
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Holds the folder for this process; see `files.locked`."""
+        with locked(self.path, f"workdir {self.path}"):
+            try:
+                yield
+            except FileNotFoundError:
+                if self.path.exists():
+                    raise
+                raise UserError(f"workdir {self.path} was deleted") from None
 
     def check(self, config: ExperimentConfig) -> None:
         """Raises `UserError` if the folder is of another experiment."""

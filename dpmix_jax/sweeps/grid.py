@@ -199,6 +199,8 @@ def from_config_dict(config: Any, settings: Iterable[str] = ()) -> SweepConfig:
     """
     kinds = {"title": str, "base": str, "seeds": int, "metric": str}
     kinds |= {"rows": tuple, "columns": dict, "common": dict}
+    if "privacy" in config:
+        raise UserError("the config is that of one run: it is for experiments/run.py")
     values = {"columns": {}, "common": {}, "paper": None, **config.to_dict()}
     check_keys(values, (*kinds, "paper"))
     for name, kind in kinds.items():
