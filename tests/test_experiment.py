@@ -276,11 +276,12 @@ def test_names_that_are_not_utf8_are_written(tmp_path):
 
 def test_a_run_is_repeated_from_its_config_json(finished, tmp_path):
     workdir, _ = finished
-    saved = load_experiment([f"--config={workdir}/config.json"])
-    assert saved == config()
-    other = ["--config.method.k_base=3", "--config.seed=5"]
-    changed = load_experiment([f"--config={workdir}/config.json", *other])
-    assert changed == config(method__k_base=3, seed=5)
+    saved = f"--config={workdir}/config.json"
+    assert load_experiment([saved]) == config()
+    other = {"method__name": "dp_mix_diff", "method__k_diff": 2, "public__name": "npz"}
+    flags = [f"--config.{k.replace('__', '.')}={v}" for k, v in other.items()]
+    changed = load_experiment([saved, *flags, "--config.public.path=x.npz"])
+    assert changed == config(**other, public__path="x.npz")
 
 
 def test_a_run_that_diverges_says_so_and_ends_with_another_status(tmp_path):

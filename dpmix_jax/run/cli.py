@@ -6,7 +6,7 @@ import json
 import pathlib
 import sys
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
@@ -20,9 +20,15 @@ class _ConfigParser(ConfigFileFlagParser):
     """Loads Python config files, and the `config.json` of a run, which is one too."""
 
     def parse(self, path: str) -> ConfigDict:
-        if path.endswith(".json") and pathlib.Path(path).is_file():
-            return ConfigDict(json.loads(pathlib.Path(path).read_text()))
-        return super().parse(path)
+        if not (path.endswith(".json") and pathlib.Path(path).is_file()):
+            return super().parse(path)
+        values = json.loads(pathlib.Path(path).read_text(), object_hook=_without_none)
+        return ConfigDict({"public": {}, **values})
+
+
+def _without_none(group: dict[str, Any]) -> dict[str, Any]:
+    """Drops settings at None, their default, which flags could not set otherwise."""
+    return {key: value for key, value in group.items() if value is not None}
 
 
 def define_config(
