@@ -95,10 +95,7 @@ def load_experiment(argv: Sequence[str]) -> config.ExperimentConfig:
 
 
 def explain(error: Exception) -> str:
-    """Returns one line for the user about what parsing the command line has raised.
-
-    What a config file raised comes from config_flags as a traceback in the message.
-    """
+    """Returns one line for the user about what parsing the command line has raised."""
     text = str(error).strip()
     if "Traceback" in text:  # config_flags puts what a file raised into the message
         own = f"{UserError.__module__}.{UserError.__qualname__}: "
