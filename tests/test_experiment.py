@@ -18,7 +18,7 @@ from dpmix_jax.run.config import to_dict
 from dpmix_jax.run.workdir import Workdir
 from tests.conftest import ROOT
 from tests.programs import call
-from tests.runs import Done, config, kill_when, metrics, outcome, program, run, start
+from tests.runs import Done, config, kill_when, metrics, outcome, program, run
 
 
 @pytest.fixture(scope="module")
@@ -285,7 +285,7 @@ def test_a_picture_that_fails_costs_a_line(tmp_path, monkeypatch):
         raise RuntimeError("no fonts")
 
     monkeypatch.setattr("dpmix_jax.run.build.example_set", fail)
-    done = run(tmp_path / "run", privacy__num_updates=1)
+    done = run(tmp_path / "run")
     assert done.status == 0
     assert "no report.html: RuntimeError: no fonts" in done.err
     assert (tmp_path / "run/PRIVACY.md").exists()
@@ -308,8 +308,7 @@ def test_out_of_memory_is_one_line_that_names_the_knob(tmp_path):
 def test_killed_a_run_keeps_its_secret_seed_and_then_forgets_it(tmp_path):
     """It goes on with its own randomness; another run has another."""
     workdir = tmp_path / "run"
-    process = start(workdir, seed=None)
-    assert kill_when(process, "update  4/12", signal.SIGKILL)[0] == -signal.SIGKILL
+    assert kill_when("update  4/12", workdir, seed=None) == -signal.SIGKILL
     secret = workdir / "secret.json"
     assert stat.S_IMODE(secret.stat().st_mode) == 0o600
     seed = json.loads(secret.read_text())["seed"]
