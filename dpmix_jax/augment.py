@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from dpmix_jax.errors import UserError
+from dpmix_jax.errors import require
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,24 +31,17 @@ class AugmentationConfig:
     subpixel: bool = False
 
     def __post_init__(self):
-        if not 0 <= self.max_shift < float("inf"):
-            raise UserError(
-                f"augmentation.max_shift is {self.max_shift}: it must be at least 0"
-                " and finite"
-            )
-        if not self.subpixel and self.max_shift != int(self.max_shift):
-            raise UserError(
-                f"augmentation.max_shift is {self.max_shift}: it must be a whole number"
-                " of pixels, or set augmentation.subpixel"
-            )
+        shift, key = self.max_shift, "augmentation.max_shift"
+        require(0 <= shift < float("inf"), key, shift, "at least 0 and finite")
+        whole = "a whole number of pixels, or set augmentation.subpixel"
+        require(self.subpixel or shift == int(shift), key, shift, whole)
 
     def check_images(self, shape: Sequence[int]) -> None:
         """Raises `UserError` if images [H, W, C] are too small for `max_shift`."""
-        if self.max_shift and self.max_shift >= min(shape[:2]):
-            raise UserError(
-                f"augmentation.max_shift is {self.max_shift:g}: it must be smaller than"
-                f" the images, which are {shape[0]}x{shape[1]}"
-            )
+        shift, (height, width) = self.max_shift, shape[:2]
+        allowed = f"smaller than the images, which are {height}x{width}"
+        fits = shift == 0 or shift < min(height, width)
+        require(fits, "augmentation.max_shift", shift, allowed)
 
 
 def _reflect(index: jax.Array, size: int) -> jax.Array:

@@ -411,7 +411,7 @@ MISTAKES = (
     ),
     (
         ["--config=configs/digits.py", "--config.augmentation.max_shift=8"],
-        "augmentation.max_shift is 8: it must be smaller than the images, which are"
+        "augmentation.max_shift is 8.0: it must be smaller than the images, which are"
         " 8x8",
     ),
 )
