@@ -4,11 +4,12 @@
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 
-from dpmix_jax.errors import UserError
+from dpmix_jax.errors import require
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,16 +31,17 @@ class AugmentationConfig:
     subpixel: bool = False
 
     def __post_init__(self):
-        if not 0 <= self.max_shift < float("inf"):
-            raise UserError(
-                f"augmentation.max_shift is {self.max_shift}: it must be at least 0"
-                " and finite"
-            )
-        if not self.subpixel and self.max_shift != int(self.max_shift):
-            raise UserError(
-                f"augmentation.max_shift is {self.max_shift}: it must be a whole number"
-                " of pixels, or set augmentation.subpixel"
-            )
+        shift, key = self.max_shift, "augmentation.max_shift"
+        require(0 <= shift < float("inf"), key, shift, "at least 0 and finite")
+        whole = "a whole number of pixels, or set augmentation.subpixel"
+        require(self.subpixel or shift == int(shift), key, shift, whole)
+
+    def check_images(self, shape: Sequence[int]) -> None:
+        """Raises `UserError` if images [H, W, C] are too small for `max_shift`."""
+        shift, (height, width) = self.max_shift, shape[:2]
+        allowed = f"smaller than the images, which are {height}x{width}"
+        fits = shift == 0 or shift < min(height, width)
+        require(fits, "augmentation.max_shift", shift, allowed)
 
 
 def _reflect(index: jax.Array, size: int) -> jax.Array:
@@ -77,7 +79,11 @@ def random_view(
 
     Returns:
       [H, W, C] of the dtype of `image`.
+
+    Raises:
+      UserError: if `augmentation.max_shift` is not smaller than the image.
     """
+    augmentation.check_images(image.shape)
     flip_key, row_key, column_key = jax.random.split(key, 3)
     reach = augmentation.max_shift
     if reach > 0:

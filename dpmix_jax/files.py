@@ -50,7 +50,9 @@ def write_atomically(
 ) -> None:
     """Replaces a file by a whole new one: a killed run leaves the old or the new."""
     with replacing(path, mode=mode) as file:
-        file.write(content.encode() if isinstance(content, str) else content)
+        if isinstance(content, str):  # names of files need not be UTF-8
+            content = content.encode(errors="backslashreplace")
+        file.write(content)
 
 
 @contextlib.contextmanager
@@ -76,6 +78,8 @@ def locked(
     try:
         path.mkdir(parents=True, exist_ok=True)
         lock = open(path / ".lock", "w")  # noqa: SIM115
+    except FileExistsError:
+        raise UserError(f"{name} is a file: it must be a folder") from None
     except OSError as error:
         raise UserError(f"{name} is not writable: {error.strerror}") from None
     with lock:

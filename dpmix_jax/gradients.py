@@ -48,11 +48,11 @@ def clipped_gradient(
     Returns:
       `f(params, *records, is_padding_example=None, constants=()) -> (sum, aux)`: each
       leaf of `records` has a leading axis B of records (0 is allowed),
-      `is_padding_example` is [B] bool, `sum` is a pytree like `params`, `aux.values`
-      and `aux.grad_norms` are [B]. `constants`, public values such as the weights of a
-      pretrained encoder, are given to the loss after the record, as in
-      `loss_fn(params, *record, *constants)`, and not differentiated. `f` carries
-      `.sensitivity(neighboring_relation)`.
+      `is_padding_example` is [B] bool (see `sampling.batches`; None: all are records),
+      `sum` is a pytree like `params`, `aux.values` and `aux.grad_norms` are [B].
+      `constants`, public values such as the weights of a pretrained encoder, are given
+      to the loss after the record, as in `loss_fn(params, *record, *constants)`, and
+      not differentiated. `f` carries `.sensitivity(neighboring_relation)`.
 
     Raises:
       UserError: if `l2_clip_norm` is out of that range.

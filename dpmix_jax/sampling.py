@@ -7,6 +7,7 @@ microbatch size or another number of devices, draws the same batches and the sam
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -110,7 +111,8 @@ def microbatches(indices: np.ndarray, microbatch_size: int) -> list[np.ndarray]:
       microbatch_size: m.
 
     Returns:
-      ceil(n / m) arrays [m], the last one padded with -1; none for n = 0.
+      ceil(n / m) arrays [m], the last one padded with -1; none for n = 0. As an index
+      -1 is the last record: see `batches`.
     """
     if indices.size == 0:
         return []
@@ -119,7 +121,7 @@ def microbatches(indices: np.ndarray, microbatch_size: int) -> list[np.ndarray]:
 
 def batches(
     seed: int, *, num_records: int, sampling_prob: float, microbatch_size: int
-) -> Callable[[int], list[np.ndarray]]:
+) -> Callable[[int], list[Any]]:
     """Returns the function from an update to the microbatches of its Poisson batch.
 
     Args:
@@ -127,8 +129,18 @@ def batches(
       num_records: N.
       sampling_prob: q.
       microbatch_size: m.
+
+    Returns:
+      `f(step)`, a list of int32 arrays [m] whose padding is masked: `.data` are the
+      indices and `.mask` is the `is_padding_example` of a clipped sum. JAX refuses the
+      array as it is, so that padding is not taken for the last record unawares.
     """
-    return lambda step: microbatches(
-        poisson_batch(seed, step, num_records=num_records, sampling_prob=sampling_prob),
-        microbatch_size,
-    )
+
+    def masked(step: int) -> list[np.ma.MaskedArray]:
+        batch = poisson_batch(
+            seed, step, num_records=num_records, sampling_prob=sampling_prob
+        )
+        parts = microbatches(batch, microbatch_size)
+        return [np.ma.MaskedArray(part, mask=part < 0) for part in parts]
+
+    return masked

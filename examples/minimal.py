@@ -37,10 +37,10 @@ batches = dpm.batches(  # of one shape, so one compilation
 
 
 @jax.jit
-def clipped_sum(params, step, batch):
-    keys = dpm.record_keys(dpm.stream_key(seed, "augmentation"), step, batch)
-    sets = jax.vmap(record_set)(keys, images[batch], labels[batch])
-    return gradient_fn(params, *sets, is_padding_example=batch < 0)[0]
+def clipped_sum(params, step, indices, is_padding):
+    keys = dpm.record_keys(dpm.stream_key(seed, "augmentation"), step, indices)
+    sets = jax.vmap(record_set)(keys, images[indices], labels[indices])
+    return gradient_fn(params, *sets, is_padding_example=is_padding)[0]
 
 
 params = jnp.zeros((64, 10))
@@ -48,7 +48,7 @@ state = optimizer.init(params)
 for step in range(T):
     total = jnp.zeros_like(params)  # an empty batch still takes its noisy update
     for batch in batches(step):
-        total += clipped_sum(params, step, batch)
+        total += clipped_sum(params, step, batch.data, batch.mask)
     updates, state = optimizer.update(total, state)
     params = optax.apply_updates(params, updates)
 print(f"{mechanism.epsilon(1e-5):.3f}-DP")

@@ -73,38 +73,23 @@ def program(workdir, **overrides):
     return [*script, *flags(**overrides)]
 
 
-def start(workdir, **overrides) -> subprocess.Popen:
-    """Starts `experiments/run.py` in a process of its own."""
-    return subprocess.Popen(
-        program(workdir, **overrides),
-        cwd=ROOT,
-        stderr=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        text=True,
+def kill_when(text, workdir, **overrides) -> int:
+    """Kills the same run in a process of its own once it has printed a text."""
+    process = subprocess.Popen(
+        program(workdir, **overrides), cwd=ROOT, stderr=subprocess.PIPE, text=True
     )
-
-
-def kill_when(process, text, number):
-    """Sends a signal after a line that contains a text; returns status and the rest."""
-    for line in process.stderr:
-        if text in line:
-            process.send_signal(number)
-            break
-    rest = process.stderr.read()
-    process.stderr.close()
-    return process.wait(), rest
+    with process:
+        assert any(text in line for line in process.stderr)
+        process.kill()
+    return process.returncode
 
 
 def metrics(workdir):
+    """Lines of `metrics.jsonl` without what differs from run to run."""
     lines = Workdir(pathlib.Path(workdir)).metrics()
-    return [
-        {
-            k: v
-            for k, v in line.items()
-            if k not in ("seconds", "nonprivate/images_per_second")
-        }
-        for line in lines
-    ]
+    for line in lines:
+        del line["seconds"], line["nonprivate/images_per_second"]
+    return lines
 
 
 def outcome(workdir):

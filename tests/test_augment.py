@@ -86,3 +86,15 @@ def test_subpixel_shift_interpolates_a_ramp_exactly(reach):
 def test_refuses(options, message):
     with pytest.raises(UserError, match=message):
         AugmentationConfig(**options)
+
+
+@pytest.mark.parametrize("reach", [4, 100])
+def test_a_shift_must_be_smaller_than_the_image(reach):
+    message = rf"max_shift is {reach}: it must be smaller than the images, .* 9x4"
+    with pytest.raises(UserError, match=message):
+        views(
+            key(),
+            jnp.ones((9, 4, 1)),
+            2,
+            augmentation=AugmentationConfig(max_shift=reach),
+        )

@@ -1,30 +1,10 @@
-import dataclasses
-import importlib.util
 import json
 
 import pytest
 
 from dpmix_jax import UserError
-from dpmix_jax.run.config import (
-    check_path,
-    differences,
-    from_config_dict,
-    to_dict,
-)
-from tests.conftest import ROOT
-
-
-def load(name="digits"):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "configs" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.get_config().unlock()
-
-
-def changed(path, value):
-    config = load()
-    config.update_from_flattened_dict({path: value})
-    return config
+from dpmix_jax.run.config import check_flags, differences, from_config_dict, to_dict
+from tests import runs
 
 
 @pytest.mark.parametrize(
@@ -51,12 +31,9 @@ def changed(path, value):
     ],
 )
 def test_refuses(path, value, message):
-    config = to_dict(from_config_dict(load()))
-    group, _, name = path.partition(".")
-    if name:
-        config[group][name] = value
-    else:
-        config[group] = value
+    config = to_dict(runs.config())
+    *groups, name = path.split(".")
+    (config[groups[0]] if groups else config)[name] = value
     with pytest.raises(UserError) as error:
         from_config_dict(config)
     assert str(error.value).startswith(message)
@@ -64,39 +41,36 @@ def test_refuses(path, value, message):
 
 
 def test_a_missing_key_is_named():
-    config = to_dict(from_config_dict(load()))
+    config = to_dict(runs.config())
     del config["privacy"]["epsilon"]
     with pytest.raises(UserError, match=r"privacy.epsilon is missing"):
         from_config_dict(config)
 
 
 def test_integers_do_for_floats():
-    assert from_config_dict(changed("privacy.epsilon", 3)).privacy.epsilon == 3.0
+    config = to_dict(runs.config())
+    config["privacy"]["epsilon"] = 3
+    assert type(from_config_dict(config).privacy.epsilon) is float
 
 
 @pytest.mark.parametrize("path", ["method.a.b", "method.name.b", "metod.name"])
 def test_flags_of_unknown_groups(path):
     with pytest.raises(UserError, match="unknown key"):
-        check_path(path)
+        check_flags(["run.py", f"--config.{path}=3"])
 
 
 def test_differences_name_what_changes_the_outcome():
-    config = from_config_dict(load())
+    config = runs.config()
     old = json.loads(json.dumps(to_dict(config)))
     assert differences(old, to_dict(config)) == []
-    faster = dataclasses.replace(
-        config,
-        performance=dataclasses.replace(config.performance, microbatch_size=7),
-        logging=dataclasses.replace(config.logging, log_every=1),
-        data=dataclasses.replace(config.data, download=True),
+    faster = runs.config(
+        performance__microbatch_size=7, logging__log_every=1, data__download=True
     )
     assert differences(old, to_dict(faster)) == []
-    other = dataclasses.replace(
-        config,
-        seed=5,
-        privacy=dataclasses.replace(config.privacy, epsilon=8.0),
-    )
-    assert differences(old, to_dict(other)) == [
-        "privacy.epsilon (3.0 there, 8.0 here)",
-        "seed (None there, 5 here)",
-    ]
+    for key, there, here in (
+        ("privacy.epsilon", 3.0, 8.0),
+        ("seed", 3, None),
+        ("performance.precision", "float32", "bfloat16"),
+    ):
+        other = to_dict(runs.config(**{key.replace(".", "__"): here}))
+        assert differences(old, other) == [f"{key} ({there} there, {here} here)"]

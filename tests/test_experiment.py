@@ -1,8 +1,10 @@
 """Whole runs: what they write, what they refuse, and that they survive."""
 
+import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 import stat
 import subprocess
@@ -11,11 +13,12 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+from dpmix_jax.run.cli import load_experiment
 from dpmix_jax.run.config import to_dict
 from dpmix_jax.run.workdir import Workdir
 from tests.conftest import ROOT
 from tests.programs import call
-from tests.runs import Done, config, kill_when, metrics, outcome, program, run, start
+from tests.runs import Done, config, kill_when, metrics, outcome, program, run
 
 
 @pytest.fixture(scope="module")
@@ -93,28 +96,19 @@ def test_a_finished_run_is_not_repeated(finished):
     assert outcome(workdir) == before
 
 
-@pytest.mark.parametrize(
-    "overrides",
-    [
-        {"privacy__epsilon": 8},
-        {"method__name": "self_aug", "method__k_self": 0},
-        {"seed": 4},
-    ],
-)
-def test_a_workdir_of_another_experiment_is_refused(finished, overrides):
+def test_a_workdir_of_another_experiment_is_refused(finished):
     workdir, _ = finished
     before = outcome(workdir)
-    refused = run(workdir, **overrides)
+    refused = run(workdir, privacy__delta=1e-3, seed=4)
     assert refused.status == 2
-    assert "is of another experiment, use another --workdir; these" in refused.err
-    assert f"{next(iter(overrides)).replace('__', '.')} (" in refused.err
+    assert refused.err == (
+        "warning: privacy.delta is 0.001, not below 1/N = 0.000696: such a promise"
+        " allows publishing a whole record\n"
+        f"error: workdir {workdir} is of another experiment, use another --workdir;"
+        " these differ: privacy.delta (1e-05 there, 0.001 here), seed (3 there, 4"
+        " here)\n"
+    )
     assert outcome(workdir) == before
-
-
-def test_a_large_delta_is_warned_of(finished):
-    done = run(finished[0], privacy__delta=1e-3)
-    assert done.status == 2  # the workdir is of another
-    assert "warning: privacy.delta is 0.001, not below 1/N = 0.000696" in done.err
 
 
 def test_a_stopped_run_saves_first(finished, tmp_path, monkeypatch):
@@ -139,17 +133,29 @@ def test_a_stopped_run_saves_first(finished, tmp_path, monkeypatch):
     assert outcome(workdir) == outcome(finished[0])
 
 
+class KilledError(BaseException):
+    pass
+
+
+def kill_at(monkeypatch, method, workdir, **overrides):
+    """Runs until a method of `dpmix_jax.run` would be called."""
+
+    def killed(*_):
+        raise KilledError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(f"dpmix_jax.run.{method}", killed)
+        with pytest.raises(KilledError):
+            run(workdir, **overrides)
+
+
 @pytest.mark.parametrize("damage", ["empty", "flipped", "older"])
 def test_a_damaged_checkpoint_is_not_gone_on_from(
     finished, tmp_path, monkeypatch, damage
 ):
     """The one before it is taken, and the same bits come out; of two, it is refused."""
     workdir = tmp_path / "run"
-    patch = monkeypatch.context()
-    with patch as context:
-        context.setattr("dpmix_jax.run.experiment.Checkpoints.keep_last", _killed)
-        with pytest.raises(KilledError):
-            run(workdir)
+    kill_at(monkeypatch, "checkpoint.Checkpoints.keep_last", workdir)
     last, before = (workdir / f"checkpoints/{n}.safetensors" for n in (12, 9))
     for path in (last, before) if damage == "older" else (last,):
         content = bytearray(path.read_bytes())
@@ -164,14 +170,6 @@ def test_a_damaged_checkpoint_is_not_gone_on_from(
     else:
         assert "going on after update 9" in done.err
         assert outcome(workdir) == outcome(finished[0])
-
-
-class KilledError(BaseException):
-    pass
-
-
-def _killed(self):
-    raise KilledError
 
 
 @pytest.mark.parametrize("name", ["secret.json", "results.json", "config.json"])
@@ -198,12 +196,10 @@ def test_a_kill_while_the_results_are_written(finished, tmp_path, monkeypatch):
                 raise KilledError
             replace(source, target)
 
-        with monkeypatch.context() as patch:
+        attempts.append(None)
+        with monkeypatch.context() as patch, contextlib.suppress(KilledError):
             patch.setattr("dpmix_jax.files.os.replace", counted)
-            try:
-                attempts.append(run(workdir).status)
-            except KilledError:
-                attempts.append(None)
+            attempts[-1] = run(workdir).status
     assert attempts[0] is None
     assert attempts[-1] == 0
     assert outcome(workdir) == expected
@@ -211,7 +207,7 @@ def test_a_kill_while_the_results_are_written(finished, tmp_path, monkeypatch):
     assert not list(workdir.rglob(".*.partial"))
 
 
-def test_resuming_on_other_data_is_refused(tmp_path):
+def test_resuming_on_other_data_is_refused(tmp_path, monkeypatch):
     rng = np.random.default_rng(0)
 
     def write():
@@ -227,29 +223,52 @@ def test_resuming_on_other_data_is_refused(tmp_path):
     options = {"data__name": "npz", "data__path": tmp_path / "data.npz"}
     workdir = tmp_path / "run"
     write()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Workdir, "keep_metrics", lambda *_: _killed(None))
-        with pytest.raises(KilledError):
-            run(workdir, **options)
+    kill_at(monkeypatch, "workdir.Workdir.keep_metrics", workdir, **options)
     write()
     refused = run(workdir, **options)
     assert refused.status == 2
     assert "holds a run that began with other data: put those back" in refused.err
 
 
-def test_one_workdir_one_run(tmp_path):
-    workdir = tmp_path / "run"
-    with Workdir(workdir).locked():
-        second = run(workdir)
-    assert second.status == 2
-    assert second.err == f"error: workdir {workdir} is in use by another run\n"
-
-
-def test_a_workdir_with_other_files_is_refused(tmp_path):
+def test_a_workdir_in_use_or_with_other_files_is_refused(tmp_path):
+    with Workdir(tmp_path).locked():
+        second = run(tmp_path)
+    message = f"error: workdir {tmp_path} is in use by another run\n"
+    assert second == Done(2, "", message)
     (tmp_path / "thesis.tex").touch()
     done = run(tmp_path)
     assert done.status == 2
     assert "holds thesis.tex but no config.json: use a new or empty" in done.err
+
+
+def test_a_workdir_that_is_deleted_is_one_line(tmp_path, monkeypatch):
+    workdir, said = tmp_path / "run", Workdir.add_metrics
+
+    def deleted(self, line):
+        said(self, line)
+        shutil.rmtree(workdir)
+
+    monkeypatch.setattr(Workdir, "add_metrics", deleted)
+    done = run(workdir)
+    assert done.status == 2
+    assert done.err.endswith(f"error: workdir {workdir} was deleted\n")
+    assert not workdir.exists()
+
+
+def test_names_that_are_not_utf8_are_written(tmp_path):
+    """As when a class is named by a folder, or a statement names a file of weights."""
+    Workdir(tmp_path).write("report.html", os.fsdecode(b"caf\xe9"))
+    assert (tmp_path / "report.html").read_text() == "caf\\udce9"
+
+
+def test_a_run_is_repeated_from_its_config_json(finished, tmp_path):
+    workdir, _ = finished
+    saved = f"--config={workdir}/config.json"
+    assert load_experiment([saved]) == config()
+    other = {"method__name": "dp_mix_diff", "method__k_diff": 2, "public__name": "npz"}
+    flags = [f"--config.{k.replace('__', '.')}={v}" for k, v in other.items()]
+    changed = load_experiment([saved, *flags, "--config.public.path=x.npz"])
+    assert changed == config(**other, public__path="x.npz")
 
 
 def test_a_run_that_diverges_says_so_and_ends_with_another_status(tmp_path):
@@ -266,7 +285,7 @@ def test_a_picture_that_fails_costs_a_line(tmp_path, monkeypatch):
         raise RuntimeError("no fonts")
 
     monkeypatch.setattr("dpmix_jax.run.build.example_set", fail)
-    done = run(tmp_path / "run", privacy__num_updates=1)
+    done = run(tmp_path / "run")
     assert done.status == 0
     assert "no report.html: RuntimeError: no fonts" in done.err
     assert (tmp_path / "run/PRIVACY.md").exists()
@@ -289,8 +308,7 @@ def test_out_of_memory_is_one_line_that_names_the_knob(tmp_path):
 def test_killed_a_run_keeps_its_secret_seed_and_then_forgets_it(tmp_path):
     """It goes on with its own randomness; another run has another."""
     workdir = tmp_path / "run"
-    process = start(workdir, seed=None)
-    assert kill_when(process, "update  4/12", signal.SIGKILL)[0] == -signal.SIGKILL
+    assert kill_when("update  4/12", workdir, seed=None) == -signal.SIGKILL
     secret = workdir / "secret.json"
     assert stat.S_IMODE(secret.stat().st_mode) == 0o600
     seed = json.loads(secret.read_text())["seed"]
@@ -306,18 +324,6 @@ def test_killed_a_run_keeps_its_secret_seed_and_then_forgets_it(tmp_path):
     assert run(other, seed=None).status == 0
     weights = [(w / "model.safetensors").read_bytes() for w in (workdir, other)]
     assert weights[0] != weights[1]
-
-
-@pytest.mark.slow
-def test_killed_twice_a_run_ends_with_the_same_bits(finished, tmp_path):
-    workdir = tmp_path / "run"
-    for text in ("update  4/12", "update  8/12"):
-        status, _ = kill_when(start(workdir), text, signal.SIGKILL)
-        assert status == -signal.SIGKILL
-        assert not (workdir / "results.json").exists()
-    done = run(workdir, performance__microbatch_size=64)
-    assert "going on after update 6" in done.err
-    assert outcome(workdir) == outcome(finished[0])
 
 
 def test_on_four_devices_the_same_run_comes_out(finished, tmp_path):
@@ -342,7 +348,6 @@ def test_on_four_devices_the_same_run_comes_out(finished, tmp_path):
 
 MISTAKES = (
     ([], "--config is missing: give the path of a config file"),
-    (["--config=none.py"], "--config is none.py: there is no such file"),
     (["--config=none.py:8"], "--config is none.py: there is no such file"),
     (
         ["--config=configs/digits.py:5"],
@@ -391,6 +396,24 @@ MISTAKES = (
         ["--config=configs/digits.py", "--workdir=README.md/run"],
         "workdir README.md/run is not writable: Not a directory",
     ),
+    (
+        ["--config=configs/digits.py", "--workdir=README.md"],
+        "workdir README.md is a file: it must be a folder",
+    ),
+    (
+        ["--config=configs/table11.py"],
+        "the config is that of a sweep: it is for experiments/sweep.py",
+    ),
+    (["--config=none.json"], "--config is none.json: there is no such file"),
+    (
+        ["--config=caf\udce9.py"],  # bytes that are not UTF-8, as Python hands them on
+        "--config is caf\udce9.py: there is no such file",
+    ),
+    (
+        ["--config=configs/digits.py", "--config.augmentation.max_shift=8"],
+        "augmentation.max_shift is 8.0: it must be smaller than the images, which are"
+        " 8x8",
+    ),
 )
 
 
@@ -401,6 +424,12 @@ def test_a_mistake_is_one_line(tmp_path, given, message):
     assert (done.returncode, done.stderr) == (2, f"error: {message}\n")
     assert done.stdout == ""
     assert {path.name for path in tmp_path.rglob("*")} <= {"run", ".lock"}
+
+
+def test_the_config_of_a_run_is_not_one_of_a_sweep():
+    done = call("experiments/sweep.py", ["--config=configs/digits.py"])
+    message = "error: the config is that of one run: it is for experiments/run.py\n"
+    assert (done.returncode, done.stderr) == (2, message)
 
 
 def test_help_tells_flags_and_configs():

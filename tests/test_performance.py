@@ -1,3 +1,5 @@
+import re
+
 import hypothesis
 import hypothesis.strategies as st
 import jax
@@ -62,23 +64,6 @@ def test_the_size_was_compiled_and_fits(power, jump, budget):
         assert found >= 0.85 * max(fit)
 
 
-def test_memory_of_wrn16_4_that_grows_faster_than_its_records():
-    """GiB that were measured; a line through 1 and 2 leads to 94, which needs 26."""
-    records = [1, 2, 4, 8, 16, 94]
-    gib = [0.48, 0.60, 1.0, 2.4, 4.6, 26.1]
-    asked = []
-
-    def needed(size):
-        asked.append(size)
-        return float(np.interp(size, records, gib)) * GIB
-
-    found = largest_microbatch(
-        needed, expected_batch_size=4096, least=1, budget=11.8 * GIB
-    )
-    assert found == asked[-1]
-    assert 38 <= found <= 41
-
-
 def test_nothing_fits():
     with pytest.raises(UserError, match=r"a microbatch of 4 record\(s\) needs 0.51"):
         largest_microbatch(
@@ -140,7 +125,7 @@ def test_bfloat16_computes_in_half_and_keeps_float32_outside(name):
         return jnp.square(half.apply(params, images)).sum()
 
     text = str(jax.make_jaxpr(jax.grad(loss))(params))
-    assert "bf16" in text.split("conv_general_dilated")[1][:40] or "bf16" in text
+    assert "bf16" in text
     gradients = jax.tree.leaves(jax.grad(loss)(params))
     assert {leaf.dtype for leaf in gradients} == {jnp.dtype("float32")}
 
@@ -160,12 +145,7 @@ def test_precision_of_products_is_set_not_left_to_the_backend(precision, stored)
     text = str(jax.make_jaxpr(jax.grad(loss))(toy.init_params(), images, labels))
     products = text.count("conv_general_dilated[") + text.count("dot_general[")
     assert products >= 5
-    assert (
-        text.count(f"Precision.{stored}\n")
-        + text.count(f"Precision.{stored}, ")
-        + text.count(f"Precision.{stored})")
-        >= products
-    )
+    assert len(re.findall(rf"Precision\.{stored}\b", text)) >= products
 
 
 @pytest.mark.parametrize(
@@ -181,7 +161,7 @@ def test_precision_of_products_is_set_not_left_to_the_backend(precision, stored)
         ),
         (
             {"clipping": "ghost", "precision": "bfloat16"},
-            "performance.clipping is 'ghost': performance.precision must be float32",
+            "performance.precision is 'bfloat16': it must be float32 for .* 'ghost'",
         ),
         ({"memory_gib": -1.0}, "performance.memory_gib is -1.0"),
     ],

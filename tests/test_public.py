@@ -240,8 +240,8 @@ def values(**public):
     [
         (
             values(),
-            "public.name is None: it must name a public dataset for method.name"
-            " 'dp_mix_diff'",
+            "public.name is None: it must be the name of a public dataset for"
+            " method.name 'dp_mix_diff'",
         ),
         (
             {**values(name="cifar10"), "method": {"name": "self_aug"}},

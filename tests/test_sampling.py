@@ -1,9 +1,17 @@
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.stats
 
-from dpmix_jax import UserError, microbatches, poisson_batch, record_keys, stream_key
+from dpmix_jax import (
+    UserError,
+    batches,
+    microbatches,
+    poisson_batch,
+    record_keys,
+    stream_key,
+)
 from dpmix_jax.sampling import STREAMS, generator
 
 N, Q, STEPS = 40, 0.3, 3000
@@ -90,6 +98,18 @@ def test_microbatches_have_one_shape_and_lose_nothing(num):
     assert all(part.shape == (4,) for part in parts)
     everything = np.concatenate([*parts, []])
     assert sorted(everything[everything >= 0]) == list(range(num))
+
+
+def test_padding_cannot_be_taken_for_the_last_record_unawares():
+    """JAX refuses the masked array whole: its two parts are given by name."""
+    draw = batches(0, num_records=N, sampling_prob=Q, microbatch_size=9)
+    expected = microbatches(poisson(0, 5), 9)
+    for batch, indices in zip(draw(5), expected, strict=True):
+        np.testing.assert_array_equal(batch.data, indices)
+        np.testing.assert_array_equal(batch.mask, indices < 0)
+    for lookup in (jnp.arange(N).__getitem__, jax.jit(lambda i: jnp.arange(N)[i])):
+        with pytest.raises(ValueError, match="masked arrays are not supported"):
+            lookup(batch)
 
 
 def words(key):

@@ -70,9 +70,9 @@ class Checkpoints:
 
     def keep_last(self) -> None:
         """Deletes all but the latest, so that no key of noise already used remains."""
-        latest = self._path(self.steps()[-1])
+        latest = [self._path(step) for step in self.steps()[-1:]]
         for path in self._folder.iterdir():  # also what a kill left half written
-            if path != latest:
+            if path not in latest:
                 path.unlink()
 
     def _path(self, step: int) -> pathlib.Path:

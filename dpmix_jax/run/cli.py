@@ -2,16 +2,33 @@
 
 import ast
 import functools
+import json
 import pathlib
 import sys
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from absl import app, flags, logging
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
+from ml_collections.config_flags.config_flags import ConfigFileFlagParser
 
 from dpmix_jax.errors import UserError
 from dpmix_jax.run import config
+
+
+class _ConfigParser(ConfigFileFlagParser):
+    """Loads Python config files, and the `config.json` of a run, which is one too."""
+
+    def parse(self, path: str) -> ConfigDict:
+        if not (path.endswith(".json") and pathlib.Path(path).is_file()):
+            return super().parse(path)
+        values = json.loads(pathlib.Path(path).read_text(), object_hook=_without_none)
+        return ConfigDict({"public": {}, **values})
+
+
+def _without_none(group: dict[str, Any]) -> dict[str, Any]:
+    """Drops settings at None, their default, which flags could not set otherwise."""
+    return {key: value for key, value in group.items() if value is not None}
 
 
 def define_config(
@@ -25,7 +42,7 @@ def define_config(
       flag_values: receives the flag and those of the config's keys.
       argv: the command line with the program's name, if it is not this program's own.
     """
-    return config_flags.DEFINE_config_file(
+    holder = config_flags.DEFINE_config_file(
         "config",
         None,
         "Path of a config file; what follows a colon is its argument.",
@@ -34,6 +51,8 @@ def define_config(
         accept_new_attributes=True,
         sys_argv=None if argv is None else list(argv),
     )
+    flag_values["config"].parser = _ConfigParser("config", lock_config=False)
+    return holder
 
 
 def config_file(
@@ -76,10 +95,7 @@ def load_experiment(argv: Sequence[str]) -> config.ExperimentConfig:
 
 
 def explain(error: Exception) -> str:
-    """Returns one line for the user about what parsing the command line has raised.
-
-    What a config file raised comes from config_flags as a traceback in the message.
-    """
+    """Returns one line for the user about what parsing the command line has raised."""
     text = str(error).strip()
     if "Traceback" in text:  # config_flags puts what a file raised into the message
         own = f"{UserError.__module__}.{UserError.__qualname__}: "

@@ -17,7 +17,7 @@ from dpmix_jax.baselines import microbatch_mixup
 from dpmix_jax.baselines.pretraining import PretrainConfig
 from dpmix_jax.data import DataConfig
 from dpmix_jax.data.public import PublicConfig
-from dpmix_jax.errors import UserError
+from dpmix_jax.errors import UserError, require, require_one_of
 from dpmix_jax.mixup import METHODS, MethodConfig
 from dpmix_jax.models.finetune import FinetuneConfig
 from dpmix_jax.privacy import PrivacyConfig
@@ -52,21 +52,14 @@ class OptimizerConfig:
     ema_decay: float = 0.9999
 
     def __post_init__(self):
-        if not 0 < self.learning_rate < math.inf:
-            raise UserError(
-                f"optimizer.learning_rate is {self.learning_rate}: it must be positive"
-                " and finite"
-            )
-        if not 0 <= self.weight_decay < math.inf:
-            raise UserError(
-                f"optimizer.weight_decay is {self.weight_decay}: it must be at least 0"
-                " and finite"
-            )
+        rate, decay = self.learning_rate, self.weight_decay
+        positive = "positive and finite"
+        require(0 < rate < math.inf, "optimizer.learning_rate", rate, positive)
+        least = "at least 0 and finite"
+        require(0 <= decay < math.inf, "optimizer.weight_decay", decay, least)
         for name in ("momentum", "ema_decay"):
-            if not 0 <= getattr(self, name) < 1:
-                raise UserError(
-                    f"optimizer.{name} is {getattr(self, name)}: it must be in [0, 1)"
-                )
+            value = getattr(self, name)
+            require(0 <= value < 1, f"optimizer.{name}", value, "in [0, 1)")
 
     def build(self) -> optax.GradientTransformation:
         sgd = optax.sgd(self.learning_rate, self.momentum or None)
@@ -90,12 +83,8 @@ class LoggingConfig:
     checkpoint_every: int = 50
 
     def __post_init__(self):
-        for field in dataclasses.fields(self):
-            if getattr(self, field.name) < 1:
-                raise UserError(
-                    f"logging.{field.name} is {getattr(self, field.name)}: it must be"
-                    " at least 1"
-                )
+        for name, updates in dataclasses.asdict(self).items():
+            require(updates >= 1, f"logging.{name}", updates, "at least 1")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -110,8 +99,7 @@ class EvaluateConfig:
     views: int = 1
 
     def __post_init__(self):
-        if self.views < 1:
-            raise UserError(f"evaluate.views is {self.views}: it must be at least 1")
+        require(self.views >= 1, "evaluate.views", self.views, "at least 1")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -143,31 +131,30 @@ class ExperimentConfig:
     evaluate: EvaluateConfig = dataclasses.field(default_factory=EvaluateConfig)
 
     def __post_init__(self):
-        if self.seed is not None and self.seed < 0:
-            raise UserError(f"seed is {self.seed}: it must be at least 0, or None")
-        if self.privacy.selection is not None and not self.data.validation_size:
-            raise UserError(
-                "data.validation_size is 0: it must be positive for privacy.selection,"
-                " which compares runs by validation records"
-            )
-        name, updates = self.method.name, self.pretrain.num_updates
-        takes_public = bool(self.method.num_public or updates)
-        use = f"pretrain.num_updates {updates}" if updates else f"method.name {name!r}"
-        if self.public is None and takes_public:
-            raise UserError(
-                f"public.name is None: it must name a public dataset for {use}"
-            )
-        if self.public is not None and not takes_public:
-            raise UserError(
-                f"public.name is {self.public.name!r}: it must be None for {use},"
-                " which takes no public images"
-            )
+        seed, validation = self.seed, self.data.validation_size
+        require(seed is None or seed >= 0, "seed", seed, "at least 0, or None")
+        require(
+            self.privacy.selection is None or validation > 0,
+            "data.validation_size",
+            validation,
+            "positive for privacy.selection, which compares runs by validation records",
+        )
+        updates, method = self.pretrain.num_updates, f"method.name {self.method.name!r}"
+        public = self.public and self.public.name
+        if self.method.num_public or updates:
+            use = f"pretrain.num_updates {updates}" if updates else method
+            allowed = f"the name of a public dataset for {use}"
+            require(public is not None, "public.name", public, allowed)
+        else:
+            allowed = f"None for {method}, which takes no public images"
+            require(public is None, "public.name", public, allowed)
         groups = isinstance(self.method, microbatch_mixup.MicrobatchMixupConfig)
-        if groups and self.finetune.embeddings == "kept":
-            raise UserError(
-                f"finetune.embeddings is 'kept': it must be 'fresh' for {use}, whose"
-                " groups are drawn anew in each update"
-            )
+        require(
+            not groups or self.finetune.embeddings == "fresh",
+            "finetune.embeddings",
+            self.finetune.embeddings,
+            f"'fresh' for {method}, whose groups are drawn anew in each update",
+        )
 
 
 # Two starts of a run may differ in these settings, which change results by rounding at
@@ -197,16 +184,15 @@ def to_dict(config: ExperimentConfig) -> dict[str, Any]:
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """Lists the keys whose values differ, of those that change the outcome of a run."""
-    flat = [
+    there, here = (
         {k: list(v) if isinstance(v, tuple) else v for k, v in flatten(values).items()}
-        for values in (old, new)
-    ]
-    keys = sorted(set(flat[0]) | set(flat[1]))
+        for values in (old, new)  # JSON has no tuples
+    )
     return [
-        f"{key} ({flat[0].get(key)} there, {flat[1].get(key)} here)"
-        for key in keys
+        f"{key} ({there.get(key)} there, {here.get(key)} here)"
+        for key in sorted({*there, *here})
         if (key in _FIXED or not {key, key.split(".")[0]} & set(_FREE))
-        and flat[0].get(key) != flat[1].get(key)
+        and there.get(key) != here.get(key)
     ]
 
 
@@ -225,6 +211,8 @@ def _build(cls, values: Any, prefix: str):
     if not isinstance(values, Mapping) and not hasattr(values, "items"):
         raise UserError(f"{prefix[:-1]} is {values!r}: it must be a group of settings")
     values = dict(values.items())
+    if cls is ExperimentConfig and "rows" in values:
+        raise UserError("the config is that of a sweep: it is for experiments/sweep.py")
     if cls is ModelConfig:
         return _build_model(values, prefix)
     if cls is MethodConfig:
@@ -263,19 +251,13 @@ def _method(values: dict[str, Any]) -> tuple[type, dict[str, Any]]:
     """Returns the class of a method's settings, and those that it has."""
     name = values.get("name")
     if name != microbatch_mixup.NAME:
-        if isinstance(name, str) and name not in METHODS:
-            raise UserError(
-                f"method.name is {name!r}: it must be one of"
-                f" {', '.join((*METHODS, microbatch_mixup.NAME))}"
-            )
+        if isinstance(name, str):  # of another type, it is refused with the rest
+            require_one_of("method.name", name, (*METHODS, microbatch_mixup.NAME))
         return MethodConfig, values
     cls = microbatch_mixup.MicrobatchMixupConfig
     for key in set(values) & {"k_self", "k_diff"}:
-        if values[key]:
-            raise UserError(
-                f"method.{key} is {values[key]}: it must be 0 for method.name"
-                f" {microbatch_mixup.NAME!r}"
-            )
+        size, allowed = values[key], f"0 for method.name {name!r}"
+        require(not size, f"method.{key}", size, allowed)
     names = {field.name for field in dataclasses.fields(cls)}
     every = names | {field.name for field in dataclasses.fields(MethodConfig)}
     check_keys(values, sorted(every), "method.")
@@ -297,11 +279,8 @@ def _typed(value: Any, hint: Any, key: str) -> Any:
     allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     if float in allowed and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
-    if type(value) not in allowed:
-        names = " or ".join(
-            "None" if t is types.NoneType else t.__name__ for t in allowed
-        )
-        raise UserError(f"{key} is {value!r}: it must be of type {names}")
+    names = ("None" if t is types.NoneType else t.__name__ for t in allowed)
+    require(type(value) in allowed, key, value, f"of type {' or '.join(names)}")
     return value
 
 
@@ -327,22 +306,15 @@ def choose(rows: Mapping[str, Any], name: str, key: str = "epsilon") -> Any:
       name: what follows the colon in `--config=configs/digits.py:8`.
       key: what the names are.
     """
-    if name not in rows:
-        raise UserError(f"{key} is {name!r}: it must be one of {', '.join(rows)}")
+    require_one_of(key, name, rows)
     return rows[name]
 
 
 def check_flags(argv: Iterable[str]) -> None:
-    """Raises `UserError` for the first `--config.<path>` that `check_path` refuses."""
-    for arg in argv:
-        path = re.match(r"--?config\.([^=]*)", arg)
-        if path:
-            check_path(path[1])
-
-
-def check_path(path: str) -> None:
-    """Raises `UserError` for a dotted key that is in no group of the config."""
-    group, *rest = path.split(".")
-    check_keys([group], typing.get_type_hints(ExperimentConfig))
-    if len(rest) > 1:
-        raise UserError(f"unknown key {path}: keys are at most <group>.<name>")
+    """Raises `UserError` for the first `--config.<path>` that is in no group."""
+    paths = (re.match(r"--?config\.([^=]*)", arg) for arg in argv)
+    for path in (match[1] for match in paths if match):
+        group, *rest = path.split(".")
+        check_keys([group], typing.get_type_hints(ExperimentConfig))
+        if len(rest) > 1:
+            raise UserError(f"unknown key {path}: keys are at most <group>.<name>")

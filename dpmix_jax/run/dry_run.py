@@ -27,6 +27,7 @@ def dry_run(config: ExperimentConfig) -> str:
     """
     records = data.blank(config.data)
     public = blank_public(config.public, config.data, records)
+    config.augmentation.check_images(records.image_shape)
     config.performance.check_devices(jax.device_count())
     q = config.privacy.sampling_prob(len(records))
     model = build.classifier(config, records)

@@ -43,6 +43,7 @@ def run(config: ExperimentConfig, workdir: Workdir) -> int:
     started = time.time()
     dataset = data.load(config.data)
     public = load_public(config.public, config.data, dataset)
+    config.augmentation.check_images(dataset.train.image_shape)
     config.performance.check_devices(jax.device_count())
     warn(config.privacy, len(dataset.train))
     with workdir.locked(), caught_signals() as signals:

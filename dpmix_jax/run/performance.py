@@ -5,13 +5,14 @@ import dataclasses
 import math
 import os
 import pathlib
+import re
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
 from dpmix_jax import conv
-from dpmix_jax.errors import UserError
+from dpmix_jax.errors import UserError, require, require_one_of
 
 PRECISIONS = ("float32", "tensorfloat32", "bfloat16")
 CLIPPINGS = ("auto", "instantiate", "ghost")
@@ -55,39 +56,24 @@ class PerformanceConfig:
     dataset_on: str = "auto"
 
     def __post_init__(self):
-        size = self.microbatch_size
+        size, memory = self.microbatch_size, self.memory_gib
         if isinstance(size, str) and size.isdecimal():  # as a flag may bring it
-            object.__setattr__(self, "microbatch_size", int(size))
-        elif isinstance(size, str) and size != "auto":
-            raise UserError(
-                f"performance.microbatch_size is {size!r}: it must be a number of"
-                " records or 'auto'"
-            )
-        if self.microbatch_size != "auto" and int(self.microbatch_size) < 1:
-            raise UserError(
-                f"performance.microbatch_size is {size}: it must be at least 1"
-            )
-        if not 0 <= self.memory_gib < math.inf:
-            raise UserError(
-                f"performance.memory_gib is {self.memory_gib}: it must be positive, or"
-                " 0 for what there is"
-            )
-        for name, allowed in (
-            ("precision", PRECISIONS),
-            ("convolutions", conv.FORMULATIONS),
-            ("clipping", CLIPPINGS),
-            ("dataset_on", PLACES),
-        ):
-            if getattr(self, name) not in allowed:
-                raise UserError(
-                    f"performance.{name} is {getattr(self, name)!r}: it must be one of"
-                    f" {', '.join(allowed)}"
-                )
-        if self.clipping == "ghost" and self.precision != "float32":
-            raise UserError(
-                "performance.clipping is 'ghost': performance.precision must be"
-                f" float32 then, it is {self.precision}"
-            )
+            size = int(size)
+            object.__setattr__(self, "microbatch_size", size)
+        fits = size == "auto" if isinstance(size, str) else size >= 1
+        require(fits, "performance.microbatch_size", size, "at least 1, or 'auto'")
+        allowed = "positive, or 0 for what there is"
+        require(0 <= memory < math.inf, "performance.memory_gib", memory, allowed)
+        require_one_of("performance.precision", self.precision, PRECISIONS)
+        require_one_of("performance.convolutions", self.convolutions, conv.FORMULATIONS)
+        require_one_of("performance.clipping", self.clipping, CLIPPINGS)
+        require_one_of("performance.dataset_on", self.dataset_on, PLACES)
+        require(
+            self.clipping != "ghost" or self.precision == "float32",
+            "performance.precision",
+            self.precision,
+            "float32 for performance.clipping 'ghost'",
+        )
 
     def clipping_of(self, linear_head: bool) -> str:
         """Returns what `clipping` comes to, for a linear head or another model."""
@@ -99,11 +85,9 @@ class PerformanceConfig:
     def check_devices(self, num_devices: int) -> None:
         """Raises `UserError` if microbatches do not divide over the devices."""
         size = self.microbatch_size
-        if size != "auto" and int(size) % num_devices:
-            raise UserError(
-                f"performance.microbatch_size is {size}: it must be a multiple of the"
-                f" number of devices, {num_devices}"
-            )
+        divides = size == "auto" or int(size) % num_devices == 0
+        allowed = f"a multiple of the number of devices, {num_devices}"
+        require(divides, "performance.microbatch_size", size, allowed)
 
     def keeps_on_device(self, dataset_bytes: int, num_devices: int) -> bool:
         """Whether each device gets the whole training set."""
@@ -202,11 +186,8 @@ def explained_out_of_memory(config: PerformanceConfig):
         yield
     except (jax.errors.JaxRuntimeError, MemoryError) as error:
         # The CPU calls it INTERNAL in some versions, so that words decide, not codes.
-        words = ("RESOURCE_EXHAUSTED", "out of memory", "bad_alloc")
-        text = str(error).lower()
-        if not isinstance(error, MemoryError) and not any(
-            word.lower() in text for word in words
-        ):
+        words = "MemoryError|RESOURCE_EXHAUSTED|out of memory|bad_alloc"
+        if not re.search(words, repr(error), re.IGNORECASE):
             raise
         raise UserError(
             f"out of memory: lower performance.microbatch_size, which is"

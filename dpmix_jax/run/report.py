@@ -85,18 +85,14 @@ def plot_sheet(
         figsize=(1.1 * columns, 1.25 * rows), layout="constrained"
     )
     grid = figure.subplots(rows, columns, squeeze=False).ravel()
-    for i, axes in enumerate(grid):
+    pixels = np.clip(images if images.shape[-1] in (3, 4) else images[..., 0], 0, 1)
+    for axes, image, (name, colour) in zip(grid, pixels, members, strict=False):
+        axes.imshow(image, cmap="gray", vmin=0, vmax=1)
         axes.set(xticks=[], yticks=[])
-        if i >= len(images):
-            axes.set_axis_off()
-            continue
-        image = np.clip(images[i], 0, 1)
-        in_colour = image.shape[-1] in (3, 4)
-        axes.imshow(image if in_colour else image[..., 0], cmap="gray", vmin=0, vmax=1)
-        name, colour = members[i]
         axes.set_title(name, size=8)
-        for spine in axes.spines.values():
-            spine.set(color=colour, linewidth=2)
+        axes.spines[:].set(color=colour, linewidth=2)
+    for axes in grid[len(images) :]:
+        axes.set_axis_off()
     return figure
 
 
@@ -157,9 +153,13 @@ def render(
         )
     ]
     num_views, num_public = method.num_views, method.num_public
-    views = f"{num_views} view(s), " if num_views else ""
-    public = f"{num_public} public image(s), " if num_public else ""
-    mixes = len(sheet) - num_views - num_public
+    num_mixes = len(sheet) - num_views - num_public
+    kinds = (
+        ("view(s)", num_views),
+        ("public image(s)", num_public),
+        ("mix(es)", num_mixes),
+    )
+    members = ", ".join(f"{count} {kind}" for kind, count in kinds if count)
     of_groups = isinstance(method, MicrobatchMixupConfig)
     what = "a group of test images" if of_groups else "a test image"
     private = "group's" if of_groups else "record's"
@@ -173,7 +173,7 @@ def render(
         "<h2>One augmentation set</h2>",
         _inline(
             plot_sheet(sheet, num_views, num_public),
-            f"What {what} becomes in one update: {views}{public}{mixes} mix(es)."
+            f"What {what} becomes in one update: {members}."
             f" A private {private} gradient is averaged over such a set before it is"
             " clipped.",
         ),

@@ -4,7 +4,7 @@ import contextlib
 import json
 import pathlib
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from dpmix_jax.errors import UserError
@@ -26,9 +26,16 @@ class Workdir:
     def __init__(self, path: pathlib.Path):
         self.path = path
 
-    def locked(self) -> contextlib.AbstractContextManager[None]:
-        """Holds the folder for this process; see `locked`."""
-        return locked(self.path, f"workdir {self.path}")
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Holds the folder for this process; see `files.locked`."""
+        with locked(self.path, f"workdir {self.path}"):
+            try:
+                yield
+            except FileNotFoundError:
+                if self.path.exists():
+                    raise
+                raise UserError(f"workdir {self.path} was deleted") from None
 
     def check(self, config: ExperimentConfig) -> None:
         """Raises `UserError` if the folder is of another experiment."""
@@ -44,10 +51,9 @@ class Workdir:
         try:
             # A file written before a setting existed means that setting's default.
             began = from_config_dict(json.loads(path.read_text()))
-            changed = differences(to_dict(began), to_dict(config))
-        except (ValueError, AttributeError, OSError, UserError):
+        except (ValueError, OSError):
             raise UserError(f"{path} is not a config: use another --workdir") from None
-        if changed:
+        if changed := differences(to_dict(began), to_dict(config)):
             raise UserError(
                 f"workdir {self.path} is of another experiment, use another --workdir;"
                 f" these differ: {', '.join(changed)}"
@@ -84,7 +90,9 @@ class Workdir:
                     " from them: use another --workdir"
                 )
             drawn = secrets.randbits(128) if seed is None else seed
-            self._keep(seed=drawn, data=data, noise_multiplier=noise_multiplier)
+            self._keep(
+                {"seed": drawn, "data": data, "noise_multiplier": noise_multiplier}
+            )
             return drawn
         if kept["data"] != data:
             raise UserError(
@@ -93,9 +101,8 @@ class Workdir:
             )
         return kept["seed"]
 
-    def _keep(self, **content: Any) -> None:
-        text = json.dumps(content)
-        write_atomically(self.path / "secret.json", text, mode=0o600)
+    def _keep(self, content: Mapping[str, Any]) -> None:
+        self.write_json("secret.json", content, mode=0o600)
 
     @property
     def embeddings(self) -> pathlib.Path:
@@ -107,7 +114,7 @@ class Workdir:
         self.embeddings.unlink(missing_ok=True)
         kept = self.kept()
         assert kept is not None
-        self._keep(**{**kept, "seed": None})
+        self._keep({**kept, "seed": None})
 
     def end(self, results: Mapping[str, Any]) -> None:
         """Writes the results, which mark the run as finished."""

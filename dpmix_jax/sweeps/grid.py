@@ -228,6 +228,8 @@ def from_config_dict(config: Any, settings: Iterable[str] = ()) -> SweepConfig:
     Raises:
       UserError: naming the first key that is unknown, missing or has a bad value.
     """
+    if "privacy" in config:
+        raise UserError("the config is that of one run: it is for experiments/run.py")
     values = {"columns": {}, "common": {}, **config.to_dict()}
     for name, kind in (("rows", str), ("where", dict)):
         pairs = values.get(name, ())

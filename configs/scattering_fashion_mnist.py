@@ -1,0 +1,43 @@
+"""A private linear classifier of scattering coefficients on Fashion-MNIST.
+
+python experiments/run.py --config=configs/scattering_fashion_mnist.py
+
+The argument is the epsilon, one of 1, 2, 3, 4, 8 (3 if none is given).
+"""
+
+import ml_collections
+
+from configs._base import experiment
+from dpmix_jax.run.config import choose
+
+# By epsilon: updates, learning rate.
+ROWS = {
+    "1": (140, 8.0),
+    "2": (280, 8.0),
+    "3": (280, 16.0),
+    "4": (280, 16.0),
+    "8": (280, 16.0),
+}
+
+
+def get_config(epsilon: str = "3") -> ml_collections.ConfigDict:
+    num_updates, learning_rate = choose(ROWS, epsilon)
+    return experiment(
+        data={"name": "fashion_mnist"},
+        model={"name": "scattering_linear", "scales": 2, "angles": 8, "groups": 27},
+        finetune={"embeddings": "kept"},
+        method={"name": "dp_sgd"},
+        privacy={
+            "epsilon": float(epsilon),
+            "expected_batch_size": 8192,
+            "num_updates": num_updates,
+            "l2_clip_norm": 0.1,
+        },
+        optimizer={
+            "learning_rate": learning_rate,
+            "momentum": 0.9,
+            "ema_decay": 0.95,
+        },
+        performance={"microbatch_size": "2048"},
+        logging={"log_every": 20, "eval_every": 1000, "checkpoint_every": 100},
+    )
