@@ -16,7 +16,7 @@ import numpy as np
 from dpmix_jax.data import DataConfig, Dataset, datasets, half, load_bank
 from dpmix_jax.data.records import Records
 from dpmix_jax.data.rendered import rendered_digits
-from dpmix_jax.errors import UserError
+from dpmix_jax.errors import UserError, require
 
 RENDERED, _NUM_RENDERED = "rendered_digits", 1_500
 
@@ -48,18 +48,14 @@ class PublicConfig:
     def __post_init__(self):
         refused = {RENDERED: ("path", "image_size", "half"), "bank": ("half",)}
         for key in refused.get(self.name, ()):
-            if getattr(self, key):
-                raise UserError(
-                    f"public.{key} is {getattr(self, key)!r}: it must not be given for"
-                    f" public.name {self.name!r}"
-                )
+            value = getattr(self, key)
+            allowed = f"None for public.name {self.name!r}"
+            require(not value, f"public.{key}", value, allowed)
         if self.name == RENDERED:
             return
-        if self.is_bank and self.path is None:
-            raise UserError(
-                "public.path is None: it must be the path of a folder for public.name"
-                " 'bank'"
-            )
+        if self.is_bank:
+            allowed = "the path of a folder for public.name 'bank'"
+            require(self.path is not None, "public.path", self.path, allowed)
         with _named_public():
             DataConfig(
                 name=self.files,
