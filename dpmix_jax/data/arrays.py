@@ -8,7 +8,7 @@ import gzip
 import io
 import pathlib
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -47,30 +47,28 @@ def npz(path: pathlib.Path) -> Arrays:
 
     Args:
       path: of an .npz file with `train_images` and `test_images`, uint8 [N, H, W, C] or
-        [N, H, W]; `train_labels` and `test_labels`, integers [N] in [0, O); and
-        `class_names`, O strings. (Counting the classes from private labels would let
-        one record change the shape of what is released.)
+        [N, H, W], C 1 or 3; `train_labels` and `test_labels`, integers [N] in [0, O);
+        and `class_names`, O strings. (Counting the classes from private labels would
+        let one record change the shape of what is released.)
 
     Raises:
       UserError: if an array is missing, or labels are no integers. (`Records` refuses
         other types, shapes and labels.)
     """
-    with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
-        arrays = {name: archive[name] for name in archive.files}
+    with open(path, "rb") as file:
+        found = np.load(file, allow_pickle=False)
+        arrays = dict(found) if isinstance(found, Mapping) else {}  # a lone .npy
     for name in _NPZ:
         if name not in arrays:
             raise UserError(
-                f"data.path is {path}: {name} is missing, it must hold"
-                f" {', '.join(_NPZ)}"
+                f"{name} is missing, it must be an .npz archive of {', '.join(_NPZ)}"
             )
     class_names = tuple(map(str, np.atleast_1d(arrays["class_names"])))
     splits = []
     for split in ("train", "test"):
         images, labels = arrays[f"{split}_images"], arrays[f"{split}_labels"]
         if not np.issubdtype(labels.dtype, np.integer):
-            raise UserError(
-                f"{split}_labels in {path} are {labels.dtype}, not integers"
-            )
+            raise UserError(f"{split}_labels are {labels.dtype}, not integers")
         # What is out of range stays so: a cast alone could wrap it.
         labels = np.clip(labels, -1, len(class_names))
         images = images[..., None] if images.ndim == 3 else images

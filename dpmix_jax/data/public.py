@@ -16,7 +16,7 @@ import numpy as np
 from dpmix_jax.data import DataConfig, Dataset, datasets, half, load_bank
 from dpmix_jax.data.records import Records
 from dpmix_jax.data.rendered import RENDERED, rendered
-from dpmix_jax.errors import UserError
+from dpmix_jax.errors import UserError, require
 
 _NUM_RENDERED = 1_500
 
@@ -50,28 +50,30 @@ class PublicConfig:
         of_rendered = dict.fromkeys(RENDERED, ("path", "image_size", "half"))
         refused = {**of_rendered, "bank": ("half",)}
         for key in refused.get(self.name, ()):
-            if getattr(self, key):
-                raise UserError(
-                    f"public.{key} is {getattr(self, key)}: it must not be given for"
-                    f" public.name {self.name!r}"
-                )
-        if self.is_bank and self.path is None:
-            raise UserError(
-                "public.path is None: it must be the path of a folder for public.name"
-                " 'bank'"
+            value = getattr(self, key)
+            allowed = f"None for public.name {self.name!r}"
+            require(not value, f"public.{key}", value, allowed)
+        if self.name in RENDERED:
+            return
+        if self.is_bank:
+            allowed = "the path of a folder for public.name 'bank'"
+            require(self.path is not None, "public.path", self.path, allowed)
+        with _named_public():
+            DataConfig(
+                name=self.files,
+                path=self.path,
+                image_size=self.size(0),
+                half=self.half or 0,
             )
-        if self.name not in refused:
-            with _named_public():
-                DataConfig(
-                    name=self.name,
-                    path=self.path,
-                    image_size=self.size(0),
-                    half=self.half or 0,
-                )
 
     @property
     def is_bank(self) -> bool:
         return self.name == "bank"
+
+    @property
+    def files(self) -> str:
+        """The dataset whose files lie as these do: those of a bank, as a `folder`."""
+        return "folder" if self.is_bank else self.name
 
     def size(self, default: int) -> int:
         """Returns `image_size`, or that of the private data where there is none."""
@@ -205,11 +207,6 @@ def _read(config: PublicConfig, private: DataConfig, train: Records) -> Records:
     if config.name in RENDERED:
         return _rendered(config.name, train)
     channels, size = train.images.shape[-1], config.size(private.image_size)
-    if config.is_bank and channels not in (1, 3):
-        raise UserError(
-            f"public.name is 'bank': images of {channels} channels have none, they must"
-            " have 1 or 3"
-        )
     with _named_public():
         if config.is_bank:
             path, names = str(config.path), train.class_names
@@ -241,13 +238,8 @@ def _refuse_private_files(public: PublicConfig, private: DataConfig) -> None:
     if public.name in RENDERED or public.is_other_half(private):
         return
     theirs = datasets.location(private.name, private.path)
-    if public.is_bank:
-        ours: pathlib.Path | None = (
-            pathlib.Path(str(public.path)).expanduser().resolve()
-        )
-    else:
-        with _named_public():
-            ours = datasets.location(public.name, public.path, download=public.download)
+    with _named_public():
+        ours = datasets.location(public.files, public.path, download=public.download)
     same = public.name == private.name and ours == theirs  # also of embedded ones
     inside = ours is not None and theirs is not None and ours.is_relative_to(theirs)
     if same or inside:
@@ -301,14 +293,12 @@ def _alike(config: PublicConfig, public: Records, train: Records) -> Records:
             f"public.image_size is {config.image_size}: images of {config.name} are"
             f" {shape}, they must be {wanted} as training images are"
         )
-    ours, theirs = public.class_names, train.class_names
-    if ours != theirs:
-        pairs = zip(ours, theirs, strict=False)
-        unlike = (f"{a!r} instead of {b!r}" for a, b in pairs if a != b)
-        counts = f"{len(ours)} instead of {len(theirs)} of them"
+    if public.class_names != train.class_names:
         raise UserError(
             f"public.name is {config.name!r}: its classes must be those of the training"
-            f" set in the same order, but it has {next(unlike, counts)}"
+            f" set in the same order, {', '.join(train.class_names[:10])}, but they are"
+            f" {', '.join(public.class_names[:10])} ({public.num_classes} instead of"
+            f" {train.num_classes})"
         )
     return dataclasses.replace(
         public, mean=train.mean, stddev=train.stddev, resize=train.resize
