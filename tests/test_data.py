@@ -72,6 +72,13 @@ def test_npz_round_trip(tmp_path):
         ({"train_labels": np.full(20, 2**32 + 1)}, r"labels are in \[2, 2\]"),
         ({"train_labels": np.zeros(19, int)}, "one for each of the 20 images"),
         ({"train_images": np.zeros((20, 4, 4, 3))}, "images are float64"),
+        (
+            {"train_images": np.zeros((20, 3, 8, 8), np.uint8)},
+            r"\(20, 3, 8, 8\): they must be uint8 \[N, H, W, C\] .* the channels last",
+        ),
+        ({"train_images": np.zeros((20, 1, 1), np.uint8)}, "of at least 2x2 pixels"),
+        ({"class_names": ["cat"]}, "class names are 'cat': there must be two or more"),
+        ({"class_names": ["a", "b", "a"]}, "'a', 'b', 'a': .* which all differ"),
         ({"train_images": np.zeros((20, 5, 4, 3), np.uint8)}, "must be of one size"),
         (
             {
@@ -87,14 +94,25 @@ def test_npz_refuses(tmp_path, changes, message):
         load(tmp_path, **changes)
 
 
+def test_classes_that_differ_by_case_are_two(tmp_path):
+    assert load(tmp_path, class_names=["cat", "Cat"]).train.num_classes == 2
+
+
+def test_a_lone_array_is_no_dataset(tmp_path):
+    np.save(tmp_path / "x.npy", arrays()["train_images"])
+    with pytest.raises(
+        UserError, match=r"x.npy: train_images is missing, .* an \.npz archive of"
+    ):
+        data.load(DataConfig(name="npz", path=str(tmp_path / "x.npy")))
+
+
 def test_unreadable_files(tmp_path):
     path = tmp_path / "data.npz"
     np.savez(path, **arrays())
     whole = path.read_bytes()
-    np.save(tmp_path / "array.npy", np.zeros(3))
     for content in (whole[: len(whole) // 2], b"", b"hello", b"\x80\x04N."):
         path.write_bytes(content)
-        for name in ("data.npz", "array.npy", "absent.npz", "."):
+        for name in ("data.npz", "absent.npz", "."):
             with pytest.raises(UserError, match=r"data.path is .*: cannot be read"):
                 data.load(DataConfig(name="npz", path=str(tmp_path / name)))
 
@@ -104,7 +122,11 @@ def test_unreadable_files(tmp_path):
     [
         ({"name": "mnist3d"}, "data.name is 'mnist3d': it must be one of digits, npz"),
         ({"name": "npz"}, "data.path is None: it must be the path of a file"),
-        ({"path": "x"}, "data.path is x: it must be None for data.name 'digits'"),
+        ({"path": "x"}, "data.path is 'x': it must be None for data.name 'digits'"),
+        (
+            {"name": "npz", "path": "\udcff"},
+            r"data.path is '\\udcff': it must be UTF-8",
+        ),
         ({"image_size": 4000}, r"data.image_size is 4000: it must be in \[0, 2048\]"),
         ({"normalization": "x"}, "data.normalization is 'x': it must be dataset or"),
         ({"half": 3}, "data.half is 3: it must be 0 for all records, 1 or 2"),

@@ -222,6 +222,20 @@ def test_images_that_cannot_be_decoded_are_counted(tmp_path, caches):
     assert [path.name for path in caches.glob("*/*")] == [".lock"]
 
 
+def test_an_empty_image_is_named(tmp_path):
+    tree(tmp_path)
+    (tmp_path / "dog/dog_2.png").write_bytes(b"")
+    with pytest.raises(UserError, match=r"first is dog/dog_2.png: it is empty$"):
+        load(tmp_path)
+
+
+def test_a_class_whose_name_is_not_utf8_is_refused(tmp_path):
+    root = tree(tmp_path)
+    os.rename(os.fsencode(root / "cat"), os.fsencode(root) + b"/\xff")
+    with pytest.raises(UserError, match=r"class '\\udcff': its name must be UTF-8"):
+        load(root)
+
+
 @pytest.mark.filterwarnings("ignore:Duplicate name")
 @pytest.mark.parametrize("kind", ["zip", ".tar.gz"])
 def test_archives_keep_to_themselves(tmp_path, kind):

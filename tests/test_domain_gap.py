@@ -263,7 +263,7 @@ MISTAKES = {
     "--encoder=run": "--public",
     "--encoder=run --public=digits": "public.name is 'digits': its training records",
     f"--encoder=pixels {BANK}": "--data is missing",
-    f"--encoder=run {BANK} --path=x": "data.path is x: it must be None",
+    f"--encoder=run {BANK} --path=x": "data.path is 'x': it must be None",
     f"--encoder=run {BANK} --data=digits --image_size=10": "model.safetensors",
     f"--encoder=no {BANK}": "--encoder is no: it must be pixels or the workdir of a",
     f"--encoder=unfinished {BANK}": "--encoder is unfinished: it must be pixels or",

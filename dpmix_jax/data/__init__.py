@@ -18,7 +18,7 @@ import numpy as np
 
 from dpmix_jax.data import datasets, images, tfds
 from dpmix_jax.data.folder import load_bank
-from dpmix_jax.data.records import Records
+from dpmix_jax.data.records import Records, is_unicode
 from dpmix_jax.errors import UserError
 
 __all__ = ["DataConfig", "Dataset", "Records", "blank", "load", "load_bank"]
@@ -84,6 +84,7 @@ class DataConfig:
                 own is None or self.path is not None,
                 f"the path of {own} for data.name {self.name!r}",
             ),
+            ("path", is_unicode(self.path or ""), "UTF-8"),
             ("image_size", 0 <= self.image_size <= _MAX_IMAGE_SIZE, sizes),
             ("resize", 0 <= self.resize <= _MAX_IMAGE_SIZE, sizes),
             (
@@ -96,7 +97,7 @@ class DataConfig:
         ):
             if not fits:
                 value = getattr(self, key)
-                shown = repr(value) if key in ("name", "normalization") else value
+                shown = repr(value) if isinstance(value, str) else value
                 raise UserError(f"data.{key} is {shown}: it must be {allowed}")
 
 

@@ -8,7 +8,7 @@ import gzip
 import io
 import pathlib
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -55,12 +55,13 @@ def npz(path: pathlib.Path) -> Arrays:
       UserError: if an array is missing, or labels are no integers. (`Records` refuses
         other types, shapes and labels.)
     """
-    with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
-        arrays = {name: archive[name] for name in archive.files}
+    with open(path, "rb") as file:
+        found = np.load(file, allow_pickle=False)
+        arrays = dict(found) if isinstance(found, Mapping) else {}  # a lone .npy
     for name in _NPZ:
         if name not in arrays:
             raise UserError(
-                f"data.path is {path}: {name} is missing, it must hold"
+                f"data.path is {path}: {name} is missing, it must be an .npz archive of"
                 f" {', '.join(_NPZ)}"
             )
     class_names = tuple(map(str, np.atleast_1d(arrays["class_names"])))

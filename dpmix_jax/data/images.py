@@ -6,7 +6,7 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 import numpy as np
-from PIL import Image, PngImagePlugin
+from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
 _FORMATS = ("JPEG", "PNG", "GIF", "BMP", "PPM", "TIFF", "WEBP")  # none runs a program
 # Mean and standard deviation of each channel, for pixels in [0, 1], of OpenAI's CLIP
@@ -39,6 +39,8 @@ def decode(content: bytes, *, image_size: int = 0, channels: int = 3) -> np.ndar
     Raises:
       BadImageError: if it is truncated, damaged, of another format, or too large.
     """
+    if not content:
+        raise BadImageError("it is empty")
     try:
         with Image.open(io.BytesIO(content), formats=_FORMATS) as image:
             _check_size(*image.size)
@@ -46,6 +48,8 @@ def decode(content: bytes, *, image_size: int = 0, channels: int = 3) -> np.ndar
             pixels = fit(_converted(image, "RGB" if channels == 3 else "L"), image_size)
     except BadImageError:
         raise
+    except UnidentifiedImageError:
+        raise BadImageError(f"it is none of {', '.join(_FORMATS)}") from None
     except Exception as error:  # Pillow's decoders raise whatever damage makes them
         raise BadImageError(str(error) or type(error).__name__) from None
     return pixels.reshape(*pixels.shape[:2], channels)

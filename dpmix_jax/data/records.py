@@ -11,6 +11,12 @@ from dpmix_jax.data import cache
 from dpmix_jax.data.images import resize_bicubic
 from dpmix_jax.errors import UserError
 
+
+def is_unicode(text: str) -> bool:
+    """Whether UTF-8 can hold it, which not every name of a file is."""
+    return text == text.encode(errors="replace").decode()
+
+
 _DIGEST_BYTES = 2**26  # read at a time
 
 
@@ -19,9 +25,10 @@ class Records:
     """Labelled images of one size, undecorated.
 
     Attributes:
-      images: [N, H, W, C] uint8; a read-only memory map where they come from a cache.
+      images: [N, H, W, C] uint8, H and W at least 2, C 1 (grey) or 3 (RGB); a read-only
+        memory map where they come from a cache.
       labels: [N] int32 in [0, O).
-      class_names: O names.
+      class_names: O names that differ, O at least 2.
       mean, stddev: [C] public constants, never computed from private records, on the
         scale where pixels are in [0, 1].
       resize: side that `normalize` brings images to, or 0 for their own.
@@ -35,22 +42,31 @@ class Records:
     resize: int = 0
 
     def __post_init__(self):
-        if self.images.dtype != np.uint8 or self.images.ndim != 4:
+        shape, names = self.images.shape, self.class_names
+        whole = self.images.dtype == np.uint8 and len(shape) == 4
+        if not (whole and min(shape[1:3]) > 1 and shape[3] in (1, 3)):
             raise UserError(
-                f"images are {self.images.dtype} {self.images.shape}: they must be"
-                " uint8 [N, H, W, C]"
+                f"images are {self.images.dtype} {shape}: they must be uint8"
+                " [N, H, W, C] of at least 2x2 pixels, the channels last, 1 or 3 of"
+                " them"
             )
-        if self.labels.shape != self.images.shape[:1]:
+        if self.labels.shape != shape[:1]:
             raise UserError(
                 f"labels have shape {self.labels.shape}: there must be one for each of"
                 f" the {len(self)} images"
             )
-        if len(self) and (
-            self.labels.min() < 0 or self.labels.max() >= self.num_classes
-        ):
+        if not 2 <= len({*names}) == len(names):
+            raise UserError(
+                f"class names are {', '.join(map(repr, names))}: there must be two or"
+                " more, which all differ"
+            )
+        for name in names:
+            if not is_unicode(name):
+                raise UserError(f"class {name!r}: its name must be UTF-8")
+        if len(self) and not 0 <= self.labels.min() <= self.labels.max() < len(names):
             raise UserError(
                 f"labels are in [{self.labels.min()}, {self.labels.max()}]: they must"
-                f" be in [0, {self.num_classes})"
+                f" be in [0, {len(names)})"
             )
 
     def __len__(self) -> int:

@@ -120,7 +120,7 @@ def make_plan(
 def _known(name: str, own: tuple[str, ...]) -> tuple[str, ...]:
     """Returns the classes of a dataset, of which `blank` has named some by numbers."""
     constant = datasets.class_names(name)
-    if not constant and datasets.blank(name, 1) is not None:
+    if not constant and datasets.blank(name, 2) is not None:
         raise UserError(
             f"--classes is missing: the class names of {name} are not known without"
             " its files; give a file with one on each line, or a folder of folders"
