@@ -10,11 +10,17 @@ shape of its images are taken, which are constants but for `npz`, `folder` and u
 the same command goes on; `manifest.json` says how the images were made.
 """
 
+import pathlib
+from typing import Any
+
 from absl import flags
 
+from dpmix_jax.data.rendered import Render
+from dpmix_jax.errors import UserError
 from dpmix_jax.run import cli
-from dpmix_jax.synthetic.diffusion import DTYPES, SAMPLERS, DiffusionConfig
-from dpmix_jax.synthetic.generate import generate
+from dpmix_jax.synthetic import Generator, Plan, fill
+from dpmix_jax.synthetic.diffusion import DTYPES, SAMPLERS, Diffusion, DiffusionConfig
+from dpmix_jax.synthetic.plan import make_plan
 
 _OUT = flags.DEFINE_string("out", None, "Folder of the bank.", required=True)
 _GENERATOR = flags.DEFINE_enum(
@@ -24,11 +30,7 @@ _BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Images made at a time.", 1)
 _PLAN = [
     flags.DEFINE_string("data", None, "As data.name of a config."),
     flags.DEFINE_string("path", None, "As data.path of a config."),
-    flags.DEFINE_string(
-        "classes",
-        None,
-        "File with the name of a class on each line, or folder with one for each.",
-    ),
+    flags.DEFINE_string("classes", None, "File with the name of a class on each line."),
     flags.DEFINE_integer(
         "count", None, "Images, by default as many as there are training records."
     ),
@@ -52,15 +54,33 @@ _DIFFUSION = [
 
 
 def main() -> None:
-    print(
-        generate(
-            _OUT.value,
-            _GENERATOR.value,
-            batch_size=_BATCH_SIZE.value,
-            diffusion={flag.name: flag.value for flag in _DIFFUSION if flag.present},
-            **{flag.name: flag.value for flag in _PLAN},
-        )
+    given: dict[str, Any] = {flag.name: flag.value for flag in _PLAN}
+    plan = make_plan(**given)
+    manifest = fill(
+        pathlib.Path(_OUT.value), plan, generator(plan), batch_size=_BATCH_SIZE.value
     )
+    refused = manifest["refused_by_safety_checker"]
+    print(
+        f"{_OUT.value}: {plan.count:,} images of {len(plan.class_names)} classes"
+        + (f"; {refused:,} more were refused by the safety checker" if refused else "")
+    )
+
+
+def generator(plan: Plan) -> Generator:
+    """Returns what makes the images, as the flags say."""
+    given: dict[str, Any] = {
+        flag.name: flag.value for flag in _DIFFUSION if flag.present
+    }
+    if _GENERATOR.value == "diffusion":
+        if "model" not in given:
+            raise UserError(
+                "--model is missing: give the folder of a StableDiffusionPipeline, or"
+                " its id on the hub"
+            )
+        return Diffusion(DiffusionConfig(**given), image_shape=plan.image_shape)
+    for flag in given:
+        raise UserError(f"--{flag} is given: it is of --generator=diffusion only")
+    return Render(class_names=plan.class_names, image_shape=plan.image_shape)
 
 
 if __name__ == "__main__":

@@ -66,20 +66,14 @@ def test_pickles_of_any_age_are_read(tmp_path, protocol):
     assert_holds(load(files.tar(tmp_path / "x.tar.gz", members.items())), TRAIN, TEST)
 
 
-def test_archives_of_other_content(tmp_path):
-    members = files.cifar_members(10, "binary", TRAIN, TEST)
-    outside = files.tar(
-        tmp_path / "outside.tar.gz", [*members, ("../test_batch.bin", b"")]
-    )
-    assert_holds(load(outside), TRAIN, TEST)
-    name, content = members[1]
-    short = [*members[:1], (name, content[:-1]), *members[2:]]
-    with pytest.raises(UserError, match=r"short.tar.gz: cannot be read \(ValueError"):
-        load(files.tar(tmp_path / "short.tar.gz", short))
-    with pytest.raises(
-        UserError, match=r"cannot be read \(KeyError: 'data_batch_1.bin'"
+def test_an_archive_that_lacks_something_is_refused(tmp_path):
+    (name, content), *others = files.cifar_members(10, "binary", TRAIN, TEST)
+    for members, message in (
+        ([(name, content[:-1]), *others], "ValueError"),
+        (others, f"KeyError: '{name.split('/')[1]}'"),
     ):
-        load(files.tar(tmp_path / "less.tar.gz", members[:1] + members[2:]))
+        with pytest.raises(UserError, match=rf"cannot be read \({message}"):
+            load(files.tar(tmp_path / "x.tar.gz", members))
 
 
 @pytest.mark.parametrize("compress", [True, False])
@@ -94,11 +88,8 @@ def test_idx_round_trip(tmp_path, compress, name):
     "damage",
     [
         lambda content: content[:-1],
-        lambda content: content + b"x",
-        lambda content: content[:6],
         lambda content: b"",
         lambda content: b"\0\0\x0d\3" + content[4:],
-        lambda content: content[:4] + b"\xff" * 12 + content[16:],
     ],
 )
 def test_damaged_idx_is_one_clear_error(tmp_path, damage):
@@ -110,16 +101,6 @@ def test_damaged_idx_is_one_clear_error(tmp_path, damage):
     ) as error:
         load(folder, "mnist")
     assert "\n" not in str(error.value)
-
-
-def test_idx_that_do_not_fit_together_are_refused(tmp_path):
-    (images, labels), test = GREY
-    with pytest.raises(UserError, match="one for each of the 50 images"):
-        load(files.idx(tmp_path / "a", (images, labels[1:]), test), "mnist")
-    with pytest.raises(UserError, match=r"labels are in \[10, 10\]"):
-        load(files.idx(tmp_path / "b", (images, np.full(50, 10)), test), "mnist")
-    with pytest.raises(UserError, match="must be of one size"):
-        load(files.idx(tmp_path / "c", (images[:, 1:], labels), test), "mnist")
 
 
 def test_arrays_are_resized_through_the_cache(tmp_path, monkeypatch):

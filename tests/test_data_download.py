@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import gc
 import hashlib
 import http.server
 import threading
@@ -48,13 +49,17 @@ def publish(tmp_path, monkeypatch):
     def function(served=CIFAR, checksum=None):
         top = tmp_path / "served"
         top.mkdir(exist_ok=True)
-        files.cifar(top, train=TRAIN, test=TEST).rename(top / served)
-        digest = hashlib.sha256((top / served).read_bytes()).hexdigest()
+        archive = files.cifar(top, train=TRAIN, test=TEST)
+        digest = hashlib.sha256(archive.read_bytes()).hexdigest()
+        if served is None:
+            archive.unlink()
+        else:
+            archive.rename(top / served)
         url = f"http://127.0.0.1:{server.server_port}/{served}"
         registry = tmp_path / "official.txt"
         registry.write_text(f"cifar10/{CIFAR} {checksum or f'sha256:{digest}'} {url}\n")
         monkeypatch.setattr(download, "REGISTRY", registry)
-        return top / served
+        return archive
 
     yield function
     server.shutdown()
@@ -64,10 +69,6 @@ def publish(tmp_path, monkeypatch):
 
 def cifar10(**options):
     return data.load(DataConfig(name="cifar10", **options))
-
-
-def left(folder):
-    return [path.name for path in folder.rglob("*") if path.is_file()]
 
 
 def test_a_file_is_fetched_once_and_only_if_asked_for(folder, publish, capsys):
@@ -85,28 +86,27 @@ def test_a_file_is_fetched_once_and_only_if_asked_for(folder, publish, capsys):
     assert "fetching" not in capsys.readouterr().err
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"checksum": "sha256:" + "0" * 64}, "does not match the known hash"),
-        ({"served": "cut.tar.gz"}, "cannot be fetched"),
+        ({"served": "cut.tar.gz"}, "IncompleteRead"),
+        ({"served": None}, "404"),
     ],
 )
-def test_another_or_a_cut_off_file_is_refused(folder, publish, options, message):
+def test_what_cannot_be_fetched_is_named(folder, publish, options, message):
     publish(**options)
-    with pytest.raises(UserError, match=message) as error:
+    with pytest.raises(
+        UserError, match=rf"^{CIFAR} cannot be fetched \(.*{message}"
+    ) as error:
         cifar10(download=True)
     assert f"put {CIFAR} (sha256:" in str(error.value)
     assert str(error.value).endswith(f"into {folder / 'cifar10'}")
     assert "\n" not in str(error.value)
-    assert left(folder) == [".lock"]
-
-
-def test_without_a_network_the_file_is_named(folder, publish):
-    publish().unlink()
-    with pytest.raises(UserError, match=rf"^{CIFAR} cannot be fetched \(404"):
-        cifar10(download=True)
-    assert left(folder) == [".lock"]
+    assert [path.name for path in folder.rglob("*") if path.is_file()] == [".lock"]
+    del error
+    gc.collect()  # pooch leaves the socket of a failed answer to it
 
 
 def test_where_nothing_can_be_written_the_file_is_named(folder, publish):
@@ -121,12 +121,13 @@ def test_a_damaged_official_file_is_told_by_its_checksum(folder, publish):
     whole = served.read_bytes()
     path = folder / "cifar10" / CIFAR
     path.parent.mkdir(parents=True)
-    for content in (b"", whole[:1000], whole[: len(whole) // 2], whole[::-1]):
+    for content in (b"", whole[: len(whole) // 2], whole[::-1]):
         path.write_bytes(content)
-        own = hashlib.sha256(content).hexdigest()
-        with pytest.raises(UserError, match=f"cannot be read .*{own}: fetch again"):
+        with pytest.raises(
+            UserError, match=f"cannot be read .* not the official file, .* {CIFAR}"
+        ):
             cifar10()
-    assert f"{CIFAR} is the official file" in download.compare("cifar10", [served])
+    assert download.advice("cifar10", [served]) == ""
 
 
 @pytest.mark.parametrize(
@@ -137,7 +138,7 @@ def test_what_is_missing_is_named_with_checksum_and_address(folder, name):
         data.load(DataConfig(name=name))
     text = str(error.value)
     assert text.startswith(f"data.path is None: {name} is not in {folder / name}")
-    parts = datasets.SOURCES[name].files.parts
+    parts = datasets.SOURCES[name].parts
     assert text.count(" from http") == len(parts)
     assert text.count("sha256:") + text.count("md5:") == len(parts)
     with pytest.raises(
@@ -155,20 +156,16 @@ def test_checksums_are_whole():
         assert official.get_url(name).endswith(name.split("/")[1])
 
 
-def test_folders_of_an_operating_system_and_of_others(folder, tmp_path, monkeypatch):
+def test_folders_of_an_operating_system(folder, tmp_path, monkeypatch):
     grey = [(images[..., 0], labels) for images, labels in (TRAIN, TEST)]
-    source = datasets.SOURCES["fashion_mnist"]
     system = files.idx(tmp_path / "system", *grey)
-    elsewhere = source.files._replace(elsewhere=(str(system),))
-    monkeypatch.setitem(
-        datasets.SOURCES,
-        "fashion_mnist",
-        dataclasses.replace(source, files=elsewhere),
+    source = dataclasses.replace(
+        datasets.SOURCES["fashion_mnist"], elsewhere=str(system)
     )
-    config = DataConfig(name="fashion_mnist")
-    np.testing.assert_array_equal(data.load(config).train.images[..., 0], grey[0][0])
-    for top in (folder / "fashion-mnist", folder / "fashion_mnist"):
-        files.idx(top, grey[1], grey[0])
+    monkeypatch.setitem(datasets.SOURCES, "fashion_mnist", source)
+    assert datasets.location("fashion_mnist", None) == system
+    for top in (folder, folder / "fashion_mnist"):
+        files.idx(top, *grey)
         assert datasets.location("fashion_mnist", None) == top
     (system / "t10k-labels-idx1-ubyte.gz").unlink()
     with pytest.raises(UserError, match=r"fashion_mnist is not in .*; put t10k-labels"):

@@ -79,7 +79,9 @@ def test_rendered_digits_are_those_of_a_bank(tmp_path, monkeypatch):
     order = np.argsort(pool.labels, kind="stable")
     np.testing.assert_array_equal(bank.images, pool.images[order])
     np.testing.assert_array_equal(bank.labels, pool.labels[order])
-    with pytest.raises(UserError, match=r"public.path is x: it must not be given for"):
+    with pytest.raises(
+        UserError, match=r"public.path is 'x': it must not be given for"
+    ):
         PublicConfig(name="rendered_digits", path="x")
     other = dataclasses.replace(dataset.train, class_names=(*CLASSES[:9], "ten"))
     with pytest.raises(UserError, match="the private classes must be digits 0 to 9"):

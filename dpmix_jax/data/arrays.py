@@ -61,17 +61,14 @@ def npz(path: pathlib.Path) -> Arrays:
     for name in _NPZ:
         if name not in arrays:
             raise UserError(
-                f"data.path is {path}: {name} is missing, it must be an .npz archive of"
-                f" {', '.join(_NPZ)}"
+                f"{name} is missing, it must be an .npz archive of {', '.join(_NPZ)}"
             )
     class_names = tuple(map(str, np.atleast_1d(arrays["class_names"])))
     splits = []
     for split in ("train", "test"):
         images, labels = arrays[f"{split}_images"], arrays[f"{split}_labels"]
         if not np.issubdtype(labels.dtype, np.integer):
-            raise UserError(
-                f"{split}_labels in {path} are {labels.dtype}, not integers"
-            )
+            raise UserError(f"{split}_labels are {labels.dtype}, not integers")
         # What is out of range stays so: a cast alone could wrap it.
         labels = np.clip(labels, -1, len(class_names))
         images = images[..., None] if images.ndim == 3 else images

@@ -8,7 +8,6 @@ its owner may read it.
 """
 
 import concurrent.futures
-import contextlib
 import hashlib
 import itertools
 import json
@@ -21,12 +20,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from dpmix_jax.data.images import BadImageError
 from dpmix_jax.errors import UserError
 from dpmix_jax.files import cache_folder, locked, replacing, write_atomically
 
-_VERSION = 2  # of the format, and of how images are decoded
-_META = "meta.json"
+_VERSION = 3  # of the format, and of how images are decoded
+_META, _IMAGES = "meta.json", "images.uint8"
 _SECONDS = 10.0  # until progress is shown, and between two times
 
 
@@ -68,7 +66,7 @@ def decoded(
       name: of the dataset.
       identity: what changes if the images do.
       listing: lists the dataset; called only if there is no cache.
-      decode: turns content into pixels uint8 [H, W, C], or raises `BadImageError`.
+      decode: turns content into pixels uint8 [H, W, C], or raises anything.
 
     Raises:
       UserError: if there are no images, if one cannot be decoded or differs in size
@@ -82,14 +80,15 @@ def decoded(
                 _fill(name, folder, listing(), decode)
     try:
         meta = json.loads((folder / _META).read_text())
-        images = np.load(folder / "images.npy", mmap_mode="r")
         labels, count = np.array(meta["labels"], np.int32), meta["train"]
+        shape = (len(labels), *meta["shape"])
+        images = np.memmap(folder / _IMAGES, np.uint8, "r", shape=shape)
         return Arrays(
             tuple(meta["class_names"]),
             (images[:count], labels[:count]),
             (images[count:], labels[count:]),
         )
-    except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"the cache {folder} is damaged, delete it: {error}") from None
 
 
@@ -100,7 +99,7 @@ def rows(images: np.memmap, indices: np.ndarray) -> np.ndarray:
     The file is gone with the last array that uses it.
     """
     folder = cache_folder()
-    with _writing(folder):
+    try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as file:
             for index in indices:
@@ -108,17 +107,15 @@ def rows(images: np.memmap, indices: np.ndarray) -> np.ndarray:
             file.flush()
             shape = (len(indices), *images.shape[1:])
             return np.memmap(file, images.dtype, "r", shape=shape)
-
-
-@contextlib.contextmanager
-def _writing(folder: pathlib.Path) -> Iterator[None]:
-    try:
-        yield
     except OSError as error:
-        raise UserError(
-            f"the cache {folder} cannot be written ({error.strerror}): DPMIX_JAX_CACHE"
-            " names the folder that holds it"
-        ) from None
+        raise _unwritable(folder, error) from None
+
+
+def _unwritable(folder: pathlib.Path, error: OSError) -> UserError:
+    return UserError(
+        f"the cache {folder} cannot be written ({error.strerror}): DPMIX_JAX_CACHE"
+        " names the folder that holds it"
+    )
 
 
 def _fill(
@@ -127,69 +124,55 @@ def _fill(
     listing: Listing,
     decode: Callable[[Any], np.ndarray],
 ) -> None:
-    """Writes the images in whatever order they come, training before test images.
-
-    Written, not mapped: so a full disk is an error, and not a signal that kills.
-    """
+    """Writes the images in whatever order they come, training before test images."""
     folder.chmod(0o700)
     examples = [*listing.train, *listing.test]
-    if not examples:
-        raise UserError(f"{name} has no images")
     row_of = {key: row for row, (key, _) in enumerate(examples)}
-    pending, bad, first, start = set(row_of), [], None, 0
     found = tqdm(
         _decode_all(listing.contents(list(row_of)), decode),
         *(f"preparing {name}", len(examples)),
         **{"unit": " images", "delay": _SECONDS, "mininterval": _SECONDS},
     )
-    with replacing(folder / "images.npy", mode=0o600) as file:
+    bad, first, shape = [], None, None
+    with replacing(folder / _IMAGES, mode=0o600) as file:
         for key, pixels in found:
-            pending.remove(key)
-            if isinstance(pixels, BadImageError):
-                bad.append(f"{key}: {pixels}")
+            if isinstance(pixels, Exception):
+                bad.append(f"{key} ({pixels or type(pixels).__name__})")
                 continue
-            if first is None:
-                first = key, pixels.shape
-                with _writing(folder):
-                    start = _begin(file, (len(examples), *pixels.shape))
-            if pixels.shape != first[1]:
+            if shape is None:
+                first, shape = key, pixels.shape
+            if pixels.shape != shape:
                 raise UserError(
-                    f"images of {name} differ in size: {first[0]} is {first[1]}, {key}"
-                    f" is {pixels.shape}; set data.image_size to bring all to one size"
+                    f"images differ in size: {first} is {shape}, {key} is"
+                    f" {pixels.shape}; set data.image_size to bring all to one size"
                 )
-            with _writing(folder):
-                file.seek(start + row_of[key] * pixels.nbytes)
+            try:  # written, not mapped: a full disk raises, and kills nobody
+                file.seek(row_of[key] * pixels.nbytes)
                 file.write(np.ascontiguousarray(pixels).data)
+            except OSError as error:
+                raise _unwritable(folder, error) from None
         if bad:
-            raise UserError(
-                f"{len(bad)} images of {name} cannot be decoded, the first is {bad[0]}"
-            )
-        if pending:
-            raise UserError(f"{pending.pop()} of {name} is gone: it was there before")
+            raise UserError(f"{len(bad)} images cannot be decoded, such as {bad[0]}")
+    if shape is None:
+        raise UserError(f"{name} has no images")
     meta = {
         "class_names": listing.class_names,
+        "shape": shape,
         "labels": [int(label) for _, label in examples],
         "train": len(listing.train),
     }
     write_atomically(folder / _META, json.dumps(meta), mode=0o600)
 
 
-def _begin(file: Any, shape: tuple[int, ...]) -> int:
-    """Writes the header of an .npy file of uint8; returns where its values begin."""
-    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-    np.lib.format.write_array_header_1_0(file, header)
-    return file.tell()
-
-
 def _decode_all(
     contents: Iterable[tuple[Any, Any]], decode: Callable[[Any], np.ndarray]
-) -> Iterator[tuple[Any, np.ndarray | BadImageError]]:
+) -> Iterator[tuple[Any, np.ndarray | Exception]]:
     """Yields keys with pixels or why there are none; decodes a batch at a time."""
 
     def attempt(content):
         try:
             return decode(content)
-        except BadImageError as error:
+        except Exception as error:  # decoders raise whatever damage makes them
             return error
 
     workers, contents = os.cpu_count() or 1, iter(contents)

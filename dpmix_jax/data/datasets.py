@@ -14,9 +14,9 @@ from PIL import Image
 
 from dpmix_jax.data import arrays, folder, images, tfds
 from dpmix_jax.data.cache import Arrays, Listing, decoded
-from dpmix_jax.data.download import Files, compare, locate
+from dpmix_jax.data.download import advice, locate
 from dpmix_jax.data.records import Records
-from dpmix_jax.data.trees import ARCHIVES, identity, reading, scan
+from dpmix_jax.data.trees import identity, reading, scan
 from dpmix_jax.errors import UserError
 
 # Mean and standard deviation of each channel, for pixels in [0, 1]: published
@@ -41,13 +41,9 @@ _FASHION = (
     *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"),
     *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
 )
-_EUROSAT = (
-    *("AnnualCrop", "Forest", "HerbaceousVegetation", "Highway", "Industrial"),
-    *("Pasture", "PermanentCrop", "Residential", "River", "SeaLake"),
-)
-
-
-_OWN = Files()  # files of the user's own, of any name
+_EUROSAT = """
+AnnualCrop Forest HerbaceousVegetation Highway Industrial Pasture PermanentCrop
+Residential River SeaLake"""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,23 +53,26 @@ class Source:
     Attributes:
       arrays: reads what is small, and no image files.
       layout: lists image files, each part of them a `Tree`.
-      files: where its parts are.
+      parts: for each the names that it may have, see `download.locate`.
+      elsewhere: a folder in which an operating system keeps them.
       known: training records, their height, width and channels (0 where images differ
         in size), and classes; None for files of the user's own.
       class_names: where they are constants, in order; else none.
-      constants: mean and standard deviation, where there are usual ones.
+      constants: mean and standard deviation; None for those of CLIP where images are
+        RGB, and 0.5 where they are grey.
     """
 
     arrays: Callable[..., Arrays] | None = None
     layout: Callable[..., Listing] | None = None
-    files: Files = _OWN
+    parts: tuple[str, ...] = ("",)
+    elsewhere: str | None = None
     known: tuple[int, tuple[int, int, int], int] | None = None
     class_names: tuple[str, ...] = ()
     constants: Constants | None = None
 
 
 _IDX = tuple(
-    (f"{name}-ubyte", f"{name}-ubyte.gz")
+    f"{name}-ubyte {name}-ubyte.gz"
     for name in (
         *("train-images-idx3", "train-labels-idx1"),
         *("t10k-images-idx3", "t10k-labels-idx1"),
@@ -83,16 +82,17 @@ _IDX = tuple(
 SOURCES = {
     "digits": Source(
         arrays=arrays.digits,
-        files=Files(parts=()),  # it is embedded in scikit-learn
+        parts=(),  # it is embedded in scikit-learn
         known=(1_437, (8, 8, 1), 10),
         class_names=_DIGITS,
+        constants=_PLAIN,
     ),
-    "npz": Source(arrays=arrays.npz),
+    "npz": Source(arrays=arrays.npz, constants=_PLAIN),
     "cifar10": Source(
         arrays=arrays.cifar10,
-        files=Files.of_one_part(
-            *("cifar-10-binary.tar.gz", "cifar-10-python.tar.gz"),
-            *("cifar-10-batches-bin", "cifar-10-batches-py"),
+        parts=(
+            "cifar-10-binary.tar.gz cifar-10-python.tar.gz"
+            " cifar-10-batches-bin cifar-10-batches-py",
         ),
         known=(50_000, (32, 32, 3), 10),
         class_names=tuple(_CIFAR10.split()),
@@ -100,9 +100,9 @@ SOURCES = {
     ),
     "cifar100": Source(
         arrays=arrays.cifar100,
-        files=Files.of_one_part(
-            *("cifar-100-binary.tar.gz", "cifar-100-python.tar.gz"),
-            *("cifar-100-binary", "cifar-100-python"),
+        parts=(
+            "cifar-100-binary.tar.gz cifar-100-python.tar.gz"
+            " cifar-100-binary cifar-100-python",
         ),
         known=(50_000, (32, 32, 3), 100),
         class_names=tuple(_CIFAR100.split()),
@@ -110,47 +110,36 @@ SOURCES = {
     ),
     "eurosat": Source(
         layout=folder.eurosat,
-        files=Files.of_one_part(
-            "EuroSAT_RGB", "2750", "EuroSAT_RGB.zip", "EuroSAT.zip"
-        ),
+        parts=("EuroSAT_RGB 2750 EuroSAT_RGB.zip EuroSAT.zip",),
         known=(21_600, (64, 64, 3), 10),
-        class_names=_EUROSAT,
+        class_names=tuple(_EUROSAT.split()),
     ),
     "caltech256": Source(
         layout=folder.caltech256,
-        files=Files.of_one_part("256_ObjectCategories", "256_ObjectCategories.tar"),
+        parts=("256_ObjectCategories 256_ObjectCategories.tar",),
         known=(24_485, (0, 0, 3), 257),
     ),
     "sun397": Source(
         layout=folder.sun397,
-        files=Files.of_one_part("SUN397", "SUN397.tar.gz"),
+        parts=("SUN397 SUN397.tar.gz",),
         known=(87_003, (0, 0, 3), 397),
     ),
     "oxford_iiit_pet": Source(
         layout=folder.oxford_iiit_pet,
-        files=Files(
-            parts=tuple(
-                tuple(f"{part}{suffix}" for suffix in ("", *ARCHIVES))
-                for part in ("images", "annotations")
-            ),
-            folder="oxford-iiit-pet",
-        ),
+        parts=("images images.tar.gz", "annotations annotations.tar.gz"),
         known=(3_680, (0, 0, 3), 37),
     ),
     "fashion_mnist": Source(
         arrays=arrays.idx,
-        files=Files(
-            parts=_IDX,
-            folder="fashion-mnist",
-            elsewhere=("/usr/share/datasets/fashion-mnist",),  # Debian's, other bytes
-        ),
+        parts=_IDX,
+        elsewhere="/usr/share/datasets/fashion-mnist",  # Debian's, of other bytes
         known=(60_000, (28, 28, 1), 10),
         class_names=_FASHION,
         constants=((0.2860,), (0.3530,)),  # as commonly used
     ),
     "mnist": Source(
         arrays=arrays.idx,
-        files=Files(parts=_IDX, folder="MNIST/raw"),
+        parts=_IDX,
         known=(60_000, (28, 28, 1), 10),
         class_names=_DIGITS,
         constants=((0.1307,), (0.3081,)),  # as in PyTorch's examples
@@ -176,13 +165,13 @@ def read(
       UserError: if files are missing or damaged.
     """
     if tfds.builder_of(name):
-        source = _known(name)
-        found = tfds.read(name, path, image_size)
-        return _records(found, source.constants if source else None)
+        known, version = public_source(name), tfds.find_version(name, path)
+        with reading(f"data.path is {version}"):
+            found = tfds.read(name, version, image_size)
+            return _records(found, known.constants if known else None)
     source = SOURCES[name]
-    parts = locate(name, source.files, path, download=download)
-    compared = functools.partial(compare, name, parts)
-    with reading(f"data.path is {location(name, path)}", compared):
+    parts = _locate(name, path, download=download)
+    with reading(f"data.path is {location(name, path)}", lambda: advice(name, parts)):
         if source.layout is not None:
             layout = source.layout
             found = decoded(
@@ -196,28 +185,22 @@ def read(
         found = source.arrays(*parts)
         if not found.class_names:
             found = found._replace(class_names=source.class_names)
-        train, test = _records(found, source.constants or _PLAIN)
-        if image_size:
-            resized = _resized(name, train, test, image_size)
-            train, test = _records(resized, source.constants or _PLAIN)
-        return train, test
-
-
-def class_names(name: str) -> tuple[str, ...]:
-    """Returns the classes of a dataset where they are constants, else none."""
-    source = _known(name)
-    return source.class_names if source else ()
+        train, test = _records(found, source.constants)
+        if not image_size:
+            return train, test
+        return _records(_resized(name, train, test, image_size), source.constants)
 
 
 def blank(name: str, image_size: int) -> Records | None:
     """Returns training records of the number and shape of a dataset, all of them black.
 
-    Classes have their names where those are constants, else numbers.
+    Classes have their names where those are constants, else numbers. None is returned
+    for files of the user's own.
 
     Raises:
       UserError: if images differ in size and `image_size` is 0.
     """
-    source = _known(name)
+    source = public_source(name)
     if source is None or source.known is None:
         return None
     count, shape, num_classes = source.known
@@ -230,7 +213,7 @@ def blank(name: str, image_size: int) -> Records | None:
     black = np.broadcast_to(np.uint8(0), (count, *shape)), np.zeros(count, np.int32)
     names = source.class_names or tuple(map(str, range(num_classes)))
     found = Arrays(names, black, (black[0][:0], black[1][:0]))
-    return _records(found, source.constants or (_PLAIN if source.arrays else None))[0]
+    return _records(found, source.constants)[0]
 
 
 def location(
@@ -243,20 +226,27 @@ def location(
     """
     if tfds.builder_of(name):
         return tfds.find_version(name, path).resolve()
-    parts = locate(name, SOURCES[name].files, path, download=download)
+    parts = _locate(name, path, download=download)
     if len(parts) > 1:
         return parts[0].parent.resolve()
     return parts[0].resolve() if parts else None
 
 
-def _known(name: str) -> Source | None:
+def public_source(name: str) -> Source | None:
     """Returns a public dataset, prepared by TensorFlow Datasets or not, else None."""
     source = SOURCES.get(tfds.builder_of(name) or name)
     return source if source and source.known else None
 
 
+def _locate(name: str, path: str | None, *, download: bool) -> list[pathlib.Path]:
+    source = SOURCES[name]
+    parts = [names.split() for names in source.parts]
+    elsewhere = source.elsewhere
+    return locate(name, parts, path, elsewhere=elsewhere, download=download)
+
+
 def _records(found: Arrays, constants: Constants | None) -> tuple[Records, Records]:
-    """Returns both splits; where there are no constants, RGB gets those of CLIP."""
+    """Returns both splits."""
 
     def split(pixels: np.ndarray, labels: np.ndarray) -> Records:
         channels = pixels.shape[-1] if pixels.ndim == 4 else 1
@@ -280,15 +270,9 @@ def _records(found: Arrays, constants: Constants | None) -> tuple[Records, Recor
 
 def _resized(name: str, train: Records, test: Records, image_size: int) -> Arrays:
     """Brings images that are in memory to RGB of another size, through the cache."""
-    channels = train.images.shape[-1]
-    if channels not in (1, 3):
-        raise UserError(
-            f"data.image_size is {image_size}: images of {channels} channels cannot be"
-            " resized, it must be 0"
-        )
 
     def fit(pixels: np.ndarray) -> np.ndarray:
-        plain = pixels[..., 0] if channels == 1 else pixels
+        plain = pixels[..., 0] if pixels.shape[-1] == 1 else pixels
         return images.fit(Image.fromarray(plain).convert("RGB"), image_size)
 
     def listing() -> Listing:

@@ -5,8 +5,8 @@ reading fails is a checksum compared again, to say what to do.
 """
 
 import pathlib
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
@@ -20,65 +20,56 @@ if TYPE_CHECKING:
 REGISTRY = pathlib.Path(__file__).with_name("official.txt")
 
 
-class Files(NamedTuple):
-    """Where the parts of a dataset are, each of them a file, an archive or a folder.
+def locate(
+    name: str,
+    parts: Sequence[Sequence[str]],
+    path: str | None,
+    *,
+    elsewhere: str | None = None,
+    download: bool = False,
+) -> list[pathlib.Path]:
+    """Returns where the parts of a dataset are, each a file, an archive or a folder.
 
-    Attributes:
+    Args:
+      name: of the dataset.
       parts: for each part the names that it has when it is fetched or unpacked; none if
         it is the user's own, of any name. The first that `official.txt` lists is what
         is fetched.
-      folder: that the parts lie in when they are unpacked.
-      elsewhere: folders in which an operating system keeps them.
-    """
-
-    parts: tuple[tuple[str, ...], ...] = ((),)
-    folder: str = ""
-    elsewhere: tuple[str, ...] = ()
-
-    @classmethod
-    def of_one_part(cls, *names: str) -> "Files":
-        return cls(parts=(names,))
-
-
-def locate(
-    name: str, files: Files, path: str | None, *, download: bool = False
-) -> list[pathlib.Path]:
-    """Returns where the parts of a dataset are.
-
-    They have their official names below `path`, or by default below `data_folder()`;
-    a dataset of one part may be `path` itself.
+      path: of the folder that holds the parts, or of the only part. None looks into
+        `<name>` in `data_folder()`, then into `data_folder()`.
+      elsewhere: a folder in which an operating system keeps them.
+      download: whether parts that are missing may be fetched.
 
     Raises:
       UserError: if a part is missing and must not be fetched, or cannot be.
     """
-    if path is None:
-        top = data_folder() / name
-        tops = [top, top / files.folder, data_folder() / files.folder]
-        tops += map(pathlib.Path, files.elsewhere)
+    if path is not None:
+        folders = [pathlib.Path(path).expanduser()]
     else:
-        top = pathlib.Path(path).expanduser()
-        tops = [top, top / files.folder]
-    for parts in ([_first(t, names) for names in files.parts] for t in tops):
-        if None not in parts:
-            return [part for part in parts if part is not None]
-    if path is not None and len(files.parts) == 1 and top.exists():
-        return [top]
-    if not files.parts[0]:
+        folders = [data_folder() / name, data_folder()]
+        folders += [pathlib.Path(elsewhere)] if elsewhere else []
+    for folder in folders:
+        found = [_first(folder, names) for names in parts]
+        if None not in found:
+            return [part for part in found if part is not None]
+    if path is not None and len(parts) == 1 and folders[0].exists():
+        return folders
+    if not parts[0]:
         raise UserError(f"data.path is {path}: cannot be read (there is no such file)")
     known = official().registry
     missing = [
         next(file for part in names if (file := f"{name}/{part}") in known)
-        for names in files.parts
-        if _first(top, names) is None
+        for names in parts
+        if _first(folders[0], names) is None
     ]
     if path is None and download:
         fetch(missing)
-        return locate(name, files, path)
-    where = " or ".join([str(top), *(files.elsewhere if path is None else ())])
+        return locate(name, parts, path)
+    where = " or ".join(map(str, folders))
     ask = "data.download=True fetches it, or " if path is None else ""
     raise UserError(
         f"data.path is {path}: {name} is not in {where}; {ask}put {describe(missing)}"
-        f" into {top}"
+        f" into {folders[0]}"
     )
 
 
@@ -136,18 +127,15 @@ def describe(names: Iterable[str]) -> str:
     )
 
 
-def compare(dataset: str, parts: Iterable[pathlib.Path]) -> str:
-    """Says of parts that cannot be read whether they are the official files."""
-    import pooch
+def advice(dataset: str, parts: Iterable[pathlib.Path]) -> str:
+    """Says which parts that cannot be read are not the official files, if any."""
+    from pooch.hashes import hash_matches
 
-    files, said = official(), ""
-    for path in parts:
-        name = f"{dataset}/{path.name}"
-        if name in files.registry and path.is_file():
-            kind = files.registry[name].split(":")[0]
-            own = f"{kind}:{pooch.file_hash(str(path), alg=kind)}"
-            said += f"; {path.name} is the official file, by its checksum {own}"
-            if own != files.registry[name]:
-                said = f"; {path.name} has the checksum {own}: fetch again"
-                said += f" {describe([name])}"
-    return said
+    known = official().registry
+    wrong = [
+        name
+        for path in parts
+        if (name := f"{dataset}/{path.name}") in known and path.is_file()
+        if not hash_matches(str(path), known[name])
+    ]
+    return f"; not the official file, fetch again {describe(wrong)}" if wrong else ""

@@ -13,7 +13,7 @@ the order that they had.
 import functools
 import pathlib
 import urllib.parse
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,7 @@ from sklearn.model_selection import train_test_split
 from dpmix_jax.data import images
 from dpmix_jax.data.cache import Listing, decoded
 from dpmix_jax.data.records import Records
-from dpmix_jax.data.trees import ARCHIVES, Tree, identity, reading, scan
+from dpmix_jax.data.trees import Tree, identity, reading, scan
 from dpmix_jax.errors import UserError
 from dpmix_jax.progress import say
 
@@ -74,10 +74,10 @@ def eurosat(tree: Tree) -> Listing:
 def caltech256(tree: Tree) -> Listing:
     """Caltech256 (Griffin et al., 2007): `256_ObjectCategories/001.ak47/001_0001.jpg`.
 
-    Only .jpg files directly in the folder of a class count: 30,607, and neither
+    Only images directly in the folder of a class count: 30,607, and neither
     `198.spider/RENAME2` nor the subfolder `056.dog/greg`.
     """
-    return divided(_class_folders(tree, _top(tree), (".jpg",)), uniform)
+    return divided(_class_folders(tree, _top(tree)), uniform)
 
 
 def sun397(tree: Tree) -> Listing:
@@ -122,21 +122,21 @@ def class_folders(tree: Tree) -> Listing:
       UserError: if a class is empty, or `train` comes without `test`.
     """
     top = _top(tree)
-    if "train" not in _below(tree, top):
+    splits = _below(tree, top)
+    if "train" not in splits:
         say(
             f"{tree.path} has no train/ and test/: 20 % of each class become the test"
             " set, which is not protected, and of which the report shows an image"
         )
         listing = divided(_class_folders(tree, top), stratified)
+    elif "test" not in splits:
+        raise UserError("it has train/ but no test/")
     else:
-        if "test" not in _below(tree, top):
-            raise UserError(f"data.path is {tree.path}: it has train/ but no test/")
         train, test = (_class_folders(tree, f"{top}{s}/") for s in ("train", "test"))
         unlike = {*train.class_names} ^ {*test.class_names}
         if unlike:
             raise UserError(
-                f"data.path is {tree.path}: class {min(unlike)!r} is in train/ or in"
-                " test/ but not in both"
+                f"class {min(unlike)!r} is in train/ or in test/ but not in both"
             )
         listing = train._replace(test=test.train)
     unused = len(tree.files) - len(listing.train) - len(listing.test)
@@ -200,8 +200,6 @@ def load_bank(
         one.
     """
     path, names = pathlib.Path(path).expanduser(), tuple(class_names)
-    if not (path.is_dir() or (path.exists() and path.name.endswith(ARCHIVES))):
-        raise UserError(f"bank {path}: there is no such folder or archive")
     with reading(f"bank {path}"):
         found = decoded(
             "bank",
@@ -223,12 +221,10 @@ def _bank(tree: Tree, class_names: Sequence[str]) -> Listing:
     for name in sorted(tree.folders):
         if class_of(name.split("/")[0]) not in labels:
             some = ", ".join(map(repr, class_names[:10]))
-            raise UserError(
-                f"bank {tree.path}: folder {name!r} is of no class; classes are {some}"
-                f"{', ...' if len(class_names) > 10 else ''}"
-            )
+            more = ", ..." if len(class_names) > 10 else ""
+            raise UserError(f"folder {name!r} is of no class; classes are {some}{more}")
     folders = {name: labels[class_of(name)] for name in _below(tree, "")}
-    return _labelled(tree, class_names, folders, what="bank")
+    return _labelled(tree, class_names, folders)
 
 
 def _top(tree: Tree) -> str:
@@ -249,44 +245,37 @@ def _below(tree: Tree, top: str) -> list[str]:
     return sorted({name for name in inside if name and "/" not in name})
 
 
-def _class_folders(
-    tree: Tree, top: str, suffixes: Iterable[str] = _SUFFIXES
-) -> Listing:
+def _class_folders(tree: Tree, top: str) -> Listing:
     """Takes the folder that each image is directly in as its class."""
     names = _below(tree, top)
     if len(names) < 2:
         raise UserError(
-            f"data.path is {tree.path}: there must be two or more folders of classes in"
-            f" it, there are {len(names)}"
+            "there must be two or more folders of classes in it, there are"
+            f" {len(names)}"
         )
     folders = {f"{top}{name}": label for label, name in enumerate(names)}
-    return _labelled(tree, names, folders, suffixes)
+    return _labelled(tree, names, folders)
 
 
 def _labelled(
-    tree: Tree,
-    class_names: Sequence[str],
-    folders: Mapping[str, int],
-    suffixes: Iterable[str] = _SUFFIXES,
-    what: str = "data.path is",
+    tree: Tree, class_names: Sequence[str], folders: Mapping[str, int]
 ) -> Listing:
     """Lists the images directly in the folders of classes, as a training set.
 
     Args:
+      tree: that the folders are in.
       class_names: each must have an image.
-      folders: maps each to its label.
-      suffixes: of images.
-      what: the tree is called in mistakes.
+      folders: the label of each.
     """
     examples = []
     for name in tree.files:
         path = pathlib.PurePosixPath(name)
-        if path.suffix.lower() in suffixes and str(path.parent) in folders:
+        if path.suffix.lower() in _SUFFIXES and str(path.parent) in folders:
             examples.append((name, folders[str(path.parent)]))
     present = {label for _, label in examples}
     for label, name in enumerate(class_names):
         if label not in present:
-            raise UserError(f"{what} {tree.path}: class {name!r} has no images")
+            raise UserError(f"class {name!r} has no images")
     examples.sort(key=_by_class)
     return Listing(tuple(class_names), examples, [], tree.contents)
 

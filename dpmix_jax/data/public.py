@@ -52,26 +52,32 @@ class PublicConfig:
         for key in refused.get(self.name, ()):
             if getattr(self, key):
                 raise UserError(
-                    f"public.{key} is {getattr(self, key)}: it must not be given for"
+                    f"public.{key} is {getattr(self, key)!r}: it must not be given for"
                     f" public.name {self.name!r}"
                 )
+        if self.name == RENDERED:
+            return
         if self.is_bank and self.path is None:
             raise UserError(
                 "public.path is None: it must be the path of a folder for public.name"
                 " 'bank'"
             )
-        if self.name not in refused:
-            with _named_public():
-                DataConfig(
-                    name=self.name,
-                    path=self.path,
-                    image_size=self.size(0),
-                    half=self.half or 0,
-                )
+        with _named_public():
+            DataConfig(
+                name=self.files,
+                path=self.path,
+                image_size=self.size(0),
+                half=self.half or 0,
+            )
 
     @property
     def is_bank(self) -> bool:
         return self.name == "bank"
+
+    @property
+    def files(self) -> str:
+        """The dataset whose files lie as these do: those of a bank, as a `folder`."""
+        return "folder" if self.is_bank else self.name
 
     def size(self, default: int) -> int:
         """Returns `image_size`, or that of the private data where there is none."""
@@ -205,11 +211,6 @@ def _read(config: PublicConfig, private: DataConfig, train: Records) -> Records:
     if config.name in RENDERED:
         return _rendered(config.name, train)
     channels, size = train.images.shape[-1], config.size(private.image_size)
-    if config.is_bank and channels not in (1, 3):
-        raise UserError(
-            f"public.name is 'bank': images of {channels} channels have none, they must"
-            " have 1 or 3"
-        )
     with _named_public():
         if config.is_bank:
             path, names = str(config.path), train.class_names
@@ -241,13 +242,8 @@ def _refuse_private_files(public: PublicConfig, private: DataConfig) -> None:
     if public.name in RENDERED or public.is_other_half(private):
         return
     theirs = datasets.location(private.name, private.path)
-    if public.is_bank:
-        ours: pathlib.Path | None = (
-            pathlib.Path(str(public.path)).expanduser().resolve()
-        )
-    else:
-        with _named_public():
-            ours = datasets.location(public.name, public.path, download=public.download)
+    with _named_public():
+        ours = datasets.location(public.files, public.path, download=public.download)
     same = public.name == private.name and ours == theirs  # also of embedded ones
     inside = ours is not None and theirs is not None and ours.is_relative_to(theirs)
     if same or inside:

@@ -18,7 +18,7 @@ from dpmix_jax.data import images
 from dpmix_jax.data.cache import Arrays, Listing, decoded
 from dpmix_jax.data.folder import divided, stratified
 from dpmix_jax.data.records import Records
-from dpmix_jax.data.trees import identity, reading
+from dpmix_jax.data.trees import identity
 from dpmix_jax.errors import UserError
 
 NAME = re.compile(
@@ -47,19 +47,15 @@ def find_version(name: str, path: str | None) -> pathlib.Path:
     """
     match = NAME.fullmatch(name)
     assert match is not None  # DataConfig has seen to it
-    data_dir = pathlib.Path(
-        path
-        or os.environ.get("TFDS_DATA_DIR")
-        or pathlib.Path.home() / "tensorflow_datasets"
-    )
+    default = pathlib.Path.home() / "tensorflow_datasets"
+    data_dir = pathlib.Path(path or os.environ.get("TFDS_DATA_DIR") or default)
     if (data_dir / _INFO).is_file():
         return data_dir
+    # Tfds itself would want its own default config, which ours are prepared without.
     top = data_dir / match["builder"] / (match["config"] or "")
+    found = [*top.glob(f"*/{_INFO}"), *top.glob(f"*/*/{_INFO}")]
     versions = [
-        info.parent
-        for pattern in (f"*/{_INFO}", f"*/*/{_INFO}")
-        for info in top.glob(pattern)
-        if match["version"] in (None, info.parent.name)
+        info.parent for info in found if match["version"] in (None, info.parent.name)
     ]
     if not versions:
         raise UserError(
@@ -75,10 +71,12 @@ def find_version(name: str, path: str | None) -> pathlib.Path:
             f"data.name is {name!r}: add one of the configs, {', '.join(configs)}, as"
             f" in tfds:{match['builder']}/{configs[0]}"
         )
-    return max(versions, key=lambda version: _numbers(version.name))
+    return max(
+        versions, key=lambda version: [*map(int, re.findall(r"\d+", version.name))]
+    )
 
 
-def read(name: str, path: str | None, image_size: int) -> Arrays:
+def read(name: str, folder: pathlib.Path, image_size: int) -> Arrays:
     """Reads a prepared dataset, its images through the cache of decoded ones.
 
     Splits: `train` (with `validation`, where there is a `test` too) and `test`, or else
@@ -89,7 +87,8 @@ def read(name: str, path: str | None, image_size: int) -> Arrays:
     when it prepares; these orders undo it.
 
     Args:
-      name, path: see `find_version`.
+      name: `tfds:<builder>`.
+      folder: what `find_version` returns.
       image_size: 0 for images as they are; else what `images.fit` brings them to.
 
     Returns:
@@ -99,22 +98,18 @@ def read(name: str, path: str | None, image_size: int) -> Arrays:
       UserError: if the folder cannot be read without TensorFlow, is of another builder,
         or has no images with labels.
     """
-    folder = find_version(name, path)
-    with reading(f"data.path is {folder}"):
-        builder = _tfds().builder_from_directory(folder)
-        if builder.name != builder_of(name):
-            raise UserError(
-                f"data.path is {folder}: it holds {builder.name}, not {name}"
-            )
-        grey = not image_size and builder.info.features["image"].shape[-1] == 1
-        return decoded(
-            re.sub(r"\W", "-", name),
-            [identity(folder), image_size],
-            functools.partial(_listing, builder),
-            functools.partial(
-                images.decode, image_size=image_size, channels=1 if grey else 3
-            ),
-        )
+    builder = _tfds().builder_from_directory(folder)
+    if builder.name != builder_of(name):
+        raise UserError(f"it holds {builder.name}, not {name}")
+    grey = not image_size and builder.info.features["image"].shape[-1] == 1
+    return decoded(
+        re.sub(r"\W", "-", name),
+        [identity(folder), image_size],
+        functools.partial(_listing, builder),
+        functools.partial(
+            images.decode, image_size=image_size, channels=1 if grey else 3
+        ),
+    )
 
 
 def write(name: str, train: Records, test: Records, data_dir: str) -> pathlib.Path:
@@ -170,7 +165,7 @@ def _tfds() -> Any:
         import tensorflow_datasets
     except ImportError as error:
         raise UserError(
-            f'tfds: needs the extra, pip install "dpmix_jax[tfds]" ({error})'
+            f'prepared datasets need the extra, pip install "dpmix_jax[tfds]" ({error})'
         ) from None
     return tensorflow_datasets
 
@@ -222,7 +217,3 @@ def _examples(
         chunk = rows[start : start + _CHUNK]
         for row, example in zip(chunk, source[split].__getitems__(chunk), strict=True):
             yield (split, row), example
-
-
-def _numbers(version: str) -> list[int]:
-    return [int(part) for part in re.findall(r"\d+", version)]

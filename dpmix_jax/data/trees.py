@@ -22,16 +22,16 @@ _Entry = tuple[str, Callable[[], bytes] | None]
 
 @contextlib.contextmanager
 def reading(what: str, advice: Callable[[], str] = str) -> Iterator[None]:
-    """Turns whatever a damaged file raises into one line; a `UserError` stays.
+    """Turns whatever reading a file raises into one line that names the file.
 
     Args:
       what: the beginning of the line, such as `data.path is x.zip`.
-      advice: returns the end of the line.
+      advice: returns the end of the line where the file may be damaged.
     """
     try:
         yield
-    except UserError:
-        raise
+    except UserError as error:
+        raise UserError(f"{what}: {error}") from error
     except Exception as error:  # damage can make decoders raise anything
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise UserError(f"{what}: cannot be read ({reason}){advice()}") from error
@@ -74,6 +74,7 @@ class Tree(NamedTuple):
                 wanted.remove(name)
             if not wanted:
                 return
+        raise KeyError(min(wanted))  # it was listed
 
     def named(self, name: str) -> str:
         """Returns the file whose last part is `name`, or raises `KeyError`."""
@@ -93,8 +94,7 @@ def scan(path: pathlib.Path) -> Tree:
     """
     if not path.is_dir() and not path.name.endswith(ARCHIVES):
         raise UserError(
-            f"data.path is {path}: it must be a folder, or an archive that ends in"
-            f" {', '.join(ARCHIVES)}"
+            f"it must be a folder, or an archive that ends in {', '.join(ARCHIVES)}"
         )
     entries = dict(_entries(path))
     files = sorted(name for name, read in entries.items() if read)

@@ -3,7 +3,6 @@
 plan        which image gets which class and seed
 bank        writing them, resuming, the manifest
 diffusion   a generator: Stable Diffusion through diffusers, extra `diffusion`
-generate    plan, generator and bank put together: `experiments/generate.py`
 domain_gap  how far a bank is from a dataset: `experiments/domain_gap.py`
 
 `data.rendered.Render` is a generator too: digits and clothes, drawn without a model.

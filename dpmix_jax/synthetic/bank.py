@@ -9,27 +9,27 @@ import dataclasses
 import hashlib
 import io
 import json
-import math
 import pathlib
-import time
 from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image
+from tqdm import tqdm
 
 from dpmix_jax.data import images
 from dpmix_jax.data.folder import class_folder
+from dpmix_jax.data.trees import reading
 from dpmix_jax.errors import UserError
 from dpmix_jax.files import locked, write_atomically
-from dpmix_jax.progress import duration, say
+from dpmix_jax.progress import say
 from dpmix_jax.synthetic.plan import Plan, Wanted
 
 _FORMAT = 1
 _KEYWORD = "dpmix_jax"  # of the text in each PNG
 _PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
 _ATTEMPTS = 10  # for an image that the generator refuses to show
-_SECONDS_BETWEEN_LINES = 10.0
+_SECONDS = 10.0  # until progress is shown, and between two times
 
 
 class Generator(Protocol):
@@ -64,13 +64,10 @@ def fill(
             bank.check()
             tries = {wanted: bank.tries(wanted) for wanted in plan.wanted()}
             missing = [wanted for wanted, count in tries.items() if count is None]
-            damaged = sum(bank.file(wanted).exists() for wanted in missing)
             if missing:
                 bank.write_manifest(finished=False, refused=None)
-            if len(missing) < plan.count or damaged:
-                again = f", {damaged:,} damaged or altered to be made again"
-                kept = f"{plan.count - len(missing):,} images kept"
-                say(f"bank {path}: {kept}{again if damaged else ''}")
+            if len(missing) < plan.count:
+                say(f"bank {path}: {plan.count - len(missing):,} images kept")
             refused = sum(count or 0 for count in tries.values())
             refused += _make(bank, plan, generator, missing, batch_size)
             return bank.write_manifest(finished=True, refused=refused)
@@ -89,24 +86,19 @@ def _make(
 ) -> int:
     """Makes and writes images batch by batch; returns how many tries were refused."""
     queue, refused = collections.deque(missing), 0
-    started, said = time.monotonic(), -math.inf
-    while queue:
-        batch = [queue.popleft() for _ in range(min(batch_size, len(queue)))]
-        again = []
-        for wanted, pixels in zip(batch, generator(batch), strict=True):
-            if pixels is None:
-                again.append(_next_try(plan, wanted))
-                refused += 1
-            else:
-                bank.write(wanted, pixels)
-        queue.extendleft(reversed(again))
-        done, now = len(missing) - len(queue), time.monotonic()
-        if queue and done and now - said > _SECONDS_BETWEEN_LINES:
-            said, pace = now, (now - started) / done
-            say(
-                f"bank {bank.path}: {plan.count - len(queue):,} of {plan.count:,}"
-                f" images, {1 / pace:.3g}/s, ETA {duration(pace * len(queue))}"
-            )
+    shown = {"unit": " images", "delay": _SECONDS, "mininterval": _SECONDS}
+    with tqdm(total=len(missing), desc=f"bank {bank.path}", **shown) as bar:
+        while queue:
+            batch = [queue.popleft() for _ in range(min(batch_size, len(queue)))]
+            again = []
+            for wanted, pixels in zip(batch, generator(batch), strict=True):
+                if pixels is None:
+                    again.append(_next_try(plan, wanted))
+                    refused += 1
+                else:
+                    bank.write(wanted, pixels)
+                    bar.update()
+            queue.extendleft(reversed(again))
     return refused
 
 
@@ -131,7 +123,7 @@ class _Bank:
         self._key = hashlib.sha256(text.encode()).digest()
 
     def check(self) -> None:
-        """Raises `UserError` if the folder is not of this bank."""
+        """Raises `UserError` if the folder holds anything but this bank."""
         known = {self._manifest}
         if self._manifest.exists():
             self._check_settings()
@@ -147,12 +139,8 @@ class _Bank:
 
     def _check_settings(self) -> None:
         new = self._settings
-        try:
+        with reading(str(self._manifest)):
             old = dict(json.loads(self._manifest.read_text())["settings"])
-        except (ValueError, KeyError, TypeError):
-            raise UserError(
-                f"{self._manifest} is not of a bank: use another --out"
-            ) from None
         changed = [
             f"{key} was {old.get(key)!r:.40}, is {new.get(key)!r:.40}"
             for key in {**new, **old}

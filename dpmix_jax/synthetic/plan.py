@@ -12,6 +12,7 @@ from typing import NamedTuple
 from dpmix_jax.data import DataConfig, blank, datasets
 from dpmix_jax.data.folder import class_folder
 from dpmix_jax.data.rendered import image_seed
+from dpmix_jax.data.trees import reading
 from dpmix_jax.errors import UserError
 
 
@@ -90,54 +91,34 @@ def make_plan(
       UserError: naming the flag that is missing or wrong.
     """
     names = () if classes is None else _listed(pathlib.Path(classes))
-    shape: tuple[int, ...] = (image_size, image_size, 3)
+    shape = (image_size, image_size, 3)
     if data is not None:
         own = blank(DataConfig(name=data, path=path, image_size=image_size))
-        names, shape = names or _known(data, own.class_names), own.images.shape[1:]
-        count = len(own) if count is None else count
-        if len(names) != own.num_classes:
+        if names and len(names) != own.num_classes:
             raise UserError(
                 f"--classes is {classes}: it names {len(names)} classes, {data} has"
                 f" {own.num_classes}"
             )
+        known = datasets.public_source(data)
+        names = names or (known.class_names if known else own.class_names)
+        count = len(own) if count is None else count
+        shape = own.image_shape
     elif path is not None:
         raise UserError(f"--path is {path}: it needs --data")
     for flag, value in (("classes", names), ("count", count), ("image_size", shape[0])):
         if value in ((), None, 0):
             raise UserError(
-                f"--{flag} is missing: give it, or --data=<name of a dataset>"
+                f"--{flag} is missing: give it, or a --data that tells it without its"
+                " files"
             )
     assert count is not None
-    height, width, channels = shape
-    return Plan(
-        class_names=names,
-        count=count,
-        seed=seed,
-        image_shape=(height, width, channels),
-    )
-
-
-def _known(name: str, own: tuple[str, ...]) -> tuple[str, ...]:
-    """Returns the classes of a dataset, of which `blank` has named some by numbers."""
-    constant = datasets.class_names(name)
-    if not constant and datasets.blank(name, 2) is not None:
-        raise UserError(
-            f"--classes is missing: the class names of {name} are not known without"
-            " its files; give a file with one on each line, or a folder of folders"
-        )
-    return constant or own
+    return Plan(class_names=names, count=count, seed=seed, image_shape=shape)
 
 
 def _listed(path: pathlib.Path) -> tuple[str, ...]:
-    try:
-        if path.is_dir():
-            folders = (f.name for f in path.iterdir() if f.is_dir())
-            names = sorted(name for name in folders if not name.startswith("."))
-        else:
-            lines = path.read_text().splitlines()
-            names = [line.strip() for line in lines if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--classes is {path}: cannot be read ({error})") from None
-    if not names:
-        raise UserError(f"--classes is {path}: it names no classes")
-    return tuple(names)
+    with reading(f"--classes is {path}"):
+        lines = path.read_text().splitlines()
+        names = tuple(line.strip() for line in lines if line.strip())
+        if not names:
+            raise UserError("it names no classes")
+    return names
