@@ -160,7 +160,7 @@ def test_folders_of_an_operating_system(folder, tmp_path, monkeypatch):
     grey = [(images[..., 0], labels) for images, labels in (TRAIN, TEST)]
     system = files.idx(tmp_path / "system", *grey)
     source = dataclasses.replace(
-        datasets.SOURCES["fashion_mnist"], elsewhere=str(system)
+        datasets.SOURCES["fashion_mnist"], elsewhere=(str(system),)
     )
     monkeypatch.setitem(datasets.SOURCES, "fashion_mnist", source)
     assert datasets.location("fashion_mnist", None) == system

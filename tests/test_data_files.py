@@ -7,7 +7,6 @@ import stat
 import subprocess
 import sys
 import tarfile
-import zipfile
 from unittest import mock
 
 import numpy as np
@@ -274,16 +273,11 @@ def test_links_to_folders_are_passed_over_to_files_followed(tmp_path):
         load(root)
 
 
-def test_links_in_archives_are_passed_over(tmp_path):
+def test_links_in_a_tar_are_passed_over(tmp_path):
     link = tarfile.TarInfo("cat/link.png")
     link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
-    members = files.class_members(PAIR, 5)
-    path = files.tar(tmp_path / "x.tar", [*members, (link, b"")], "w")
-    zipped = zipfile.ZipInfo("cat/link.png")
-    zipped.external_attr = (stat.S_IFLNK | 0o777) << 16
-    other = files.make_zip(tmp_path / "x.zip", [*members, (zipped, "/etc/passwd")])
-    for archive in (path, other):
-        assert len(load(archive).train) == 8
+    members = [*files.class_members(PAIR, 5), (link, b"")]
+    assert len(load(files.tar(tmp_path / "x.tar", members, "w")).train) == 8
 
 
 def test_cache_is_used_private_and_renewed(tmp_path, caches, monkeypatch):

@@ -54,7 +54,7 @@ class Source:
       arrays: reads what is small, and no image files.
       layout: lists image files, each part of them a `Tree`.
       parts: for each the names that it may have, see `download.locate`.
-      elsewhere: a folder in which an operating system keeps them.
+      elsewhere: folders in which an operating system keeps them.
       known: training records, their height, width and channels (0 where images differ
         in size), and classes; None for files of the user's own.
       class_names: where they are constants, in order; else none.
@@ -65,7 +65,7 @@ class Source:
     arrays: Callable[..., Arrays] | None = None
     layout: Callable[..., Listing] | None = None
     parts: tuple[str, ...] = ("",)
-    elsewhere: str | None = None
+    elsewhere: tuple[str, ...] = ()
     known: tuple[int, tuple[int, int, int], int] | None = None
     class_names: tuple[str, ...] = ()
     constants: Constants | None = None
@@ -132,7 +132,7 @@ SOURCES = {
     "fashion_mnist": Source(
         arrays=arrays.idx,
         parts=_IDX,
-        elsewhere="/usr/share/datasets/fashion-mnist",  # Debian's, of other bytes
+        elsewhere=("/usr/share/datasets/fashion-mnist",),  # Debian's, of other bytes
         known=(60_000, (28, 28, 1), 10),
         class_names=_FASHION,
         constants=((0.2860,), (0.3530,)),  # as commonly used
@@ -170,7 +170,7 @@ def read(
             found = tfds.read(name, version, image_size)
             return _records(found, known.constants if known else None)
     source = SOURCES[name]
-    parts = _locate(name, path, download=download)
+    parts = locate(name, source.parts, path, source.elsewhere, download=download)
     with reading(f"data.path is {location(name, path)}", lambda: advice(name, parts)):
         if source.layout is not None:
             layout = source.layout
@@ -226,7 +226,8 @@ def location(
     """
     if tfds.builder_of(name):
         return tfds.find_version(name, path).resolve()
-    parts = _locate(name, path, download=download)
+    source = SOURCES[name]
+    parts = locate(name, source.parts, path, source.elsewhere, download=download)
     if len(parts) > 1:
         return parts[0].parent.resolve()
     return parts[0].resolve() if parts else None
@@ -236,13 +237,6 @@ def public_source(name: str) -> Source | None:
     """Returns a public dataset, prepared by TensorFlow Datasets or not, else None."""
     source = SOURCES.get(tfds.builder_of(name) or name)
     return source if source and source.known else None
-
-
-def _locate(name: str, path: str | None, *, download: bool) -> list[pathlib.Path]:
-    source = SOURCES[name]
-    parts = [names.split() for names in source.parts]
-    elsewhere = source.elsewhere
-    return locate(name, parts, path, elsewhere=elsewhere, download=download)
 
 
 def _records(found: Arrays, constants: Constants | None) -> tuple[Records, Records]:

@@ -22,60 +22,57 @@ REGISTRY = pathlib.Path(__file__).with_name("official.txt")
 
 def locate(
     name: str,
-    parts: Sequence[Sequence[str]],
+    parts: Sequence[str],
     path: str | None,
+    elsewhere: Sequence[str] = (),
     *,
-    elsewhere: str | None = None,
     download: bool = False,
 ) -> list[pathlib.Path]:
     """Returns where the parts of a dataset are, each a file, an archive or a folder.
 
     Args:
       name: of the dataset.
-      parts: for each part the names that it has when it is fetched or unpacked; none if
-        it is the user's own, of any name. The first that `official.txt` lists is what
-        is fetched.
+      parts: for each part the names that it may have, separated by spaces; none if it
+        is the user's own, of any name. The first that `official.txt` lists is what is
+        fetched.
       path: of the folder that holds the parts, or of the only part. None looks into
-        `<name>` in `data_folder()`, then into `data_folder()`.
-      elsewhere: a folder in which an operating system keeps them.
-      download: whether parts that are missing may be fetched.
+        `<name>` in `data_folder()`, then into `data_folder()`, then elsewhere.
+      elsewhere: folders in which an operating system keeps the parts.
+      download: whether parts that are missing may be fetched, where `path` is None.
 
     Raises:
       UserError: if a part is missing and must not be fetched, or cannot be.
     """
-    if path is not None:
-        folders = [pathlib.Path(path).expanduser()]
-    else:
-        folders = [data_folder() / name, data_folder()]
-        folders += [pathlib.Path(elsewhere)] if elsewhere else []
-    for folder in folders:
+    top = data_folder() / name if path is None else pathlib.Path(path).expanduser()
+    others = () if path else (top.parent, *map(pathlib.Path, elsewhere))
+    for folder in (top, *others):
         found = [_first(folder, names) for names in parts]
         if None not in found:
             return [part for part in found if part is not None]
-    if path is not None and len(parts) == 1 and folders[0].exists():
-        return folders
+    if path is not None and len(parts) == 1 and top.exists():
+        return [top]
     if not parts[0]:
         raise UserError(f"data.path is {path}: cannot be read (there is no such file)")
     known = official().registry
     missing = [
-        next(file for part in names if (file := f"{name}/{part}") in known)
+        next(file for part in names.split() if (file := f"{name}/{part}") in known)
         for names in parts
-        if _first(folders[0], names) is None
+        if _first(top, names) is None
     ]
     if path is None and download:
         fetch(missing)
         return locate(name, parts, path)
-    where = " or ".join(map(str, folders))
     ask = "data.download=True fetches it, or " if path is None else ""
     raise UserError(
-        f"data.path is {path}: {name} is not in {where}; {ask}put {describe(missing)}"
-        f" into {folders[0]}"
+        f"data.path is {path}: {name} is not in {top}; {ask}put {describe(missing)}"
+        f" into {top}"
     )
 
 
-def _first(folder: pathlib.Path, names: Iterable[str]) -> pathlib.Path | None:
+def _first(folder: pathlib.Path, names: str) -> pathlib.Path | None:
     """Returns the first file of a folder that is there."""
-    return next((folder / name for name in names if (folder / name).exists()), None)
+    paths = (folder / name for name in names.split())
+    return next((path for path in paths if path.exists()), None)
 
 
 def official() -> "Pooch":

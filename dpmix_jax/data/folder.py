@@ -150,18 +150,10 @@ def class_folder(name: str) -> str:
 
     Percent-encoded are slashes, what is not ASCII, and what would hide the folder:
     `T-shirt/top` is in `T-shirt%2Ftop`.
-
-    Raises:
-      UserError: if the name is empty, or too long for a folder.
     """
     quoted = urllib.parse.quote(name, safe=_PLAIN)
     if name.startswith(".") or name == "__MACOSX":
         quoted = f"%{ord(name[0]):02X}{quoted[1:]}"
-    if not 0 < len(quoted) < 256:
-        raise UserError(
-            f"class {name!r} has a name of {len(quoted)} bytes: a folder can have 1 to"
-            " 255"
-        )
     return quoted
 
 

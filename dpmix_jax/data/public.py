@@ -297,14 +297,12 @@ def _alike(config: PublicConfig, public: Records, train: Records) -> Records:
             f"public.image_size is {config.image_size}: images of {config.name} are"
             f" {shape}, they must be {wanted} as training images are"
         )
-    ours, theirs = public.class_names, train.class_names
-    if ours != theirs:
-        pairs = zip(ours, theirs, strict=False)
-        unlike = (f"{a!r} instead of {b!r}" for a, b in pairs if a != b)
-        counts = f"{len(ours)} instead of {len(theirs)} of them"
+    if public.class_names != train.class_names:
         raise UserError(
             f"public.name is {config.name!r}: its classes must be those of the training"
-            f" set in the same order, but it has {next(unlike, counts)}"
+            f" set in the same order, {', '.join(train.class_names[:10])}, but they are"
+            f" {', '.join(public.class_names[:10])} ({public.num_classes} instead of"
+            f" {train.num_classes})"
         )
     return dataclasses.replace(
         public, mean=train.mean, stddev=train.stddev, resize=train.resize

@@ -58,8 +58,8 @@ class Records:
                 " more, which all differ"
             )
         for name in names:
-            if not is_unicode(name):
-                raise UserError(f"class {name!r}: its name must be UTF-8")
+            if not name or not is_unicode(name):
+                raise UserError(f"class {name!r}: its name must be UTF-8, not empty")
         if len(self) and not 0 <= self.labels.min() <= self.labels.max() < len(names):
             raise UserError(
                 f"labels are in [{self.labels.min()}, {self.labels.max()}]: they must"

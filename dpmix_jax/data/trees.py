@@ -127,9 +127,8 @@ def _members(path: pathlib.Path) -> Iterator[_Entry]:
     if path.suffix == ".zip":
         with zipfile.ZipFile(path) as archive:
             for info in archive.infolist():
-                if not stat.S_ISLNK(info.external_attr >> 16):
-                    read = functools.partial(archive.read, info)
-                    yield info.filename, None if info.is_dir() else read
+                read = functools.partial(archive.read, info)
+                yield info.filename, None if info.is_dir() else read
         return
     with tarfile.open(path) as tar:
         for member in tar:

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from dpmix_jax.data import DataConfig, blank, datasets
-from dpmix_jax.data.folder import class_folder
 from dpmix_jax.data.rendered import image_seed
 from dpmix_jax.data.trees import reading
 from dpmix_jax.errors import UserError
@@ -50,7 +49,6 @@ class Plan:
                 " 1 to 2048 pixels a side, and RGB or grey"
             )
         for name in self.class_names:
-            class_folder(name)  # or it is refused
             if self.class_names.count(name) > 1:
                 raise UserError(f"class {name!r} is named twice: names must differ")
         if not 0 < len(self.class_names) <= self.count:
