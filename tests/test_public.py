@@ -6,22 +6,18 @@ import json
 import numpy as np
 import pytest
 from ml_collections import config_dict
-from PIL import Image
 
 from dpmix_jax import UserError, data
 from dpmix_jax.data.clothes import CLOTHES
-from dpmix_jax.data.public import (
-    PublicConfig,
-    blank_public,
-    describe,
-    load_public,
-)
+from dpmix_jax.data.images import encode
+from dpmix_jax.data.public import PublicConfig, blank_public, describe, load_public
 from dpmix_jax.data.rendered import Render
 from dpmix_jax.run import experiment
 from dpmix_jax.run.cli import load_experiment
 from dpmix_jax.run.config import from_config_dict, to_dict
 from dpmix_jax.run.workdir import Workdir
 from dpmix_jax.synthetic import Plan, fill
+from tests import files
 from tests.conftest import ROOT
 from tests.test_config import load as load_config
 
@@ -79,10 +75,6 @@ def test_rendered_digits_are_those_of_a_bank(tmp_path, monkeypatch):
     order = np.argsort(pool.labels, kind="stable")
     np.testing.assert_array_equal(bank.images, pool.images[order])
     np.testing.assert_array_equal(bank.labels, pool.labels[order])
-    with pytest.raises(
-        UserError, match=r"public.path is 'x': it must not be given for"
-    ):
-        PublicConfig(name="rendered_digits", path="x")
     other = dataclasses.replace(dataset.train, class_names=(*CLASSES[:9], "ten"))
     with pytest.raises(UserError, match="the private classes must be digits 0 to 9"):
         load_public(config, DIGITS, dataset._replace(train=other))
@@ -139,21 +131,23 @@ def test_what_cannot_be_read_is_named_public(tmp_path):
     config = PublicConfig(name="npz", path=str(tmp_path / "none.npz"))
     with pytest.raises(UserError, match=r"^public.path is .*: cannot be read"):
         load_public(config, DIGITS, data.load(DIGITS))
-    with pytest.raises(UserError, match=r"^public.path is None: it must be the path"):
-        PublicConfig(name="npz")
-    with pytest.raises(UserError, match=r"^public.image_size is -1: it must be in"):
-        PublicConfig(name="cifar10", image_size=-1)
-    with pytest.raises(UserError, match=r"^public.half is 3: it must be 0 for all"):
-        PublicConfig(name="cifar10", half=3)
+    for options, message in (
+        ({"name": "npz"}, "path is None: it must be the path"),
+        ({"name": "bank"}, "path is None: it must be the path"),
+        ({"name": "bank", "path": "\udcff"}, "path is '.udcff': it must be UTF-8"),
+        ({"name": "cifar10", "image_size": -1}, "image_size is -1: it must be in"),
+        ({"name": "cifar10", "half": 3}, "half is 3: it must be 0 for all"),
+        ({"name": "rendered_digits", "path": "x"}, "path is 'x': it must not be given"),
+    ):
+        with pytest.raises(UserError, match=f"^public.{message}"):
+            PublicConfig(**options)
 
 
 def test_a_folder_of_class_folders_is_a_bank(tmp_path):
     """All its images, by the classes of the training set; none of the private ones."""
     images = blobs(20)
-    for i, image in enumerate(images):
-        folder = tmp_path / "bank" / str(i % 10)
-        folder.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(image[..., 0]).save(folder / f"{i}.png")
+    named = [(f"bank/{i % 10}/{i}.png", encode(images[i])) for i in range(20)]
+    files.put(tmp_path, named)
     config = PublicConfig(name="bank", path=str(tmp_path / "bank"))
     dataset = data.load(DIGITS)
     bank = load_public(config, DIGITS, dataset)
@@ -161,11 +155,9 @@ def test_a_folder_of_class_folders_is_a_bank(tmp_path):
     np.testing.assert_array_equal(bank.images[:2], images[[0, 10]])
     assert (bank.mean, bank.stddev) == (dataset.train.mean, dataset.train.stddev)
     assert len(blank_public(config, DIGITS, data.blank(DIGITS))) == 20
-    Image.fromarray(dataset.train.images[0, ..., 0]).save(folder / "copy.png")
+    files.put(tmp_path, [("bank/9/copy.png", encode(dataset.train.images[0]))])
     with pytest.raises(UserError, match="has an image of the private training set"):
         load_public(config, DIGITS, dataset)
-    with pytest.raises(UserError, match=r"public.path is None: it must be the path"):
-        PublicConfig(name="bank")
 
 
 def test_the_private_data_are_refused_as_public(tmp_path):
@@ -187,25 +179,18 @@ def test_the_private_data_are_refused_as_public(tmp_path):
         )
 
 
-def test_a_file_inside_the_private_folder_is_refused(tmp_path):
-    folder = tmp_path / "private"
-    (folder / "extra").mkdir(parents=True)
-    inside = npz(folder / "extra" / "bank.npz")
-    private = data.DataConfig(name="folder", path=str(folder))
-    with pytest.raises(UserError, match="or a part of it; public images must come"):
-        load_public(inside, private, data.load(DIGITS))
+def test_what_lies_in_the_private_folder_is_refused(tmp_path, monkeypatch):
+    """A file or a bank, by a name with `~` too."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    folder = tmp_path / "private/extra"
+    folder.mkdir(parents=True)
+    private = data.DataConfig(name="folder", path="~/private")
+    bank = PublicConfig(name="bank", path="~/private/extra")
+    for inside in (npz(folder / "bank.npz"), bank):
+        with pytest.raises(UserError, match="or a part of it; public images must come"):
+            load_public(inside, private, data.load(DIGITS))
     beside = npz(tmp_path / "private.npz")  # a name that begins alike is no part of it
     assert len(load_public(beside, private, data.load(DIGITS))) == 30
-
-
-def test_home_is_no_way_around(tmp_path, monkeypatch):
-    """A bank inside the private folder, named by `~`."""
-    monkeypatch.setenv("HOME", str(tmp_path))
-    (tmp_path / "private" / "test").mkdir(parents=True)
-    private = data.DataConfig(name="folder", path="~/private")
-    bank = PublicConfig(name="bank", path="~/private/test")
-    with pytest.raises(UserError, match="or a part of it"):
-        load_public(bank, private, data.load(DIGITS))
 
 
 @pytest.mark.parametrize("validation_size", [0, 1400])
@@ -271,20 +256,12 @@ def test_a_group_of_placeholders_is_none():
 
 
 def test_flags_set_the_public_data():
-    config = load_experiment(
-        [
-            f"--config={ROOT}/configs/wrn16_4_cifar10.py",
-            "--config.method.name=pure_dp_mix_diff",
-            "--config.method.k_diff=3",
-            "--config.method.draw=class",
-            "--config.public.name=folder",
-            "--config.public.path=made/by/a/model",
-            "--config.public.image_size=32",
-        ]
-    )
-    assert config.public == PublicConfig(
-        name="folder", path="made/by/a/model", image_size=32
-    )
+    public = {"name": "folder", "path": "made/by/a/model", "image_size": 32}
+    method = {"name": "pure_dp_mix_diff", "k_diff": 3, "draw": "class"}
+    flags = [f"--config.public.{key}={value}" for key, value in public.items()]
+    flags += [f"--config.method.{key}={value}" for key, value in method.items()]
+    config = load_experiment([f"--config={ROOT}/configs/wrn16_4_cifar10.py", *flags])
+    assert config.public == PublicConfig(**public)
     assert config.method.set_size == 3 + 18
     assert from_config_dict(json.loads(json.dumps(to_dict(config)))) == config
 
