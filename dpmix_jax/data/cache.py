@@ -137,7 +137,7 @@ def _fill(
     with replacing(folder / _IMAGES, mode=0o600) as file:
         for key, pixels in found:
             if isinstance(pixels, Exception):
-                bad.append(f"{key} ({pixels or type(pixels).__name__})")
+                bad.append(f"{key} ({str(pixels) or type(pixels).__name__})")
                 continue
             if shape is None:
                 first, shape = key, pixels.shape
