@@ -48,8 +48,8 @@ def npz(path: pathlib.Path) -> Arrays:
     Args:
       path: of an .npz file with `train_images` and `test_images`, uint8 [N, H, W, C] or
         [N, H, W], C 1 or 3; `train_labels` and `test_labels`, integers [N] in [0, O);
-        and `class_names`, O strings. (Counting the classes from private labels would let
-        one record change the shape of what is released.)
+        and `class_names`, O strings. (Counting the classes from private labels would
+        let one record change the shape of what is released.)
 
     Raises:
       UserError: if an array is missing, or labels are no integers. (`Records` refuses
