@@ -75,6 +75,9 @@ def test_rendered_digits_are_those_of_a_bank(tmp_path, monkeypatch):
     order = np.argsort(pool.labels, kind="stable")
     np.testing.assert_array_equal(bank.images, pool.images[order])
     np.testing.assert_array_equal(bank.labels, pool.labels[order])
+    other = dataclasses.replace(dataset.train, class_names=(*CLASSES[:9], "ten"))
+    with pytest.raises(UserError, match="the private classes must be digits 0 to 9"):
+        load_public(config, DIGITS, dataset._replace(train=other))
 
 
 def test_rendered_clothes_are_of_no_photograph(monkeypatch):
@@ -134,7 +137,7 @@ def test_what_cannot_be_read_is_named_public(tmp_path):
         ({"name": "bank", "path": "\udcff"}, "path is '.udcff': it must be UTF-8"),
         ({"name": "cifar10", "image_size": -1}, "image_size is -1: it must be in"),
         ({"name": "cifar10", "half": 3}, "half is 3: it must be 0 for all"),
-        ({"name": "rendered_digits", "path": "x"}, "path is 'x': it must not be given"),
+        ({"name": "rendered_digits", "path": "x"}, "path is 'x': it must be None for"),
     ):
         with pytest.raises(UserError, match=f"^public.{message}"):
             PublicConfig(**options)

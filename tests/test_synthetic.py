@@ -274,8 +274,10 @@ def test_bad_settings_of_diffusion_are_refused():
         "--prompt is 'a photo': it must be a text with {name}": {"prompt": "a photo"},
         "--steps is 0: it must be in": {"steps": 0},
         "--guidance is -1.0: it must be in": {"guidance": -1.0},
-        "--sampler is 'x': it must be ddim, dpm, euler, pndm": {"sampler": "x"},
-        "--dtype is 'int8': it must be auto, float32, float16": {"dtype": "int8"},
+        "--sampler is 'x': it must be one of ddim, dpm, euler, pndm": {"sampler": "x"},
+        "--dtype is 'int8': it must be one of auto, float32, float16": {
+            "dtype": "int8"
+        },
     }.items():
         with pytest.raises(UserError, match=message):
             DiffusionConfig(model="x", **changed)

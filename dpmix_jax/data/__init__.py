@@ -19,7 +19,7 @@ import numpy as np
 from dpmix_jax.data import datasets, images, tfds
 from dpmix_jax.data.folder import load_bank
 from dpmix_jax.data.records import Records, is_unicode
-from dpmix_jax.errors import UserError
+from dpmix_jax.errors import UserError, require, require_one_of
 
 __all__ = ["DataConfig", "Dataset", "Records", "blank", "load", "load_bank"]
 
@@ -71,34 +71,24 @@ class DataConfig:
     def __post_init__(self):
         known = self.name in datasets.NAMES or tfds.builder_of(self.name)
         own = {"npz": "a file", "folder": "a folder or archive"}.get(self.name)
-        sizes = f"in [0, {_MAX_IMAGE_SIZE}]"
-        for key, fits, allowed in (
-            ("name", known, f"one of {', '.join(datasets.NAMES)}, or tfds:<builder>"),
-            (
-                "path",
-                self.name != "digits" or self.path is None,
-                "None for data.name 'digits'",
-            ),
-            (
-                "path",
-                own is None or self.path is not None,
-                f"the path of {own} for data.name {self.name!r}",
-            ),
-            ("path", is_unicode(self.path or ""), "UTF-8"),
-            ("image_size", 0 <= self.image_size <= _MAX_IMAGE_SIZE, sizes),
-            ("resize", 0 <= self.resize <= _MAX_IMAGE_SIZE, sizes),
-            (
-                "normalization",
-                self.normalization in ("dataset", "clip"),
-                "dataset or clip",
-            ),
-            ("half", self.half in (0, 1, 2), "0 for all records, 1 or 2"),
-            ("validation_size", self.validation_size >= 0, "at least 0"),
-        ):
-            if not fits:
-                value = getattr(self, key)
-                shown = repr(value) if isinstance(value, str) else value
-                raise UserError(f"data.{key} is {shown}: it must be {allowed}")
+        names = f"one of {', '.join(datasets.NAMES)}, or tfds:<builder>"
+        require(bool(known), "data.name", self.name, names)
+        path, given = self.path, self.path is not None
+        if self.name == "digits":
+            require(not given, "data.path", path, "None for data.name 'digits'")
+        if own:
+            allowed = f"the path of {own} for data.name {self.name!r}"
+            require(given, "data.path", path, allowed)
+        require(is_unicode(path or ""), "data.path", path, "UTF-8")
+        for key in ("image_size", "resize"):
+            fits = 0 <= getattr(self, key) <= _MAX_IMAGE_SIZE
+            allowed = f"in [0, {_MAX_IMAGE_SIZE}]"
+            require(fits, f"data.{key}", getattr(self, key), allowed)
+        require_one_of("data.normalization", self.normalization, ("dataset", "clip"))
+        halves = "0 for all records, 1 or 2"
+        require(self.half in (0, 1, 2), "data.half", self.half, halves)
+        size = self.validation_size
+        require(size >= 0, "data.validation_size", size, "at least 0")
 
 
 class Dataset(NamedTuple):
@@ -178,8 +168,8 @@ def _prepared(config: DataConfig, records: Records) -> Records:
 
 
 def _check_validation(config: DataConfig, num_records: int) -> None:
-    if config.validation_size >= num_records:
-        raise UserError(
-            f"data.validation_size is {config.validation_size}: it must be less than"
-            f" the number of training records, {num_records}"
-        )
+    size, allowed = (
+        config.validation_size,
+        f"less than {num_records}, the training records",
+    )
+    require(size < num_records, "data.validation_size", size, allowed)

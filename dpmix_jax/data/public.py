@@ -16,7 +16,7 @@ import numpy as np
 from dpmix_jax.data import DataConfig, Dataset, datasets, half, load_bank
 from dpmix_jax.data.records import Records
 from dpmix_jax.data.rendered import RENDERED, rendered
-from dpmix_jax.errors import UserError
+from dpmix_jax.errors import UserError, require
 
 _NUM_RENDERED = 1_500
 
@@ -50,18 +50,14 @@ class PublicConfig:
         of_rendered = dict.fromkeys(RENDERED, ("path", "image_size", "half"))
         refused = {**of_rendered, "bank": ("half",)}
         for key in refused.get(self.name, ()):
-            if getattr(self, key):
-                raise UserError(
-                    f"public.{key} is {getattr(self, key)!r}: it must not be given for"
-                    f" public.name {self.name!r}"
-                )
-        if self.name == RENDERED:
+            value = getattr(self, key)
+            allowed = f"None for public.name {self.name!r}"
+            require(not value, f"public.{key}", value, allowed)
+        if self.name in RENDERED:
             return
-        if self.is_bank and self.path is None:
-            raise UserError(
-                "public.path is None: it must be the path of a folder for public.name"
-                " 'bank'"
-            )
+        if self.is_bank:
+            allowed = "the path of a folder for public.name 'bank'"
+            require(self.path is not None, "public.path", self.path, allowed)
         with _named_public():
             DataConfig(
                 name=self.files,

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from dpmix_jax.data import images
-from dpmix_jax.errors import UserError
+from dpmix_jax.errors import UserError, require, require_one_of
 from dpmix_jax.synthetic.plan import Wanted
 
 PROMPT = "a photo of a {name}"  # DP-Mix, Section 5
@@ -50,16 +50,13 @@ class DiffusionConfig:
     safety_checker: bool = True
 
     def __post_init__(self):
-        for flag, valid, allowed in (
-            ("prompt", "{name}" in self.prompt, "a text with {name}"),
-            ("steps", 1 <= self.steps <= 1000, "in [1, 1000]"),
-            ("guidance", 0 <= self.guidance <= 100, "in [0, 100]"),
-            ("sampler", self.sampler in (None, *SAMPLERS), ", ".join(SAMPLERS)),
-            ("dtype", self.dtype in DTYPES, ", ".join(DTYPES)),
-        ):
-            if not valid:
-                value = getattr(self, flag)
-                raise UserError(f"--{flag} is {value!r}: it must be {allowed}")
+        text = "a text with {name}"
+        require("{name}" in self.prompt, "--prompt", self.prompt, text)
+        require(1 <= self.steps <= 1000, "--steps", self.steps, "in [1, 1000]")
+        require(0 <= self.guidance <= 100, "--guidance", self.guidance, "in [0, 100]")
+        if self.sampler is not None:
+            require_one_of("--sampler", self.sampler, SAMPLERS)
+        require_one_of("--dtype", self.dtype, DTYPES)
 
 
 def spoken(class_name: str) -> str:
