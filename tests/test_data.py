@@ -124,7 +124,7 @@ def test_unreadable_files(tmp_path):
         ({"image_size": 4000}, r"data.image_size is 4000: it must be in \[0, 2048\]"),
         (
             {"normalization": "x"},
-            "data.normalization is 'x': it must be one of dataset",
+            "data.normalization is 'x': it must be dataset or",
         ),
         ({"half": 3}, "data.half is 3: it must be 0 for all records, 1 or 2"),
         ({"validation_size": -1}, "data.validation_size is -1: it must be at least 0"),

@@ -19,7 +19,7 @@ import numpy as np
 from dpmix_jax.data import datasets, images, tfds
 from dpmix_jax.data.folder import load_bank
 from dpmix_jax.data.records import Records, is_unicode
-from dpmix_jax.errors import UserError, require, require_one_of
+from dpmix_jax.errors import UserError, require
 
 __all__ = ["DataConfig", "Dataset", "Records", "blank", "load", "load_bank"]
 
@@ -84,7 +84,8 @@ class DataConfig:
             fits = 0 <= getattr(self, key) <= _MAX_IMAGE_SIZE
             allowed = f"in [0, {_MAX_IMAGE_SIZE}]"
             require(fits, f"data.{key}", getattr(self, key), allowed)
-        require_one_of("data.normalization", self.normalization, ("dataset", "clip"))
+        scale, allowed = self.normalization, "dataset or clip"
+        require(scale in ("dataset", "clip"), "data.normalization", scale, allowed)
         halves = "0 for all records, 1 or 2"
         require(self.half in (0, 1, 2), "data.half", self.half, halves)
         size = self.validation_size
