@@ -92,7 +92,7 @@ def test_rendered_clothes_are_of_no_photograph(monkeypatch):
         UserError, match=r"must be among T-shirt/top, .*, Ankle boot, in"
     ):
         load_public(config, DIGITS, data.load(DIGITS))
-    with pytest.raises(UserError, match=r"public.half is 1: it must not be given for"):
+    with pytest.raises(UserError, match=r"public.half is 1: it must be None for"):
         PublicConfig(name="rendered_clothes", half=1)
     text = describe(config, pool, 2)
     assert "rendered_clothes, 20 images declared public" in text
