@@ -2,9 +2,15 @@ import json
 
 import pytest
 
+from configs import digits
 from dpmix_jax import UserError
 from dpmix_jax.run.config import check_flags, differences, from_config_dict, to_dict
 from tests import runs
+
+
+def load():
+    """The config of digits as a mapping, that settings can be added to."""
+    return digits.get_config().unlock()
 
 
 @pytest.mark.parametrize(
