@@ -12,11 +12,11 @@ from dpmix_jax.run.config import choose
 
 # By epsilon: updates, learning rate.
 ROWS = {
-    "1": (140, 8.0),
-    "2": (280, 8.0),
+    "1": (280, 8.0),
+    "2": (280, 12.0),
     "3": (280, 16.0),
-    "4": (280, 16.0),
-    "8": (280, 16.0),
+    "4": (400, 12.0),
+    "8": (560, 16.0),
 }
 
 
@@ -38,6 +38,6 @@ def get_config(epsilon: str = "3") -> ml_collections.ConfigDict:
             "momentum": 0.9,
             "ema_decay": 0.95,
         },
-        performance={"microbatch_size": "2048"},
+        performance={"microbatch_size": "4096"},
         logging={"log_every": 20, "eval_every": 1000, "checkpoint_every": 100},
     )

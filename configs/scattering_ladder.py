@@ -1,0 +1,38 @@
+"""Sweep: what each method is worth on scattering coefficients of Fashion-MNIST.
+
+python experiments/sweep.py --config=configs/scattering_ladder.py --out=runs/ladder
+"""
+
+import ml_collections
+
+from configs._base import method
+from dpmix_jax.run.config import choose
+
+CLOTHES = {"public.name": "rendered_clothes"}
+ROWS = {
+    "plain": (("DP-SGD", method("dp_sgd")),),
+    "methods": (
+        ("DP-SGD", method("dp_sgd")),
+        ("Self-Aug, K = 2", method("self_aug", k_base=2)),
+        ("Self-Aug, K = 4", method("self_aug", k_base=4)),
+        ("DP-Mix_self, 2 + 2", method("dp_mix_self", k_base=2, k_self=2)),
+        (
+            "DP-Mix_diff, 2 + 1 + 1",
+            method("dp_mix_diff", k_base=2, k_diff=1, k_self=1) | CLOTHES,
+        ),
+    ),
+}
+EPSILONS = {"plain": ("1", "2", "3", "4", "8"), "methods": ("3",)}
+
+
+def get_config(rows: str = "plain") -> ml_collections.ConfigDict:
+    return ml_collections.ConfigDict(
+        {
+            "title": "Scattering and a linear classifier on Fashion-MNIST",
+            "base": "configs/scattering_fashion_mnist.py:{epsilon}",
+            "seeds": 5,
+            "rows": choose(ROWS, rows, "rows"),
+            "columns": {"epsilon": EPSILONS[rows]},
+            "metric": "test_accuracy_ema",
+        }
+    )
