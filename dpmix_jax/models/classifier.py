@@ -24,7 +24,8 @@ class Classifier:
       logits: `f(params, images [B, H, W, C]) -> [B, O]`.
       encode: `f(params, images [N, H, W, C]) -> embeddings [N, ...]`, each of its
         image alone, or None for a model without an encoder and a head.
-      classify: `f(params, embeddings [B, ...]) -> [B, O]`, by the head alone.
+      classify: `f(params, embeddings [B, ...]) -> [B, O]`, by the head alone; the
+        embeddings may be flat, [B, E].
       images_at_once: how many images `encode` takes at a time on this machine, or None
         for all.
     """
@@ -94,16 +95,19 @@ def make_classifier(
     def embedding(params, image):
         return apply(params, image[None], method="encode")[0]
 
+    encodes = hasattr(module, "encode")
+    shape = jax.eval_shape(embedding, shapes, blank[0]).shape if encodes else ()
+
+    def classify(params, embeddings):
+        embeddings = embeddings.reshape(len(embeddings), *shape)
+        return apply(params, embeddings, method=lambda model, x: model.head(x))
+
     return Classifier(
         shapes=shapes,
         init=init,
         logits=apply,
-        encode=_in_chunks(embedding, images_at_once)
-        if hasattr(module, "encode")
-        else None,
-        classify=lambda params, embeddings: apply(
-            params, embeddings, method=lambda model, x: model.head(x)
-        ),
+        encode=_in_chunks(embedding, images_at_once) if encodes else None,
+        classify=classify,
         images_at_once=images_at_once,
     )
 
