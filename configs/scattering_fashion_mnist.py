@@ -24,7 +24,13 @@ def get_config(epsilon: str = "3") -> ml_collections.ConfigDict:
     num_updates, learning_rate = choose(ROWS, epsilon)
     return experiment(
         data={"name": "fashion_mnist"},
-        model={"name": "scattering_linear", "scales": 2, "angles": 8, "groups": 27},
+        model={
+            "name": "scattering_linear",
+            "scales": 2,
+            "angles": 8,
+            "groups": 27,
+            "epsilon": 4e-4,
+        },
         finetune={"embeddings": "kept"},
         method={"name": "dp_sgd"},
         privacy={

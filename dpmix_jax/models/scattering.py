@@ -1,6 +1,7 @@
 """The wavelet scattering transform: an encoder without weights and without data."""
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -11,7 +12,6 @@ from flax import linen as nn
 
 _SIGMA, _FREQUENCY = 0.8, 0.75 * np.pi  # of the finest wavelet, in pixels and radians
 _PI = 3.1415  # in the norm of Gaussians, as kymatio has it: coefficients are the same
-_EPSILON = 1e-5
 
 
 class Scattering(nn.Module):
@@ -34,6 +34,8 @@ class Scattering(nn.Module):
       order: 1, or 2 for moduli of moduli as well.
       groups: at most so many groups of consecutive channels are normalised, as many as
         divide the channels; 0 leaves normalisation out.
+      epsilon: added to the variance of a group, so that groups with less, such as
+        second-order ones of smooth images, stay small.
       dtype: of the head; coefficients are float32 whatever it is.
 
     Raises:
@@ -47,6 +49,7 @@ class Scattering(nn.Module):
     angles: int = 8
     order: int = 2
     groups: int = 27
+    epsilon: float = 1e-5
     dtype: jax.typing.DTypeLike = jnp.float32
 
     @nn.compact
@@ -59,7 +62,7 @@ class Scattering(nn.Module):
         """
         self._check(images.shape)
         found = coefficients(images, self.scales, self.angles, self.order)
-        return normalize(found, self.groups) if self.groups else found
+        return normalize(found, self.groups, self.epsilon) if self.groups else found
 
     def _check(self, shape: tuple[int, ...]) -> None:
         for name, least, most in (
@@ -72,6 +75,8 @@ class Scattering(nn.Module):
             if value < least or (most is not None and value > most):
                 limits = f"at least {least}" if most is None else f"{least} or {most}"
                 raise ValueError(f"{name} is {value}: it must be {limits}")
+        if not 0 < self.epsilon < math.inf:
+            raise ValueError(f"epsilon is {self.epsilon}: it must be positive")
         if min(shape[1:3]) < 2**self.scales:
             raise ValueError(
                 f"images are {shape[1]}x{shape[2]} pixels: they must be at least"
@@ -116,19 +121,20 @@ class ScatteringCNN(nn.Module):
         return nn.Dense(self.num_classes)(x.astype(jnp.float32))
 
 
-def normalize(x: jax.Array, groups: int) -> jax.Array:
+def normalize(x: jax.Array, groups: int, epsilon: float = 1e-5) -> jax.Array:
     """Normalises groups of channels of each image by their own mean and variance.
 
     Args:
       x: [B, h, w, channels].
       groups: the largest number of groups; the one taken divides the channels.
+      epsilon: added to the variance.
     """
     channels = x.shape[-1]
     number = max(n for n in range(1, groups + 1) if channels % n == 0)
     grouped = x.reshape(*x.shape[:-1], number, -1)
     centred = grouped - grouped.mean((1, 2, 4), keepdims=True)
     variance = jnp.square(centred).mean((1, 2, 4), keepdims=True)
-    return (centred * jax.lax.rsqrt(variance + _EPSILON)).reshape(x.shape)
+    return (centred * jax.lax.rsqrt(variance + epsilon)).reshape(x.shape)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
