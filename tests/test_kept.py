@@ -90,6 +90,32 @@ def test_stopped_or_killed_it_goes_on_to_the_same_bytes(tmp_path, after, cut):
     kept_of(tmp_path / "embeddings", records, lambda: pytest.fail("done before"))
 
 
+def test_files_of_another_run_are_not_believed(tmp_path):
+    """Of another size, or readable by others; and a link is not followed."""
+    records, path = toy.records(N), tmp_path / "embeddings"
+    kept_of(tmp_path / "whole", records)
+    whole = (tmp_path / "whole").read_bytes()
+    for name, content in (("", whole[:-1]), (".partial", 2 * whole)):
+        stale = tmp_path / f"embeddings{name}"
+        stale.write_bytes(content)
+        stale.chmod(0o644)
+        kept_of(path, records)
+        assert path.read_bytes() == whole
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+        path.unlink()
+    (tmp_path / "embeddings.partial").symlink_to(tmp_path / "whole")
+    with pytest.raises(OSError, match="symbolic links"):
+        kept_of(path, records)
+
+
+def test_another_seed_never_meets_embeddings_of_the_first(tmp_path):
+    workdir = Workdir(tmp_path)
+    for name in ("embeddings", "embeddings.partial"):
+        (tmp_path / name).write_text("of a seed that is lost")
+    workdir.begin(None, data="x", noise_multiplier=1.0)
+    assert not list(tmp_path.glob("embeddings*"))
+
+
 @pytest.mark.proves("models.kept.make_embed", 1)
 @pytest.mark.proves("devices.on_every_device", 1)
 @pytest.mark.parametrize("value", [0, 255])
@@ -180,7 +206,9 @@ def test_without_augmentation_kept_is_fresh(tmp_path):
     assert np.abs(fresh["params/params/head/kernel"]).max() > 0.1
 
 
-@pytest.mark.parametrize("place", ["device", "host"])
+@pytest.mark.parametrize(
+    "place", ["device", pytest.param("host", marks=pytest.mark.slow)]
+)
 def test_a_run_on_kept_sets_says_so_and_erases_them(tmp_path, monkeypatch, place):
     """Embedded once; the statement and the accuracy over views are there."""
     calls, keep = [], kept.keep

@@ -106,16 +106,20 @@ def keep(
       record i; None if stopped.
     """
     row = row_type(embed, put(np.full(microbatch_size, -1)), inputs)
-    if not path.exists():
+    whole = num_sets * num_records * row.itemsize
+    if not path.exists() or path.stat().st_size != whole:
         partial = path.with_name(f"{path.name}.partial")
-        descriptor = os.open(partial, os.O_RDWR | os.O_CREAT, 0o600)
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
+        descriptor = os.open(partial, flags, 0o600)
         with open(descriptor, "r+b") as file:
+            os.fchmod(descriptor, 0o600)  # of a file that was there before
             starts = [
                 (j, i)
                 for j in range(num_sets)
                 for i in range(0, num_records, microbatch_size)
             ]
-            written = os.fstat(descriptor).st_size // row.itemsize
+            size = os.fstat(descriptor).st_size
+            written = size // row.itemsize if size <= whole else 0
             done = max(sum(j * num_records + i <= written for j, i in starts) - 1, 0)
             j, i = starts[done]
             file.truncate((j * num_records + i) * row.itemsize)

@@ -270,7 +270,8 @@ def _gradient(
 
 
 def _has_linear_head(config, model: Classifier) -> bool:
-    return finetune.is_linear_head(*config.finetune.split(model.shapes))
+    is_linear = finetune.is_linear_head(*config.finetune.split(model.shapes))
+    return is_linear and model.encode is not None
 
 
 def _head_gradient(config, model: Classifier) -> clipping.BoundedSensitivityCallable:

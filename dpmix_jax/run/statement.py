@@ -225,8 +225,8 @@ def statement(report: dict[str, Any]) -> str:
         "Kept embeddings": (
             f"{report['kept_sets']} augmentation set(s) of each record were embedded"
             " once, from that record, public data and a key; each update drew one of"
-            " them for each of its records. The embeddings were deleted after the last"
-            " update"
+            " them for each of its records. The embeddings were kept in half precision"
+            " and deleted after the last update"
             if report.get("kept_sets")
             else ""
         ),

@@ -82,24 +82,25 @@ class Workdir:
         Raises:
           UserError: if a run began here with other data, or if its secret is lost.
         """
-        kept = self.kept()
-        if kept is None:
+        began = self.kept()
+        if began is None:
             if (self.path / "checkpoints").exists():
                 raise UserError(
                     f"workdir {self.path} has checkpoints but no secret.json to go on"
                     " from them: use another --workdir"
                 )
+            self._drop_embeddings()  # of another seed
             drawn = secrets.randbits(128) if seed is None else seed
             self._keep(
                 {"seed": drawn, "data": data, "noise_multiplier": noise_multiplier}
             )
             return drawn
-        if kept["data"] != data:
+        if began["data"] != data:
             raise UserError(
                 f"workdir {self.path} holds a run that began with other data: put those"
                 " back, or use another --workdir"
             )
-        return kept["seed"]
+        return began["seed"]
 
     def _keep(self, content: Mapping[str, Any]) -> None:
         self.write_json("secret.json", content, mode=0o600)
@@ -109,12 +110,16 @@ class Workdir:
         """The file of embeddings that are kept until the last update."""
         return self.path / "embeddings"
 
+    def _drop_embeddings(self) -> None:
+        for path in self.path.glob(f"{self.embeddings.name}*"):  # whole or partial
+            path.unlink()
+
     def forget_secrets(self) -> None:
         """Erases kept embeddings, and the seed that can draw the noise again."""
-        self.embeddings.unlink(missing_ok=True)
-        kept = self.kept()
-        assert kept is not None
-        self._keep({**kept, "seed": None})
+        self._drop_embeddings()
+        began = self.kept()
+        assert began is not None
+        self._keep({**began, "seed": None})
 
     def end(self, results: Mapping[str, Any]) -> None:
         """Writes the results, which mark the run as finished."""
