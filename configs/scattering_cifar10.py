@@ -2,12 +2,14 @@
 
 python experiments/run.py --config=configs/scattering_cifar10.py
 
-The argument is the epsilon, one of 1, 2, 3, 4, 8 (3 if none is given).
+The argument is the epsilon, one of 1, 2, 3, 4, 8 (3 if none is given). The
+paper has no such row.
+
 --config.model.name=scattering_cnn --config.model.features=64,64 trains a small CNN on
 the same coefficients.
 
-Hardware: two CPU cores would do; the embeddings take 1.6 GB of memory. Not run here:
-CIFAR-10 could not be fetched.
+Hardware: two CPU cores would do; the embeddings take 1.6 GB of memory. Hours: not run
+here, CIFAR-10 could not be fetched.
 
 Accuracy: published with scattering and a CNN (Tramer and Boneh, 2021, by another
 accounting): 60.9, 67.0, 69.3 and 69.7 at epsilon 1, 2, 3 and 4, and 72.4 at 8.

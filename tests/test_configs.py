@@ -31,6 +31,14 @@ NOISE_MULTIPLIERS = {
         "fashion_mnist": (1.3353, 1.04479, 0.90866, 0.82931, 0.72881, 0.66964),
     }.items()
 }
+LADDER = ("1", "2", "3", "4", "8")
+NOISE_MULTIPLIERS |= {
+    name: dict(zip(LADDER, noise, strict=True))
+    for name, noise in {
+        "scattering_fashion_mnist": (8.6372, 4.6904, 3.3298, 3.0944, 2.0968),
+        "scattering_cifar10": (10.3342, 5.5900, 3.9505, 3.6698, 2.4653),
+    }.items()
+}
 FROM_SCRATCH = tuple(NOISE_MULTIPLIERS)
 # Heads: batch and updates of a dataset are the same at each epsilon, so one tells.
 HEADS = (1.8786, 2.7388, 2.5852, 1.4943, 6.3973)
@@ -42,7 +50,7 @@ NOISE_MULTIPLIERS["wrn28_10"] = {
     **{"cifar100-4": 11.255, "cifar100-8": 8.8385},
 }
 RUNS = (*NOISE_MULTIPLIERS, "convnext_base")
-SWEEPS = ("baselines", "rates", "table10", "table11")
+SWEEPS = ("baselines", "rates", "scattering_ladder", "table10", "table11")
 
 
 def module(name):
@@ -85,7 +93,7 @@ def test_every_argument_round_trips_and_is_what_it_says(name):
         if data:
             assert config.data.name == data
     if name in FROM_SCRATCH:
-        assert arguments(name) == list(EPSILONS)
+        assert arguments(name) == list(NOISE_MULTIPLIERS[name])
         stated = re.search(r"\((\d) if none is given\)", module(name).__doc__)
         default = module(name).get_config().to_dict()
         assert to_dict(from_config_dict(default)) == to_dict(load(name, stated[1]))
@@ -149,6 +157,18 @@ def test_every_run_of_the_tables_has_a_config(name, data):
         assert methods == {*METHODS, "microbatch_mixup"}
         assert sizes == {1, 16, 20, 34, 36}
         assert len(built) == 10 * 2 * 5
+
+
+def test_a_ladder_compares_methods_on_as_many_images():
+    plain = [run.config for run in grid("scattering_ladder").runs()]
+    assert len(plain) == len(LADDER) * 5
+    built = [run.config for run in grid("scattering_ladder", "methods").runs()]
+    sizes = {(b.method.name, b.method.set_size) for b in built}
+    assert sizes == {
+        *(("dp_sgd", 1), ("self_aug", 2), ("self_aug", 4)),
+        *(("dp_mix_self", 4), ("dp_mix_diff", 4)),
+    }
+    assert {b.finetune.embeddings for b in plain + built} == {"kept"}
 
 
 @pytest.mark.parametrize("data", ["", "cifar10", "digits", "fashion_mnist"])

@@ -200,7 +200,7 @@ def test_bad_options_are_refused(options, message):
 
 
 def test_options_are_those_of_the_encoder_and_of_the_head():
-    encoder = "scales", "angles", "order", "groups"
+    encoder = "scales", "angles", "order", "groups", "epsilon"
     assert models.options("scattering_linear") == encoder
     head = "features", "pool", "hidden"
     assert models.options("scattering_cnn") == (*encoder, *head)

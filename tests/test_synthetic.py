@@ -306,7 +306,7 @@ MISTAKES = {
     " Pullover, Dress, Coat, Sandal, Shirt, Sneaker, Bag, Ankle boot; class 'airplane'"
     " is none of them",
     "--generator=diffusion --data=digits": "--model is missing",
-    "--data=digits --out=names": "bank names is not writable",
+    "--data=digits --out=names": "bank names is a file: it must be a folder",
 }
 
 
