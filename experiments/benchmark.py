@@ -10,6 +10,11 @@ with another program on their cores its rows were seen to take ten times as long
 twice.
 """
 
+import signal
+
+if __name__ == "__main__":  # Ctrl-C while JAX is imported: no traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import dataclasses
 import sys
 import time

@@ -9,6 +9,11 @@ Features are taken of public and test images only: of the private training set, 
 validation records, which come from it, there is no way to ask for them.
 """
 
+import signal
+
+if __name__ == "__main__":  # Ctrl-C while JAX is imported: no traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import dataclasses
 import json
 import pathlib

@@ -10,6 +10,11 @@ shape of its images are taken, which are constants but for `npz`, `folder` and u
 the same command goes on; `manifest.json` says how the images were made.
 """
 
+import signal
+
+if __name__ == "__main__":  # Ctrl-C while JAX is imported: no traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import pathlib
 from typing import Any
 

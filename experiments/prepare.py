@@ -9,6 +9,11 @@ writes an array_record folder (PNG, without TensorFlow), which
 `--config.data.name=tfds:caltech256 --config.data.path=out` reads.
 """
 
+import signal
+
+if __name__ == "__main__":  # Ctrl-C while JAX is imported: no traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import time
 
 from absl import flags

@@ -8,6 +8,11 @@ in `--config=configs/digits.py:8` is the epsilon whose row of the config is take
 Started again with the same command, a run that was stopped goes on where it was.
 """
 
+import signal
+
+if __name__ == "__main__":  # Ctrl-C while JAX is imported: no traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import pathlib
 
 from absl import flags

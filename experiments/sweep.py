@@ -17,6 +17,11 @@ the best by a noisy count of correct validation records in `selected/`, deletes 
 others, and the epsilon of the model that is left covers the whole search.
 """
 
+import signal
+
+if __name__ == "__main__":  # Ctrl-C while JAX is imported: no traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import pathlib
 
 from absl import flags

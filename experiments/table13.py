@@ -9,6 +9,11 @@ augmentation and mixing cost. Each method takes the sets of the config, by defau
 16, 34 and 36. Hours are those of all its updates, reckoned from the time of a record.
 """
 
+import signal
+
+if __name__ == "__main__":  # Ctrl-C while JAX is imported: no traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import dataclasses
 from collections.abc import Callable
 from typing import Any

@@ -8,6 +8,7 @@ import shutil
 import signal
 import stat
 import subprocess
+import time
 
 import numpy as np
 import pytest
@@ -303,6 +304,17 @@ def test_out_of_memory_is_one_line_that_names_the_knob(tmp_path):
 
 
 # Processes, where the process is the point.
+
+
+@pytest.mark.parametrize("seconds", [0.3, 1.0])
+def test_ctrl_c_during_imports_is_no_traceback(tmp_path, seconds):
+    command = program(tmp_path / "run")
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE) as process:
+        time.sleep(seconds)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode in (-signal.SIGINT, 128 + signal.SIGINT)
+    assert b"Traceback" not in err
 
 
 def test_killed_a_run_keeps_its_secret_seed_and_then_forgets_it(tmp_path):

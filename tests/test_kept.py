@@ -196,6 +196,7 @@ def weights_of(path, flags):
     return safetensors.numpy.load_file(path / "model.safetensors")
 
 
+@pytest.mark.slow
 def test_without_augmentation_kept_is_fresh(tmp_path):
     """But for half precision; sampling and noise are the same."""
     flags = {"finetune.embeddings": "kept"}

@@ -4,6 +4,7 @@ import ast
 import functools
 import json
 import pathlib
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
@@ -140,6 +141,7 @@ def start(
 
     def guarded(argv: list[str]) -> NoReturn:
         logging.set_verbosity(logging.WARNING)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         try:
             if argv[1:]:
                 raise UserError(f"{argv[1]} is not a flag: they begin with --")
