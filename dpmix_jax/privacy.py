@@ -112,16 +112,9 @@ class PrivacyConfig:
 
     def sampling_prob(self, num_records: int) -> float:
         """Returns q = B / N, or raises `UserError` if that is no probability."""
-        size, allowed = (
-            self.expected_batch_size,
-            "at most the number of training records",
-        )
-        require(
-            size <= num_records,
-            "privacy.expected_batch_size",
-            size,
-            f"{allowed}, {num_records}",
-        )
+        size = self.expected_batch_size
+        allowed = f"at most the number of training records, {num_records}"
+        require(size <= num_records, "privacy.expected_batch_size", size, allowed)
         return size / num_records
 
 
