@@ -208,7 +208,7 @@ def make_rows(names: Sequence[str], k: int) -> list[Row]:
     images = rng.standard_normal((*shape, *each), np.float32)
     classes = rng.integers(NUM_CLASSES, size=shape)
     labels = np.eye(NUM_CLASSES, dtype=np.float32)[classes]
-    options = {"depth": _DEPTH.value, "width": _WIDTH.value}
+    options: dict[str, Any] = {"depth": _DEPTH.value, "width": _WIDTH.value}
     model: Any = (
         nn.Dense(NUM_CLASSES, dtype=performance().dtype)
         if _HEAD.value

@@ -11,7 +11,7 @@ import pytest
 from dpmix_jax import UserError, models
 from dpmix_jax.models import finetune
 from dpmix_jax.models.classifier import make_classifier
-from dpmix_jax.models.scattering import coefficients, normalize
+from dpmix_jax.models.scattering import coefficients, normalize, roots
 from dpmix_jax.run import experiment
 from dpmix_jax.run.config import from_config_dict, to_dict
 from dpmix_jax.run.workdir import Workdir
@@ -149,6 +149,19 @@ def test_groups_of_each_image_have_mean_0_and_variance_1():
         assert 0.2 < jnp.abs(quarter).mean() / jnp.abs(found).mean() < 0.3
 
 
+def test_roots_are_of_all_but_the_averaged_image():
+    images = jax.random.normal(jax.random.key(0), (3, 8, 6, 2))
+    plain = np.asarray(coefficients(images, 1, 8, 2)).reshape(3, 4, 3, 2, 9)
+    options = {"scales": 1, "shape": (8, 6, 2), "groups": 0}
+    model = classifier(roots=True, **options)
+    found = np.asarray(model.encode({}, images)).reshape(plain.shape)
+    np.testing.assert_allclose(found[..., 0], plain[..., 0], atol=1e-6)
+    np.testing.assert_allclose(found[..., 1:] ** 2, plain[..., 1:], atol=1e-6)
+    assert (plain[..., 0] < 0).any()
+    negative = roots(jnp.full((1, 1, 1, 2), -1e-9), 1)
+    np.testing.assert_array_equal(np.ravel(negative), np.float32([-1e-9, 0]))
+
+
 def classifier(name="scattering_linear", shape=(8, 8, 1), **options):
     return make_classifier(name, options, image_shape=shape, num_classes=10)
 
@@ -200,7 +213,7 @@ def test_bad_options_are_refused(options, message):
 
 
 def test_options_are_those_of_the_encoder_and_of_the_head():
-    encoder = "scales", "angles", "order", "groups", "epsilon"
+    encoder = "scales", "angles", "order", "roots", "groups", "epsilon"
     assert models.options("scattering_linear") == encoder
     head = "features", "pool", "hidden"
     assert models.options("scattering_cnn") == (*encoder, *head)

@@ -11,6 +11,7 @@ from dpmix_jax.models.convnext import ConvNeXt
 from dpmix_jax.models.layers import EncoderAndHead, LinearHead
 from dpmix_jax.models.scattering import Scattering, ScatteringCNN
 from dpmix_jax.models.vit import VisionTransformer
+from dpmix_jax.models.whitening import Whitening
 from dpmix_jax.models.wrn import WideResNet
 
 # A class with `num_classes` maps images to logits. A class without maps images to
@@ -33,19 +34,29 @@ def options(name: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(field for field in fields if field not in given))
 
 
-def create(name: str, num_classes: int | None, **kwargs) -> nn.Module:
+def create(
+    name: str, num_classes: int | None, *, whitening: bool = False, **kwargs
+) -> nn.Module:
     """Builds a model: float images [B, H, W, C] -> logits [B, num_classes].
 
     Args:
       name: of `REGISTRY`.
       num_classes: O; None for an encoder without a head, which returns embeddings.
+      whitening: whether embeddings are whitened before the head, see
+        `whitening.Whitening`.
       **kwargs: options of the model, and the `dtype` of its computation.
 
     Raises:
-      UserError: for a name that no model has.
+      UserError: for a name that no model has, or for the whitening of a model that has
+        no embeddings.
     """
     model = _model(name)
     if "num_classes" in _fields(model):
+        if whitening:
+            raise UserError(
+                "finetune.whitening is set: it must be None for a model without an"
+                f" encoder, such as {name}"
+            )
         return model(num_classes=num_classes, **kwargs)
     names = _fields(HEADS[name]) if name in HEADS else ()
     of_head = {key: value for key, value in kwargs.items() if key in names}
@@ -56,7 +67,7 @@ def create(name: str, num_classes: int | None, **kwargs) -> nn.Module:
     }
     make: Callable[..., nn.Module] = HEADS.get(name, LinearHead)
     head = None if num_classes is None else make(num_classes, **of_head)
-    return EncoderAndHead(model(**of_encoder), head)
+    return EncoderAndHead(model(**of_encoder), head, Whitening() if whitening else None)
 
 
 def _model(name: str) -> type[nn.Module]:

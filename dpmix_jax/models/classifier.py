@@ -48,6 +48,7 @@ def make_classifier(
     *,
     image_shape: tuple[int, int, int],
     num_classes: int,
+    whitening: bool = False,
     dtype: jax.typing.DTypeLike = jnp.float32,
     matmul_precision: str = "float32",
 ) -> Classifier:
@@ -58,6 +59,7 @@ def make_classifier(
       options: of that model.
       image_shape: H, W, C.
       num_classes: O.
+      whitening: whether embeddings are whitened before the head.
       dtype: of the computation; parameters are float32.
       matmul_precision: of float32 products, which accelerators lower if not told.
 
@@ -65,7 +67,9 @@ def make_classifier(
       UserError: for options that do not fit the images, or a model that keeps anything
         but parameters, such as BatchNorm's statistics.
     """
-    module: Any = models.create(name, num_classes, dtype=dtype, **options)
+    module: Any = models.create(
+        name, num_classes, whitening=whitening, dtype=dtype, **options
+    )
     blank = jnp.zeros((1, *image_shape), jnp.float32)
 
     def apply(params, inputs, **kwargs):

@@ -1,6 +1,7 @@
 """Weights that training starts from, and which of them it changes."""
 
 import dataclasses
+import math
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -9,7 +10,7 @@ import jax
 from flax import traverse_util
 from jax_privacy import clipping
 
-from dpmix_jax.errors import UserError
+from dpmix_jax.errors import UserError, require
 from dpmix_jax.models import pretrained
 
 PyTree = Any
@@ -40,6 +41,9 @@ class FinetuneConfig:
         of a record in each update; `kept` embeds `sets` of each record once, before
         the first update, and each update draws one of them (see `models.kept`).
       sets: M, how many are kept of each record.
+      whitening: for a head on a frozen encoder: whitens embeddings by those of the
+        public images of the config, with this much regularization, such as 0.1 (see
+        `models.whitening`); None leaves them as they are.
     """
 
     encoder: str | None = None
@@ -48,6 +52,7 @@ class FinetuneConfig:
     trainable: str = "all"
     embeddings: str = "fresh"
     sets: int = 1
+    whitening: float | None = None
 
     def __post_init__(self):
         if not _names(self.trainable):
@@ -72,6 +77,12 @@ class FinetuneConfig:
                 f"finetune.sets is {self.sets}: it must be 1 unless"
                 " finetune.embeddings is 'kept'"
             )
+        require(
+            self.whitening is None or 0 < self.whitening < math.inf,
+            "finetune.whitening",
+            self.whitening,
+            "positive, or None",
+        )
 
     def load(self, params: PyTree) -> PyTree:
         """Returns initial parameters with those of the files in their places.
@@ -83,8 +94,9 @@ class FinetuneConfig:
           UserError: for files that are missing, damaged or of another model.
         """
         if self.weights is not None:
+            fitted = () if self.whitening is None else ("whitening",)
             params = pretrained.load_weights(
-                self.weights, params, skip=_names(self.skip)
+                self.weights, params, skip=(*_names(self.skip), *fitted)
             )
         if self.encoder is not None:
             inner = params["params"]
@@ -130,21 +142,25 @@ class FinetuneConfig:
         """Divides parameters into those to be trained and those that are frozen.
 
         Raises:
-          UserError: for a name that no module has, or for kept embeddings of a model of
-        which more than a head is trained.
+          UserError: for a name that no module has, or for kept or whitened embeddings
+            of a model of which more than a head is trained.
         """
         trained, frozen = self._split(params)
-        if self.embeddings == "kept" and not is_head(trained, frozen):
-            raise UserError(
-                "finetune.embeddings is 'kept': it must be 'fresh' where more is"
-                " trained than a head on a frozen encoder, see finetune.trainable"
+        more = "where more is trained than a head on a frozen encoder"
+        for key, allowed in (("embeddings", "fresh"), ("whitening", None)):
+            value = getattr(self, key)
+            require(
+                value == allowed or is_head(trained, frozen),
+                f"finetune.{key}",
+                value,
+                f"{allowed!r} {more}, see finetune.trainable",
             )
         return trained, frozen
 
     def _split(self, params: PyTree) -> tuple[PyTree, PyTree]:
         flat, names = traverse_util.flatten_dict(params), _names(self.trainable)
         if names == ("all",):
-            return params, {}
+            names = tuple({path[1] for path in flat} - {"whitening"})
         for name in names:
             if not any(name in path for path in flat):
                 top = sorted({path[1] for path in flat})
@@ -168,7 +184,7 @@ def join(trained: PyTree, frozen: PyTree | None = None) -> PyTree:
 def is_head(trained: PyTree, frozen: PyTree) -> bool:
     """Whether these are a whole head, and what its encoder has of parameters."""
     trained, frozen = trained["params"], (frozen or {"params": {}})["params"]
-    return set(trained) == {"head"} and set(frozen) <= {"encoder"}
+    return set(trained) == {"head"} and set(frozen) <= {"encoder", "whitening"}
 
 
 def is_linear_head(trained: PyTree, frozen: PyTree) -> bool:

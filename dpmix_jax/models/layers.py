@@ -152,17 +152,21 @@ class LinearHead(nn.Dense):
 class EncoderAndHead(nn.Module):
     """An image encoder and a classifier of its embeddings.
 
-    Parameters are `{"encoder": ..., "head": ...}`; `pretrained.load_encoder` reads
-    weights for the encoder. An encoder without parameters leaves `{"head": ...}`.
+    Parameters are `{"encoder": ..., "head": ...}`, and `"whitening"` where there is
+    one; `pretrained.load_encoder` reads weights for the encoder. An encoder without
+    parameters leaves `{"head": ...}`.
 
     Attributes:
       encoder: maps images [B, H, W, C] to embeddings [B, ...] in float32.
       head: maps embeddings to logits [B, O]; None leaves it out: the result is the
         embedding.
+      whitening: maps embeddings to embeddings [B, ...] before the head; None leaves it
+        out.
     """
 
     encoder: nn.Module
     head: nn.Module | None = None
+    whitening: nn.Module | None = None
 
     def __call__(self, images: jax.Array) -> jax.Array:
         """[B, H, W, C] -> logits [B, O], or embeddings [B, ...] without a head."""
@@ -170,8 +174,9 @@ class EncoderAndHead(nn.Module):
         return embedding if self.head is None else self.head(embedding)
 
     def encode(self, images: jax.Array) -> jax.Array:
-        """[B, H, W, C] -> embeddings [B, ...] as the encoder returns them."""
-        return self.encoder(images)
+        """[B, H, W, C] -> embeddings [B, ...], whitened if they are to be."""
+        embedding = self.encoder(images)
+        return embedding if self.whitening is None else self.whitening(embedding)
 
     @property
     def CPU_IMAGES(self) -> int | None:  # noqa: N802, a constant of the encoder

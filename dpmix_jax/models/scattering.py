@@ -32,6 +32,8 @@ class Scattering(nn.Module):
       scales: J, at least 1; the result has one value for 2^J x 2^J pixels.
       angles: L, at least 1.
       order: 1, or 2 for moduli of moduli as well.
+      roots: whether square roots are taken of all coefficients but the averaged image,
+        which evens out how much strong and weak edges vary.
       groups: at most so many groups of consecutive channels are normalised, as many as
         divide the channels; 0 leaves normalisation out.
       epsilon: added to the variance of a group, so that groups with less, such as
@@ -48,6 +50,7 @@ class Scattering(nn.Module):
     scales: int = 2
     angles: int = 8
     order: int = 2
+    roots: bool = False
     groups: int = 27
     epsilon: float = 1e-5
     dtype: jax.typing.DTypeLike = jnp.float32
@@ -62,6 +65,8 @@ class Scattering(nn.Module):
         """
         self._check(images.shape)
         found = coefficients(images, self.scales, self.angles, self.order)
+        if self.roots:
+            found = roots(found, images.shape[-1])
         return normalize(found, self.groups, self.epsilon) if self.groups else found
 
     def _check(self, shape: tuple[int, ...]) -> None:
@@ -135,6 +140,19 @@ def normalize(x: jax.Array, groups: int, epsilon: float = 1e-5) -> jax.Array:
     centred = grouped - grouped.mean((1, 2, 4), keepdims=True)
     variance = jnp.square(centred).mean((1, 2, 4), keepdims=True)
     return (centred * jax.lax.rsqrt(variance + epsilon)).reshape(x.shape)
+
+
+def roots(x: jax.Array, colours: int) -> jax.Array:
+    """Takes square roots of coefficients [B, h, w, C * P] but for the averaged images.
+
+    Args:
+      x: from `coefficients`; averages of moduli below 0 by rounding become 0.
+      colours: C.
+    """
+    by_colour = x.reshape(*x.shape[:-1], colours, -1)
+    image, moduli = by_colour[..., :1], by_colour[..., 1:]
+    moduli = jnp.sqrt(jnp.maximum(moduli, 0.0))
+    return jnp.concatenate([image, moduli], axis=-1).reshape(x.shape)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))

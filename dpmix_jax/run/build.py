@@ -1,7 +1,6 @@
 """From a config to what a run computes: terms, their sum, the update, the state."""
 
 import dataclasses
-import pathlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -23,7 +22,7 @@ from dpmix_jax import (
 )
 from dpmix_jax.baselines import microbatch_mixup, pretraining
 from dpmix_jax.data import Records
-from dpmix_jax.models import finetune, kept
+from dpmix_jax.models import finetune, whitening
 from dpmix_jax.models.classifier import Classifier, make_classifier
 from dpmix_jax.run import performance
 from dpmix_jax.run.config import ExperimentConfig
@@ -31,7 +30,7 @@ from dpmix_jax.run.config import ExperimentConfig
 PyTree = Any
 Indices = Callable[[int], list[np.ndarray]]
 
-_EMBEDDED = 2048  # images, about, that are embedded before they are written
+_EMBEDDED = 256  # public images, about, that are embedded at a time
 _MOST_IMAGES = 64  # about, in a microbatch whose memory does not grow with it
 CLIPPED_GRADIENTS = {
     "instantiate": gradients.clipped_gradient,
@@ -99,6 +98,11 @@ class Parts:
         """Returns parameters of the whole model, with what is frozen."""
         return finetune.join(trained, self.frozen)
 
+    def released(self, trained: PyTree) -> PyTree:
+        """Returns parameters with those of a whitening, which nothing else holds."""
+        fitted = self.frozen.get("params", {}).get("whitening")
+        return finetune.join(trained, fitted and {"params": {"whitening": fitted}})
+
     def put(self, indices: np.ndarray) -> training.Batch:
         return training.put_batch(indices, self.mesh, self.host_records)
 
@@ -144,6 +148,7 @@ def classifier(config: ExperimentConfig, records: Records) -> Classifier:
         config.model.options,
         image_shape=records.image_shape,
         num_classes=records.num_classes,
+        whitening=config.finetune.whitening is not None,
         dtype=config.performance.dtype,
         matmul_precision=config.performance.matmul_precision,
     )
@@ -172,6 +177,8 @@ def build(
     """
     mesh = devices.make_mesh()
     trained, frozen = _initial_params(config, model, given, seed)
+    if config.finetune.whitening is not None:
+        frozen = _whitened(config, model, frozen, records, public)
 
     def loss_fn(params, images, labels, *constants):
         logits = model.logits(finetune.join(params, *constants), images)
@@ -181,7 +188,7 @@ def build(
     make_terms = _terms_of_groups if _has_groups(config) else _terms_of_records
     terms = make_terms(
         config,
-        finetune.on_embeddings(_head_gradient(config, model), encode)
+        finetune.on_embeddings(head_gradient(config, model), encode)
         if encode
         else _gradient(config, loss_fn),
         records,
@@ -219,7 +226,7 @@ def build(
         ),
         host_records=() if on_device else arrays,
         sets=sets,
-        accumulate=_accumulate(config, sets, terms.gradient_fn, mesh),
+        accumulate=accumulate(config, sets, terms.gradient_fn, mesh),
         apply_update=training.make_update(
             privatize_and_step, ema_decay=config.optimizer.ema_decay
         ),
@@ -256,6 +263,21 @@ def _initial_params(config, model: Classifier, given: PyTree, seed: int):
     return trained, frozen
 
 
+def _whitened(config, model: Classifier, frozen: PyTree, records, public) -> PyTree:
+    """Returns frozen parameters with those that whiten by the public images."""
+    assert model.encode is not None  # the config has seen to both
+    assert public is not None
+    count = min(len(public), whitening.MOST_IMAGES)
+    chosen = public.images[np.linspace(0, len(public) - 1, count).astype(int)]
+    encode = jax.jit(model.encode)
+    found = [
+        np.asarray(encode(frozen, records.normalize(jnp.asarray(part))))
+        for part in np.array_split(chosen, -(-count // _EMBEDDED))
+    ]
+    fitted = whitening.fit(np.concatenate(found), config.finetune.whitening)
+    return {"params": {**frozen["params"], "whitening": fitted}}
+
+
 def _gradient(
     config, loss_fn, *, linear_head: bool = False
 ) -> clipping.BoundedSensitivityCallable:
@@ -274,7 +296,7 @@ def _has_linear_head(config, model: Classifier) -> bool:
     return is_linear and model.encode is not None
 
 
-def _head_gradient(config, model: Classifier) -> clipping.BoundedSensitivityCallable:
+def head_gradient(config, model: Classifier) -> clipping.BoundedSensitivityCallable:
     """Returns the clipped sum of a head over embeddings."""
 
     def loss_fn(params, embeddings, labels, *constants):
@@ -285,96 +307,13 @@ def _head_gradient(config, model: Classifier) -> clipping.BoundedSensitivityCall
     return _gradient(config, loss_fn, linear_head=_has_linear_head(config, model))
 
 
-def _accumulate(config, sets: training.MakeSets, gradient_fn, mesh) -> Any:
+def accumulate(config, sets: training.MakeSets, gradient_fn, mesh) -> Any:
+    """Returns what adds the clipped sum of a microbatch to the sums of its batch."""
     return training.make_accumulate(
         training.make_clipped_sum(
             sets, gradient_fn, l2_clip_norm=config.privacy.l2_clip_norm
         ),
         mesh,
-    )
-
-
-def keep(
-    parts: Parts,
-    config: ExperimentConfig,
-    model: Classifier,
-    path: pathlib.Path,
-    *,
-    num_records: int,
-    stop: Callable[[], bool],
-) -> np.ndarray | None:
-    """Embeds the sets of all records, see `kept.keep`; None if stopped."""
-    each = max(_EMBEDDED // config.method.set_size // parts.mesh.size, 1)
-    return kept.keep(
-        path,
-        embed(parts, model),
-        parts.put,
-        parts.inputs,
-        num_records=num_records,
-        num_sets=config.finetune.sets,
-        microbatch_size=each * parts.mesh.size,
-        stop=stop,
-    )
-
-
-def blank_rows(
-    parts: Parts, config: ExperimentConfig, model: Classifier, num_records: int
-) -> np.ndarray:
-    """Returns zeros of the size of what `keep` returns."""
-    batch = parts.put(np.full(parts.mesh.size, -1))
-    row = kept.row_type(embed(parts, model), batch, parts.inputs)
-    return np.zeros(config.finetune.sets * num_records, row)
-
-
-def embed(parts: Parts, model: Classifier) -> kept.Embed:
-    """Compiles the embedding of a microbatch of these parts; see `kept.make_embed`."""
-    assert model.encode is not None  # the config has seen to it
-    return kept.make_embed(parts.sets, model.encode, parts.mesh)
-
-
-def on_kept(
-    parts: Parts,
-    config: ExperimentConfig,
-    model: Classifier,
-    rows: np.ndarray,
-    seed: int,
-) -> Parts:
-    """Returns parts that train on kept embeddings in the place of images.
-
-    Args:
-      parts: from `build`, whose sets have been embedded.
-      config: of the experiment.
-      model: from `classifier`.
-      rows: from `kept.keep`.
-      seed: of the run.
-    """
-    num_sets, of_records = config.finetune.sets, parts.terms.indices
-
-    def indices(microbatch_size: int) -> Indices:
-        draw = of_records(microbatch_size)
-        return lambda step: kept.rows_of(
-            draw(step),
-            seed=seed,
-            step=step,
-            num_records=len(rows) // num_sets,
-            num_sets=num_sets,
-        )
-
-    arrays = tuple(rows[name] for name in rows.dtype.names or ())
-    on_device = config.performance.keeps_on_device(rows.nbytes, parts.mesh.size)
-    gradient_fn = _head_gradient(config, model)
-    return dataclasses.replace(
-        parts,
-        terms=dataclasses.replace(
-            parts.terms, gradient_fn=gradient_fn, indices=indices
-        ),
-        inputs=parts.inputs._replace(
-            records=devices.put_everywhere(arrays, parts.mesh) if on_device else ()
-        ),
-        host_records=() if on_device else arrays,
-        sets=kept.sets,
-        accumulate=_accumulate(config, kept.sets, gradient_fn, parts.mesh),
-        expected_records=config.privacy.expected_batch_size,
     )
 
 

@@ -16,6 +16,8 @@ from dpmix_jax.files import write_atomically
 from dpmix_jax.progress import say
 from dpmix_jax.training import TrainState
 
+PyTree = Any
+
 
 class Checkpoints:
     """The last two states of a run, a file for each, that is whole or absent.
@@ -123,10 +125,10 @@ def _read(path: pathlib.Path) -> dict[str, np.ndarray] | None:
     return tensors if promised == _checksum(tensors) else None
 
 
-def export_weights(state: TrainState) -> bytes:
+def export_weights(params: PyTree, ema_params: PyTree) -> bytes:
     """Packs weights, raw (`params/...`) and EMA (`ema_params/...`), as safetensors.
 
-    These are what the guarantee covers; nothing else of the state may be released.
+    These are what the guarantee covers; nothing else of a state may be released.
     """
-    trees = {"params": state.params, "ema_params": state.ema_params}
+    trees = {"params": params, "ema_params": ema_params}
     return safetensors.numpy.save(_tensors(trees))

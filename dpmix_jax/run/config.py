@@ -109,9 +109,9 @@ class ExperimentConfig:
     Attributes:
       seed: non-negative, for a run that can be repeated; None draws a secret one from
         the operating system, which is what a release needs.
-      public: images declared public, which `dp_mix_diff`, `pure_dp_mix_diff` and
-        pre-training need and nothing else takes. A group of nothing but None is None,
-        so that a config file can hold placeholders for flags.
+      public: images declared public, which `dp_mix_diff`, `pure_dp_mix_diff`,
+        pre-training and whitening need and nothing else takes. A group of nothing but
+        None is None, so that a config file can hold placeholders for flags.
     """
 
     seed: int | None = None
@@ -141,8 +141,11 @@ class ExperimentConfig:
         )
         updates, method = self.pretrain.num_updates, f"method.name {self.method.name!r}"
         public = self.public and self.public.name
-        if self.method.num_public or updates:
+        white = self.finetune.whitening
+        if self.method.num_public or updates or white is not None:
             use = f"pretrain.num_updates {updates}" if updates else method
+            if white is not None:
+                use = f"finetune.whitening {white}"
             allowed = f"the name of a public dataset for {use}"
             require(public is not None, "public.name", public, allowed)
         else:

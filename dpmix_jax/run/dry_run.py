@@ -8,7 +8,7 @@ import numpy as np
 from dpmix_jax import data, training
 from dpmix_jax.data.public import blank_public
 from dpmix_jax.progress import duration, say
-from dpmix_jax.run import build, performance
+from dpmix_jax.run import build, embeddings, performance
 from dpmix_jax.run.config import ExperimentConfig
 
 
@@ -38,8 +38,8 @@ def dry_run(config: ExperimentConfig) -> str:
         config, model, given, records, mechanism=mechanism, seed=0, public=public
     )
     if config.finetune.embeddings == "kept":
-        rows = build.blank_rows(parts, config, model, len(records))
-        parts = build.on_kept(parts, config, model, rows, seed=0)
+        rows = embeddings.blank_rows(parts, config, model, len(records))
+        parts = embeddings.on_kept(parts, config, model, rows, seed=0)
     say("compiling and timing a microbatch")
     with performance.explained_out_of_memory(config.performance):
         size = parts.microbatch_size(config.performance)

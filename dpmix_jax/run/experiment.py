@@ -14,7 +14,7 @@ from dpmix_jax import data, privacy, training
 from dpmix_jax.data.public import load_public
 from dpmix_jax.errors import UserError
 from dpmix_jax.progress import Progress, say
-from dpmix_jax.run import build, evaluate, performance
+from dpmix_jax.run import build, embeddings, evaluate, performance
 from dpmix_jax.run.checkpoint import Checkpoints
 from dpmix_jax.run.config import ExperimentConfig, to_dict
 from dpmix_jax.run.release import final_line, public_data_used, release
@@ -144,7 +144,7 @@ def train(
     if config.finetune.embeddings == "kept" and first < num_updates:
         assert seed is not None
         with performance.explained_out_of_memory(config.performance):
-            rows = build.keep(
+            rows = embeddings.keep(
                 parts,
                 config,
                 model,
@@ -155,7 +155,7 @@ def train(
         if rows is None:
             say("stopped: the same command goes on from there")
             return False
-        parts = build.on_kept(parts, config, model, rows, seed)
+        parts = embeddings.on_kept(parts, config, model, rows, seed)
 
     every, progress = config.logging, Progress(first, num_updates, started)
     with performance.explained_out_of_memory(config.performance):

@@ -58,7 +58,8 @@ def release(
         kept_sets=config.finetune.sets * (config.finetune.embeddings == "kept"),
     )
     text = statement.statement(facts)
-    workdir.write("model.safetensors", export_weights(state))
+    weights = (parts.released(params) for params in (state.params, state.ema_params))
+    workdir.write("model.safetensors", export_weights(*weights))
     workdir.write_json("privacy.json", facts)
     workdir.write("PRIVACY.md", text)
     raw, ema = (
@@ -126,6 +127,7 @@ def public_data_used(
         public,
         config.method.num_public,
         config.pretrain.num_updates,
+        whitens=config.finetune.whitening is not None,
         checked=not (config.public and config.public.is_other_half(config.data)),
     )
     said = [images] if config.public else []

@@ -1,0 +1,99 @@
+"""Kept embeddings of a run: how a config asks for them, and what trains on them."""
+
+import dataclasses
+import pathlib
+from collections.abc import Callable
+
+import numpy as np
+
+from dpmix_jax import devices
+from dpmix_jax.models import kept
+from dpmix_jax.models.classifier import Classifier
+from dpmix_jax.run.build import Indices, Parts, accumulate, head_gradient
+from dpmix_jax.run.config import ExperimentConfig
+
+_EMBEDDED = 2048  # images, about, that are embedded before they are written
+
+
+def keep(
+    parts: Parts,
+    config: ExperimentConfig,
+    model: Classifier,
+    path: pathlib.Path,
+    *,
+    num_records: int,
+    stop: Callable[[], bool],
+) -> np.ndarray | None:
+    """Embeds the sets of all records, see `kept.keep`; None if stopped."""
+    each = max(_EMBEDDED // config.method.set_size // parts.mesh.size, 1)
+    return kept.keep(
+        path,
+        _embed(parts, model),
+        parts.put,
+        parts.inputs,
+        num_records=num_records,
+        num_sets=config.finetune.sets,
+        microbatch_size=each * parts.mesh.size,
+        stop=stop,
+    )
+
+
+def blank_rows(
+    parts: Parts, config: ExperimentConfig, model: Classifier, num_records: int
+) -> np.ndarray:
+    """Returns zeros of the size of what `keep` returns."""
+    batch = parts.put(np.full(parts.mesh.size, -1))
+    row = kept.row_type(_embed(parts, model), batch, parts.inputs)
+    return np.zeros(config.finetune.sets * num_records, row)
+
+
+def _embed(parts: Parts, model: Classifier) -> kept.Embed:
+    """Compiles the embedding of a microbatch of these parts; see `kept.make_embed`."""
+    assert model.encode is not None  # the config has seen to it
+    return kept.make_embed(parts.sets, model.encode, parts.mesh)
+
+
+def on_kept(
+    parts: Parts,
+    config: ExperimentConfig,
+    model: Classifier,
+    rows: np.ndarray,
+    seed: int,
+) -> Parts:
+    """Returns parts that train on kept embeddings in the place of images.
+
+    Args:
+      parts: from `build`, whose sets have been embedded.
+      config: of the experiment.
+      model: from `classifier`.
+      rows: from `kept.keep`.
+      seed: of the run.
+    """
+    num_sets, of_records = config.finetune.sets, parts.terms.indices
+
+    def indices(microbatch_size: int) -> Indices:
+        draw = of_records(microbatch_size)
+        return lambda step: kept.rows_of(
+            draw(step),
+            seed=seed,
+            step=step,
+            num_records=len(rows) // num_sets,
+            num_sets=num_sets,
+        )
+
+    arrays = tuple(rows[name] for name in rows.dtype.names or ())
+    on_device = config.performance.keeps_on_device(rows.nbytes, parts.mesh.size)
+    gradient_fn = head_gradient(config, model)
+    return dataclasses.replace(
+        parts,
+        terms=dataclasses.replace(
+            parts.terms, gradient_fn=gradient_fn, indices=indices
+        ),
+        inputs=parts.inputs._replace(
+            records=devices.put_everywhere(arrays, parts.mesh) if on_device else ()
+        ),
+        host_records=() if on_device else arrays,
+        sets=kept.sets,
+        accumulate=accumulate(config, kept.sets, gradient_fn, parts.mesh),
+        expected_records=config.privacy.expected_batch_size,
+    )
