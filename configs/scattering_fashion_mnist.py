@@ -23,9 +23,9 @@ from dpmix_jax.run.config import choose
 
 # By epsilon: updates, learning rate.
 ROWS = {
-    "1": (280, 8.0),
-    "2": (280, 12.0),
-    "3": (280, 16.0),
+    "1": (280, 4.0),
+    "2": (280, 6.0),
+    "3": (280, 8.0),
     "4": (400, 12.0),
     "8": (560, 16.0),
 }
@@ -39,10 +39,12 @@ def get_config(epsilon: str = "3") -> ml_collections.ConfigDict:
             "name": "scattering_linear",
             "scales": 2,
             "angles": 8,
+            "roots": True,
             "groups": 27,
-            "epsilon": 4e-4,
+            "epsilon": 1e-2,
         },
-        finetune={"embeddings": "kept"},
+        public={"name": "rendered_clothes"},
+        finetune={"embeddings": "kept", "whitening": 0.03},
         method={"name": "dp_sgd"},
         augmentation={"max_shift": 2.0},
         privacy={

@@ -16,7 +16,6 @@ import ml_collections
 from configs._base import method
 from dpmix_jax.run.config import choose
 
-CLOTHES = {"public.name": "rendered_clothes"}
 ROWS = {
     "plain": (("DP-SGD", method("dp_sgd")),),
     "methods": (
@@ -26,7 +25,7 @@ ROWS = {
         ("DP-Mix_self, 2 + 2", method("dp_mix_self", k_base=2, k_self=2)),
         (
             "DP-Mix_diff, 2 + 1 + 1",
-            method("dp_mix_diff", k_base=2, k_diff=1, k_self=1) | CLOTHES,
+            method("dp_mix_diff", k_base=2, k_diff=1, k_self=1),
         ),
     ),
 }
