@@ -22,6 +22,7 @@ from dpmix_jax import (
 )
 from dpmix_jax.baselines import microbatch_mixup
 from dpmix_jax.mixup import METHODS
+from dpmix_jax.models import kept
 from tests import toy
 
 CLIP_NORM = 0.05  # below every norm: nothing hides behind an idle clip
@@ -48,6 +49,14 @@ def make_record_set(name):
         return microbatch_mixup.group_set(method, SOME)
     return augmentation_set(
         toy.method(name, **OPTIONS.get(name, {})), SOME, normalize=DATA.normalize
+    )
+
+
+def make_sets(name):
+    return training.make_sets(
+        make_record_set(name),
+        normalize=lambda images: images,  # pixels that are no numbers
+        num_classes=toy.NUM_CLASSES,
     )
 
 
@@ -86,13 +95,7 @@ def sums(methods: Sequence[str]) -> dict[str, np.ndarray]:
     for method in methods:
         accumulate = training.make_accumulate(
             training.make_clipped_sum(
-                training.make_sets(
-                    make_record_set(method),
-                    normalize=lambda images: images,  # pixels that are no numbers
-                    num_classes=toy.NUM_CLASSES,
-                ),
-                gradient_fn,
-                l2_clip_norm=CLIP_NORM,
+                make_sets(method), gradient_fn, l2_clip_norm=CLIP_NORM
             ),
             mesh,
         )
@@ -121,6 +124,23 @@ def sums(methods: Sequence[str]) -> dict[str, np.ndarray]:
         indices, *records = batches["base"]
         if method == "dp_sgd":
             found[f"{method}/host"] = total(indices, (), None, tuple(records))
+    return found
+
+
+def rows() -> dict[str, np.ndarray]:
+    """Returns kept embeddings by `rows/variant`, of `base` and of `replaced`."""
+    mesh, found = devices.make_mesh(), {}
+    embed = kept.make_embed(
+        make_sets("dp_mix_self"), lambda _, images: jnp.tanh(images.mean((1, 3))), mesh
+    )
+    for variant, (indices, *records) in variants().items():
+        if variant in ("base", "replaced"):
+            embeddings, _ = embed(
+                devices.put_everywhere(jnp.int32(3), mesh),
+                training.put_batch(indices, mesh),
+                training.put_inputs(jax.random.key(7), mesh, records=tuple(records)),
+            )
+            found[f"rows/{variant}"] = np.asarray(embeddings)
     return found
 
 
@@ -157,7 +177,7 @@ def main(out: str, *coordinates: str) -> None:
         jax.distributed.initialize(address, int(processes), int(process))
         found = sums(METHODS_ON["two processes"])
     else:
-        found = sums(METHODS_ON["four devices"]) | unsafe_shard_map_sums()
+        found = sums(METHODS_ON["four devices"]) | unsafe_shard_map_sums() | rows()
     np.savez(out, **found)
 
 

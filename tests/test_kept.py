@@ -117,7 +117,6 @@ def test_another_seed_never_meets_embeddings_of_the_first(tmp_path):
 
 
 @pytest.mark.proves("models.kept.make_embed", 1)
-@pytest.mark.proves("devices.on_every_device", 1)
 @pytest.mark.parametrize("value", [0, 255])
 def test_a_row_is_of_its_record_alone(tmp_path, value):
     """Bit for bit: only the rows of a record that is another differ."""

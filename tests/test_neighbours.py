@@ -98,12 +98,24 @@ def test_a_changed_record_moves_the_sum_by_the_sensitivity(
 @pytest.mark.parametrize("topology", TOPOLOGIES[1:])
 def test_topologies_agree(by_topology, topology):
     one = by_topology["one device"]
-    compared = [name for name in by_topology[topology] if "shard_map" not in name]
+    others = "shard_map", "rows"
+    compared = [n for n in by_topology[topology] if not n.startswith(others)]
     methods = {*clipped_sums.METHODS_ON[topology]}
     assert {name.split("/")[0] for name in compared} == methods
     assert "dp_sgd/host" in compared
     for name in compared:
         np.testing.assert_allclose(by_topology[topology][name], one[name], atol=1e-6)
+
+
+@pytest.mark.proves("devices.on_every_device", 1)
+@pytest.mark.proves("models.kept.make_embed", 1)
+def test_each_device_embeds_its_own_records(by_topology):
+    """On four devices a row is what it is on one, and of its record alone."""
+    found = by_topology["four devices"]
+    for name, rows in clipped_sums.rows().items():
+        np.testing.assert_array_equal(found[name], rows)
+    same = (found["rows/base"] == found["rows/replaced"]).all(1)
+    assert list(np.flatnonzero(~same)) == [clipped_sums.CHANGED]
 
 
 def test_the_check_catches_a_sum_before_the_clip(by_topology):
