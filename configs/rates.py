@@ -3,10 +3,10 @@
 python experiments/sweep.py --config=configs/rates.py:vit_b16:caltech256-2 \
     --set=finetune.encoder=open_clip_model.safetensors
 
-The argument is a config of this folder (vit_b16, convnext_base, wrn28_10 or digits),
-and that config's own argument. Self-Aug and DP-Mix_self try each rate with 3 seeds; the
-table shows accuracy on validation records, a tenth of the training set, that no run
-trains on.
+The argument is a config of this folder (vit_b16, convnext_base, wrn28_10, digits or
+scattering_fashion_mnist), and that config's own argument. Self-Aug and DP-Mix_self, or
+DP-SGD if that is the config's method, try each rate with 3 seeds; the table shows
+accuracy on validation records, a tenth of the training set, that no run trains on.
 
 All runs look at the same private records. The epsilon of a model trained with the rate
 that comes out, `choice.json`, covers its own run and not this search, as its privacy
@@ -32,7 +32,12 @@ RATES = {
     "convnext_base": (0.5, 1.0, 2.0, 4.0, 8.0),
     "wrn28_10": (0.25, 0.5, 1.0, 2.0, 4.0),
     "digits": (0.25, 0.5, 1.0, 2.0, 4.0),
+    "scattering_fashion_mnist": (2.0, 4.0, 8.0, 16.0),
 }
+ROWS = (
+    ("Self-Aug", {"method.name": "self_aug", "method.k_self": 0}),
+    ("DP-Mix_self", {"method.name": "dp_mix_self"}),
+)
 
 
 def get_config(base: str = "vit_b16:cifar10-1") -> ml_collections.ConfigDict:
@@ -45,10 +50,7 @@ def get_config(base: str = "vit_b16:cifar10-1") -> ml_collections.ConfigDict:
         {
             "title": f"Learning rates, {base}",
             "base": f"configs/{name}.py" + (f":{argument}" if argument else ""),
-            "rows": (
-                ("Self-Aug", {"method.name": "self_aug", "method.k_self": 0}),
-                ("DP-Mix_self", {"method.name": "dp_mix_self"}),
-            ),
+            "rows": (("DP-SGD", {}),) if config.method.name == "dp_sgd" else ROWS,
             "columns": {"optimizer": {"learning_rate": rates}},
             "common": {"data": {"validation_size": records // 10}},
             "seeds": 3,
