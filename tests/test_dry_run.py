@@ -37,7 +37,7 @@ def test_it_tells_noise_work_memory_and_hours_without_data(tmp_path, monkeypatch
     assert lines["noise"] == "sigma = 2.6224, C = 1"
     assert lines["updates"] == "2,600 of 4,096 expected records, q = 0.08192"
     assert lines["images"] == "8,192 an update (K = 2, dp_mix_self)"
-    assert lines["parameters"] == "20,910"
+    assert lines["parameters"] == "20,910 to be trained"
     assert re.fullmatch(
         r"0\.\d\d GiB a device for microbatches of 4 records", lines["memory"]
     )

@@ -155,7 +155,7 @@ def describe(
     images_per_record: int,
     pretraining_updates: int = 0,
     *,
-    whitens: bool = False,
+    whitened_by: int = 0,
     checked: bool = True,
 ) -> str:
     """Says in a privacy statement what public data were used, and what they may hide.
@@ -165,7 +165,7 @@ def describe(
       bank: those images, or None.
       images_per_record: k_diff, or 0.
       pretraining_updates: of initial weights on these images, or 0.
-      whitens: whether embeddings are whitened by those of these images.
+      whitened_by: how many of these images set the whitening of embeddings, or 0.
       checked: whether copies of private images were looked for.
     """
     if config is None or bank is None:
@@ -183,8 +183,11 @@ def describe(
             "on which the initial weights were trained for"
             f" {pretraining_updates} updates without noise"
         )
-    if whitens:
-        uses.append("by whose embeddings those of all images are whitened")
+    if whitened_by:
+        uses.append(
+            f"of which the embeddings of {whitened_by:,} set the mean and the scales by"
+            " which all embeddings are whitened"
+        )
     origin = (
         "they were drawn by this program from what the names of the classes mean, and"
         " no photograph was used"

@@ -78,10 +78,10 @@ class FinetuneConfig:
                 " finetune.embeddings is 'kept'"
             )
         require(
-            self.whitening is None or 0 < self.whitening < math.inf,
+            self.whitening is None or 1e-4 <= self.whitening < math.inf,
             "finetune.whitening",
             self.whitening,
-            "positive, or None",
+            "at least 0.0001, or None",
         )
 
     def load(self, params: PyTree) -> PyTree:
@@ -95,6 +95,13 @@ class FinetuneConfig:
         """
         if self.weights is not None:
             fitted = () if self.whitening is None else ("whitening",)
+            require(
+                not fitted or "head" in _names(self.skip),
+                "finetune.skip",
+                self.skip,
+                "a list with 'head' for finetune.whitening: a head from a file belongs"
+                " to embeddings that are whitened otherwise",
+            )
             params = pretrained.load_weights(
                 self.weights, params, skip=(*_names(self.skip), *fitted)
             )

@@ -5,6 +5,7 @@ of whitened embeddings therefore learns under the same noise what it would other
 learn in many more updates.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -12,17 +13,18 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from dpmix_jax.errors import UserError
+
 PyTree = Any
 
-MOST_IMAGES = 2048  # whose embeddings are taken, which bounds the time that it takes
-_RANK = 256
+_MOST_IMAGES, _LARGEST, _RANK = 2048, 2**17, 256  # which bound time and memory
 
 
 class Whitening(nn.Module):
     """Takes a mean out of embeddings, and scales some of their directions.
 
     Parameters are the `mean` [E], orthonormal `directions` [E, R] with their `gains`
-    [R], and one `scale`: x -> scale (x' + directions (gains * directions^T x')) with
+    [R], and one `scale` [1]: x -> scale (x' + directions (gains * directions^T x')) with
     x' = x - mean. They start as the identity, see `fit`, and are never trained.
     """
 
@@ -35,40 +37,63 @@ class Whitening(nn.Module):
         mean = self.param("mean", nn.initializers.zeros, (size,))
         directions = self.param("directions", nn.initializers.zeros, (size, rank))
         gains = self.param("gains", nn.initializers.zeros, (rank,))
-        scale = self.param("scale", nn.initializers.ones, ())
+        scale = self.param("scale", nn.initializers.ones, (1,))
         flat = flat - mean[None]
-        along = (flat @ directions) * gains[None]
-        return (scale * (flat + along @ directions.T)).reshape(x.shape)
+        product = functools.partial(jnp.matmul, precision="highest")
+        along = product(flat, directions) * gains[None]
+        return (scale[None] * (flat + product(along, directions.T))).reshape(x.shape)
+
+
+def chosen(count: int) -> np.ndarray:
+    """Returns which of so many public images are embedded: all, or 2,048 of them."""
+    return np.linspace(0, count - 1, min(count, _MOST_IMAGES)).astype(int)
 
 
 def fit(embeddings: np.ndarray, regularization: float) -> PyTree:
-    """Returns the parameters of `Whitening` of which it whitens some embeddings.
+    """Returns parameters with which `Whitening` whitens embeddings like these.
 
     Directions are eigenvectors of the covariance, and an eigenvalue a is scaled by
     sqrt(r / (a + r)), r `regularization` times the greatest (Krizhevsky, 2009; Coates
-    and Ng, 2012). All but the first 256 are left as they are, for which a is far below
-    r. The scale then gives embeddings the mean squared norm that they had.
+    and Ng, 2012). All but the first 256 are left as they are. The scale then gives
+    these embeddings the mean squared norm that they had.
 
     Args:
-      embeddings: [n, ...], of public images.
-      regularization: positive.
+      embeddings: [n, ...], of public images; where they hardly vary, nothing but their
+        mean is taken out.
+      regularization: at least 1e-4, for which float32 is enough.
+
+    Raises:
+      UserError: for embeddings that are not finite, or of more than 131,072 numbers.
     """
-    flat = embeddings.reshape(len(embeddings), -1).astype(np.float64)
-    mean, size = flat.mean(0), flat.shape[1]
-    centred = flat - mean
-    variances, axes = _principal_axes(centred, min(_RANK, size))
-    directions, gains = np.zeros((size, min(_RANK, size))), np.zeros(min(_RANK, size))
-    directions[:, : len(axes)] = axes.T
-    gains[: len(axes)] = np.sqrt(regularization / (variances + regularization)) - 1
-    white = centred + (centred @ directions) * gains @ directions.T
-    norm, before = np.square(white).sum(), np.square(flat).sum()
-    scale = np.sqrt(before / norm) if norm > 0 else 1.0
+    flat = embeddings.reshape(len(embeddings), -1)
+    size = flat.shape[1]
+    if size > _LARGEST:
+        raise UserError(
+            f"finetune.whitening is {regularization}: it must be None for embeddings of"
+            f" {size:,} numbers, more than {_LARGEST:,}"
+        )
+    if not np.isfinite(flat).all():
+        raise UserError(
+            f"finetune.whitening is {regularization}: it must be None for an encoder"
+            " whose embeddings of public images are not finite"
+        )
+    flat = flat.astype(np.float64)
+    before, mean, rank = np.square(flat).sum(), flat.mean(0), min(_RANK, size)
+    flat -= mean
+    after = np.square(flat).sum()
+    directions, gains, scale = np.zeros((size, rank)), np.zeros(rank), np.ones(1)
+    if after > 1e-10 * before:
+        values, axes = _principal_axes(flat, rank)
+        ratios = regularization / (values / values[0] + regularization)
+        directions[:, : len(axes)] = axes.T
+        gains[: len(axes)] = np.sqrt(ratios) - 1
+        scale *= np.sqrt(before / (after - (values * (1 - ratios)).sum()))
     found = dict(mean=mean, directions=directions, gains=gains, scale=scale)
-    return {name: jnp.asarray(value, jnp.float32) for name, value in found.items()}
+    return {name: np.asarray(value, np.float32) for name, value in found.items()}
 
 
 def _principal_axes(centred: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns variances, the greatest 1, and their axes [r, E] of rows [n, E].
+    """Returns sums of squares along principal axes, and these [r, E], of rows [n, E].
 
     They come from the smaller of the two products of the rows with themselves, which
     takes a tenth of the time of a singular value decomposition.
@@ -77,7 +102,7 @@ def _principal_axes(centred: np.ndarray, most: int) -> tuple[np.ndarray, np.ndar
     products = centred @ centred.T if few else centred.T @ centred
     values, vectors = np.linalg.eigh(products)
     values, vectors = values[::-1][:most], vectors[:, ::-1][:, :most]
-    vary = values > 1e-12 * max(values[0], 0.0)
+    vary = values > 1e-12 * values[0]
     values, vectors = values[vary], vectors[:, vary]
     axes = vectors.T @ centred / np.sqrt(values)[:, None] if few else vectors.T
-    return values / values[:1], axes
+    return values, axes

@@ -22,7 +22,7 @@ from dpmix_jax import (
 )
 from dpmix_jax.baselines import microbatch_mixup, pretraining
 from dpmix_jax.data import Records
-from dpmix_jax.models import finetune, whitening
+from dpmix_jax.models import finetune
 from dpmix_jax.models.classifier import Classifier, make_classifier
 from dpmix_jax.run import performance
 from dpmix_jax.run.config import ExperimentConfig
@@ -30,7 +30,6 @@ from dpmix_jax.run.config import ExperimentConfig
 PyTree = Any
 Indices = Callable[[int], list[np.ndarray]]
 
-_EMBEDDED = 256  # public images, about, that are embedded at a time
 _MOST_IMAGES = 64  # about, in a microbatch whose memory does not grow with it
 CLIPPED_GRADIENTS = {
     "instantiate": gradients.clipped_gradient,
@@ -99,7 +98,7 @@ class Parts:
         return finetune.join(trained, self.frozen)
 
     def released(self, trained: PyTree) -> PyTree:
-        """Returns parameters with those of a whitening, which nothing else holds."""
+        """Returns parameters with those of a whitening, which no other file holds."""
         fitted = self.frozen.get("params", {}).get("whitening")
         return finetune.join(trained, fitted and {"params": {"whitening": fitted}})
 
@@ -169,16 +168,15 @@ def build(
     Args:
       config: of the experiment.
       model: from `classifier`.
-      given: `config.finetune.load(model.shapes)`, weights from files.
+      given: `config.finetune.load(model.shapes)`, weights from files, and those of a
+        whitening from `embeddings.whitened`.
       records: the training set.
       mechanism: says how much noise.
       seed: of the run.
-      public: public images, for a method or a pre-training that takes some.
+      public: public images, of which a method or a pre-training may draw.
     """
     mesh = devices.make_mesh()
-    trained, frozen = _initial_params(config, model, given, seed)
-    if config.finetune.whitening is not None:
-        frozen = _whitened(config, model, frozen, records, public)
+    trained, frozen = initial_params(config, model, given, seed)
 
     def loss_fn(params, images, labels, *constants):
         logits = model.logits(finetune.join(params, *constants), images)
@@ -211,7 +209,8 @@ def build(
         config.optimizer.build(),
     )
     arrays = (records.images, records.labels)
-    num_bytes = records.images.nbytes + (public.images.nbytes if public else 0)
+    drawn_from = public if config.draws_public else None
+    num_bytes = sum(each.images.nbytes for each in (records, drawn_from) if each)
     on_device = config.performance.keeps_on_device(num_bytes, mesh.size)
     in_chunks = encode is not None and model.images_at_once is not None
     return Parts(
@@ -221,7 +220,7 @@ def build(
             sampling.stream_key(seed, "augmentation"),
             mesh,
             records=arrays if on_device else (),
-            pool=_pool(config, public),
+            pool=_pool(config, drawn_from),
             constants=(frozen,) if frozen else (),
         ),
         host_records=() if on_device else arrays,
@@ -245,7 +244,9 @@ def _has_groups(config: ExperimentConfig) -> bool:
     return isinstance(config.method, microbatch_mixup.MicrobatchMixupConfig)
 
 
-def _initial_params(config, model: Classifier, given: PyTree, seed: int):
+def initial_params(
+    config: ExperimentConfig, model: Classifier, given: PyTree, seed: int
+) -> tuple[PyTree, PyTree]:
     """Returns the parameters to be trained, and those that are frozen."""
 
     def draw(seed: int) -> PyTree:
@@ -261,21 +262,6 @@ def _initial_params(config, model: Classifier, given: PyTree, seed: int):
     if frozen:  # the seed is forgotten, and released weights need these
         _, frozen = config.finetune.split(draw(0))
     return trained, frozen
-
-
-def _whitened(config, model: Classifier, frozen: PyTree, records, public) -> PyTree:
-    """Returns frozen parameters with those that whiten by the public images."""
-    assert model.encode is not None  # the config has seen to both
-    assert public is not None
-    count = min(len(public), whitening.MOST_IMAGES)
-    chosen = public.images[np.linspace(0, len(public) - 1, count).astype(int)]
-    encode = jax.jit(model.encode)
-    found = [
-        np.asarray(encode(frozen, records.normalize(jnp.asarray(part))))
-        for part in np.array_split(chosen, -(-count // _EMBEDDED))
-    ]
-    fitted = whitening.fit(np.concatenate(found), config.finetune.whitening)
-    return {"params": {**frozen["params"], "whitening": fitted}}
 
 
 def _gradient(

@@ -142,10 +142,9 @@ class ExperimentConfig:
         updates, method = self.pretrain.num_updates, f"method.name {self.method.name!r}"
         public = self.public and self.public.name
         white = self.finetune.whitening
-        if self.method.num_public or updates or white is not None:
+        if self.draws_public or white is not None:
             use = f"pretrain.num_updates {updates}" if updates else method
-            if white is not None:
-                use = f"finetune.whitening {white}"
+            use = use if self.draws_public else f"finetune.whitening {white}"
             allowed = f"the name of a public dataset for {use}"
             require(public is not None, "public.name", public, allowed)
         else:
@@ -158,6 +157,11 @@ class ExperimentConfig:
             self.finetune.embeddings,
             f"'fresh' for {method}, whose groups are drawn anew in each update",
         )
+
+    @property
+    def draws_public(self) -> bool:
+        """Whether the method or a pre-training draws public images."""
+        return self.method.num_public > 0 or self.pretrain.num_updates > 0
 
 
 # Two starts of a run may differ in these settings, which change results by rounding at

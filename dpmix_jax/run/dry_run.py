@@ -53,7 +53,8 @@ def dry_run(config: ExperimentConfig) -> str:
         "updates": f"{updates:,} of {batch:,} expected records, q = {q:.5g}",
         "images": f"{batch * config.method.set_size:,} an update"
         f" (K = {config.method.set_size}, {config.method.name})",
-        "parameters": f"{model.num_parameters:,}",
+        "parameters": f"{sum(x.size for x in jax.tree.leaves(parts.state.params)):,}"
+        " to be trained",
         "memory": f"{parts.bytes_needed(size) / 2**30:.2f} GiB a device for"
         f" microbatches of {size} records",
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",

@@ -1,18 +1,82 @@
-"""Kept embeddings of a run: how a config asks for them, and what trains on them."""
+"""Whitened and kept embeddings of a run, as its config asks for them."""
 
 import dataclasses
 import pathlib
 from collections.abc import Callable
+from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+import safetensors.numpy
 
 from dpmix_jax import devices
-from dpmix_jax.models import kept
+from dpmix_jax.data import Records
+from dpmix_jax.models import kept, whitening
 from dpmix_jax.models.classifier import Classifier
-from dpmix_jax.run.build import Indices, Parts, accumulate, head_gradient
+from dpmix_jax.run.build import (
+    Indices,
+    Parts,
+    accumulate,
+    head_gradient,
+    initial_params,
+)
 from dpmix_jax.run.config import ExperimentConfig
+from dpmix_jax.run.workdir import Workdir
+
+PyTree = Any
 
 _EMBEDDED = 2048  # images, about, that are embedded before they are written
+_AT_A_TIME = 256  # public images, which large encoders embed as well
+
+
+def whitened(
+    config: ExperimentConfig,
+    model: Classifier,
+    given: PyTree,
+    records: Records,
+    public: Records | None,
+    workdir: Workdir,
+) -> PyTree:
+    """Returns weights to start from, with those that whiten by the public images.
+
+    A run that goes on takes the whitening that it began with: to fit it again, on
+    another machine or by another version, would put other sums under the same noise.
+
+    Args:
+      config: of the experiment.
+      model: from `build.classifier`.
+      given: `config.finetune.load(model.shapes)`.
+      records: the training set, of which nothing but its public constants is used.
+      public: public images.
+      workdir: of the run.
+
+    Raises:
+      UserError: for public images whose embeddings cannot be whitened.
+    """
+    if config.finetune.whitening is None:
+        return given
+    if workdir.kept() is not None and workdir.whitening.exists():
+        fitted = safetensors.numpy.load_file(workdir.whitening)
+    else:
+        assert model.encode is not None  # the config has seen to both
+        assert public is not None
+        _, frozen = initial_params(config, model, given, seed=0)
+        encode = jax.jit(model.encode)
+        chosen = public.images[whitening.chosen(len(public))]
+        found = [
+            np.asarray(encode(frozen, records.normalize(jnp.asarray(part))))
+            for part in np.array_split(chosen, -(-len(chosen) // _AT_A_TIME))
+        ]
+        fitted = whitening.fit(np.concatenate(found), config.finetune.whitening)
+    return {"params": {**given["params"], "whitening": fitted}}
+
+
+def save_whitening(given: PyTree, workdir: Workdir) -> None:
+    """Keeps what `whitened` returned for the next start of a run that has begun."""
+    fitted = given["params"].get("whitening")
+    if fitted is not None and not workdir.whitening.exists():
+        workdir.write("whitening.safetensors", safetensors.numpy.save(fitted))
 
 
 def keep(

@@ -88,6 +88,7 @@ def train(
     model = build.classifier(config, train_set)
     given = config.finetune.load(model.shapes)
     config.finetune.split(model.shapes)
+    given = embeddings.whitened(config, model, given, train_set, public, workdir)
     mechanism = mechanism_of(config.privacy, sampling_prob, workdir)
     workdir.write_json("config.json", to_dict(config), mode=0o600)
     say(
@@ -102,6 +103,7 @@ def train(
         data=data_digest(train_set, public, weights),
         noise_multiplier=mechanism.noise_multiplier,
     )
+    embeddings.save_whitening(given, workdir)
     parts = build.build(
         config,
         model,

@@ -9,6 +9,7 @@ import numpy as np
 
 from dpmix_jax import data, privacy, training
 from dpmix_jax.data.public import describe
+from dpmix_jax.models import whitening
 from dpmix_jax.progress import say
 from dpmix_jax.run import build, evaluate, report, statement
 from dpmix_jax.run.checkpoint import export_weights
@@ -127,7 +128,9 @@ def public_data_used(
         public,
         config.method.num_public,
         config.pretrain.num_updates,
-        whitens=config.finetune.whitening is not None,
+        whitened_by=whitening.chosen(len(public)).size
+        if public is not None and config.finetune.whitening is not None
+        else 0,
         checked=not (config.public and config.public.is_other_half(config.data)),
     )
     said = [images] if config.public else []

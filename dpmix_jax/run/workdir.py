@@ -90,6 +90,7 @@ class Workdir:
                     " from them: use another --workdir"
                 )
             self._drop_embeddings()  # of another seed
+            self.whitening.unlink(missing_ok=True)
             drawn = secrets.randbits(128) if seed is None else seed
             self._keep(
                 {"seed": drawn, "data": data, "noise_multiplier": noise_multiplier}
@@ -110,6 +111,11 @@ class Workdir:
         """The file of embeddings that are kept until the last update."""
         return self.path / "embeddings"
 
+    @property
+    def whitening(self) -> pathlib.Path:
+        """The file of the whitening that the run began with, which is public."""
+        return self.path / "whitening.safetensors"
+
     def _drop_embeddings(self) -> None:
         for path in self.path.glob(f"{self.embeddings.name}*"):  # whole or partial
             path.unlink()
@@ -126,8 +132,9 @@ class Workdir:
         self.write_json("results.json", results)
 
     def clean_up(self) -> None:
-        """Deletes `secret.json`, which a finished run does not need."""
-        (self.path / "secret.json").unlink(missing_ok=True)
+        """Deletes what a finished run does not need: its secret, its whitening."""
+        for path in (self.path / "secret.json", self.whitening):
+            path.unlink(missing_ok=True)
 
     def write(self, name: str, content: str | bytes, *, mode: int = 0o644) -> None:
         write_atomically(self.path / name, content, mode=mode)
