@@ -53,8 +53,9 @@ def fast_convolutions(
       formulation: how to compute a convolution of which both operands are batched:
         `rows` (a product for each row of taps), `shifted` (a product for each tap),
         `batch_group` (one convolution with `batch_group_count`), `plain` (JAX's own
-        rule), or `auto`, which chooses by backend and shape. Where `rows` does not
-        apply, `shifted` does; where no other applies, `plain` does.
+        rule), or `auto`, which chooses by shape and by the platform that is compiled
+        for. Where `rows` does not apply, `shifted` does; where no other applies,
+        `plain` does.
 
     Returns:
       A function of the same signature.
@@ -180,21 +181,36 @@ def _batched(conv, formulation: str, lhs, rhs) -> jax.Array:
     """Computes one convolution for each entry of the operands' leading axis."""
     plain: Callable[..., Any] = functools.partial(lax.conv_general_dilated, **conv)
     result = jax.eval_shape(lambda lhs, rhs: plain(lhs[0], rhs[0]), lhs, rhs)
-    chosen = _choose(conv, result.shape, formulation)
-    if chosen == "plain":
-        return _apart(jax.vmap(plain), lhs, rhs)
-    if chosen == "batch_group":
-        return _apart(functools.partial(_batch_group, conv), lhs, rhs)
-    record = functools.partial(_products, conv, result.shape, rows=chosen == "rows")
-    if jax.default_backend() == "cpu":  # its batched products are slow, loops not
-        out = lax.map(lambda pair: record(*pair), (lhs, rhs))
-    else:
-        out = jax.vmap(record)(lhs, rhs)
-    return out.astype(result.dtype)
+
+    def computed(lhs, rhs, *, on_cpu: bool):
+        chosen = _choose(conv, result.shape, formulation, on_cpu)
+        if chosen == "plain":
+            return _apart(jax.vmap(plain), lhs, rhs)
+        if chosen == "batch_group":
+            return _apart(functools.partial(_batch_group, conv), lhs, rhs)
+        record = functools.partial(_products, conv, result.shape, rows=chosen == "rows")
+        if on_cpu:  # its batched products are slow, loops not
+            out = lax.map(lambda pair: record(*pair), (lhs, rhs))
+        else:
+            out = jax.vmap(record)(lhs, rhs)
+        return out.astype(result.dtype)
+
+    return lax.platform_dependent(
+        lhs,
+        rhs,
+        cpu=functools.partial(computed, on_cpu=True),
+        default=functools.partial(computed, on_cpu=False),
+    )
 
 
-def _choose(conv, shape, formulation: str) -> str:
-    """Picks the formulation for an output of this shape, `plain` where none applies."""
+def _choose(conv, shape, formulation: str, on_cpu: bool) -> str:
+    """Picks the formulation for an output of this shape, `plain` where none applies.
+
+    For CPUs `auto` is timed. For accelerators it is estimated, nothing was timed: of
+    WRN-16-4, 512 records of 16 images compiled for an H100, `batch_group` moves the
+    fewest bytes (197 GB; `plain` 215, `rows` 290, `shifted` 335), and no formulation
+    moves fewer on a TPU v5e.
+    """
     out = conv["dimension_numbers"].out_spec
     taps = math.prod(shape[axis] for axis in out[2:])
     undilated = all(dilation == 1 for dilation in conv["lhs_dilation"])
@@ -204,12 +220,16 @@ def _choose(conv, shape, formulation: str) -> str:
         return "shifted"
     groups = conv["batch_group_count"]
     if formulation == "auto" and groups > 1:
-        # JAX's rule is `batch_group` here. On CPUs products of pixels are faster than
-        # that, and products of small matrices are not.
+        # JAX's rule is `batch_group` here. Products of pixels are faster than that on
+        # CPUs, and on GPUs they are a few fused sums (estimated) in place of a cuDNN
+        # call with a group for each channel of each record. Products of small matrices
+        # are not faster on CPUs.
         pixels = shape[out[0]] * shape[out[1]] == groups
-        return "shifted" if pixels and jax.default_backend() == "cpu" else "plain"
-    if formulation in ("auto", "rows"):
-        return "rows" if conv["rhs_dilation"][-1] == 1 else "shifted"
+        return "shifted" if pixels else "plain"
+    if formulation == "auto":
+        formulation = "rows" if on_cpu else "batch_group"
+    if formulation == "rows" and conv["rhs_dilation"][-1] > 1:
+        return "shifted"
     return formulation
 
 

@@ -19,6 +19,7 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
 
 import hypothesis
 import jax
+import pytest
 
 hypothesis.settings.register_profile(
     "default", derandomize=True, deadline=None, max_examples=25, database=None
@@ -28,3 +29,11 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 ROOT = pathlib.Path(__file__).parent.parent
+
+
+@pytest.fixture
+def as_on_accelerators(monkeypatch):
+    """Computes on this machine what is chosen for accelerators."""
+    monkeypatch.setattr(
+        jax.lax, "platform_dependent", lambda *args, cpu, default: default(*args)
+    )

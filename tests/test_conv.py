@@ -159,6 +159,12 @@ def test_every_formulation_equals_the_definition(case):
     check(case, FORMULATIONS[1:])  # "auto" is one of these
 
 
+@pytest.mark.usefixtures("as_on_accelerators")
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_what_accelerators_compute_equals_the_definition(case):
+    check(case, ("auto", "rows", "shifted"))  # of the others it is the same
+
+
 # XLA's own convolutions of these are wrong on CPUs: openxla/xla#48713.
 CROPPED_AND_PADDED = [
     Case((6, 5), (3, 3), (3, 2), ((-1, 1), (0, 0)), channels=(8, 8), layout=NCHW),
@@ -273,15 +279,31 @@ def test_our_models_lose_their_grouped_convolutions(name):
 DEPTHWISE = Case((9, 8), (7, 7), padding=((3, 3), (3, 3)), groups=6, channels=(1, 1))
 
 
-@pytest.mark.parametrize(("case", "fewer"), [(DEPTHWISE, 1), (CASES["patches"], 0)])
-def test_which_weight_gradients_become_products(case, fewer):
-    """Of ConvNeXt's filters; a patch embedding has as many taps as pixels."""
-    plain, fast = (
-        str(jax.make_jaxpr(per_record(case.loss, formulation))(*case.operands()))
-        for formulation in ("plain", "auto")
-    )
-    convolution = "conv_general_dilated["
-    assert plain.count(convolution) == fast.count(convolution) + fewer
+def lowered(case, formulation, platform):
+    """The program of one platform, as JAX hands it to XLA."""
+    traced = per_record(case.loss, formulation).trace(*case.operands())
+    return traced.lower(lowering_platforms=(platform,)).as_text()
+
+
+@pytest.mark.parametrize(
+    ("case", "on_cpu", "on_others"),
+    [
+        (CASES["padded"], "rows", "batch_group"),
+        (CASES["dilated"], "rows", "batch_group"),
+        (CASES["grouped"], "plain", "plain"),
+        (DEPTHWISE, "shifted", "shifted"),  # of ConvNeXt
+        (CASES["patches"], "plain", "plain"),  # as many taps as pixels
+    ],
+)
+def test_auto_chooses_by_the_platform_that_is_compiled_for(case, on_cpu, on_others):
+    for platform in ("cpu", "cuda", "rocm", "tpu"):
+        chosen = on_cpu if platform == "cpu" else on_others
+        text = lowered(case, "auto", platform)
+        assert text == lowered(case, chosen, platform)
+        loops = text.count("stablehlo.while")
+        assert loops == (platform == "cpu" and chosen in ("rows", "shifted"))
+    assert "batch_group_count = 3" in lowered(CASES["padded"], "auto", "cuda")
+    assert "stablehlo.while" not in lowered(CASES["padded"], "rows", "cuda")
 
 
 def test_what_is_not_per_record_is_left_alone():
@@ -339,8 +361,14 @@ def test_refuses():
     ("groups", "multiple", "kernel"),
     [(1, 4, 3), (4, 1, 3), (4, 2, 3), (1, 4, 9), (4, 1, 9)],
 )
-def test_a_record_that_is_no_number_spoils_no_other(groups, multiple, kernel):
+@pytest.mark.parametrize("accelerated", [False, True])
+def test_a_record_that_is_no_number_spoils_no_other(
+    groups, multiple, kernel, accelerated, request
+):
     """XLA's groups of one convolution do let NaN through: 0 x NaN is NaN."""
+
+    if accelerated:
+        request.getfixturevalue("as_on_accelerators")
 
     def loss(weights, images):
         return jnp.square(_once(weights, images, groups=groups)).sum()
