@@ -203,7 +203,24 @@ def _clipped_sums(
         usable, kept = jax.tree.map(
             lambda x: jnp.concatenate([x, jnp.zeros_like(x)]), (usable, kept)
         )
-    together = _records_at_once(kept, sources)
+    on = [
+        functools.partial(
+            _sums_of_blocks, clip_norm, sources, _records_at_once(kept, sources, on_cpu)
+        )
+        for on_cpu in (True, False)
+    ]
+    sums, norms = jax.lax.platform_dependent(usable, kept, cpu=on[0], default=on[1])
+    return sums, norms[:size]
+
+
+def _sums_of_blocks(
+    clip_norm: float,
+    sources: Sequence[_Source],
+    together: int,
+    usable: jax.Array,
+    kept: Sequence[PyTree],
+) -> tuple[list[jax.Array], jax.Array]:
+    """`_clipped_sums` of two records or more, in blocks of `together` of them."""
     rounds = -(-len(usable) // together)
     last = len(usable) - together
 
@@ -236,16 +253,17 @@ def _clipped_sums(
     totals, norms = jax.lax.scan(add, zeros, starts)
     sums = [s.finish(total) for s, total in zip(sources, totals, strict=True)]
     new = len(usable) - together * (rounds - 1)
-    norms = jnp.concatenate([norms[:-1].reshape(-1), norms[-1, together - new :]])
-    return sums, norms[:size]
+    return sums, jnp.concatenate([norms[:-1].reshape(-1), norms[-1, together - new :]])
 
 
-def _records_at_once(kept: Sequence[PyTree], sources: Sequence[_Source]) -> int:
+def _records_at_once(
+    kept: Sequence[PyTree], sources: Sequence[_Source], on_cpu: bool
+) -> int:
     """Returns how many records a block has: at most half of them."""
     records = len(jax.tree.leaves(kept)[0])
     rows = [x[0].shape[-2] for x, s in zip(kept, sources, strict=True) if s.inputs]
     limit = _ROWS // max(rows, default=1)
-    if jax.default_backend() == "cpu":
+    if on_cpu:
         numbers = max(x.size // records for x in jax.tree.leaves(kept))
         limit = min(limit, max(16, _NUMBERS_ON_CPU // max(numbers, 1)))
     return max(1, min(records // 2, limit))
