@@ -51,12 +51,15 @@ def test_batch_statistics_are_refused(monkeypatch):
 
 @pytest.mark.proves("models.finetune.on_embeddings", 1)
 @pytest.mark.parametrize("num", [2, 3, 7])
-def test_an_embedding_is_of_its_image_alone(monkeypatch, num):
+@pytest.mark.parametrize("accelerated", [False, True])
+def test_an_embedding_is_of_its_image_alone(monkeypatch, num, accelerated, request):
     """Even if the model would have it otherwise: it sees one image at a time."""
+    if accelerated:
+        request.getfixturevalue("as_on_accelerators")
     model = classifier(monkeypatch, Coupled)
     images = jax.random.normal(jax.random.key(0), (num, 4, 4, 2))
     params = model.init(jax.random.key(1))
-    assert model.images_at_once == 3
+    assert model.cpu_images == 3
     np.testing.assert_array_equal(model.encode(params, images), np.zeros((num, 2)))
     others = model.encode(params, images.at[1].set(jnp.nan))
     np.testing.assert_array_equal(np.isnan(others[:, 0]), np.arange(num) == 1)
@@ -64,3 +67,12 @@ def test_an_embedding_is_of_its_image_alone(monkeypatch, num):
     np.testing.assert_allclose(
         model.classify(params, model.encode(params, images[:1])), of_one, atol=1e-6
     )
+
+
+def test_only_cpus_embed_in_chunks(monkeypatch):
+    model = classifier(monkeypatch, Coupled)
+    params, images = model.init(jax.random.key(1)), jnp.zeros((7, 4, 4, 2))
+    traced = jax.jit(model.encode).trace(params, images)
+    for platform, loops in {"cpu": 1, "cuda": 0, "tpu": 0}.items():
+        text = traced.lower(lowering_platforms=(platform,)).as_text()
+        assert text.count("stablehlo.while") == loops

@@ -26,8 +26,8 @@ class Classifier:
         image alone, or None for a model without an encoder and a head.
       classify: `f(params, embeddings [B, ...]) -> [B, O]`, by the head alone; the
         embeddings may be flat, [B, E].
-      images_at_once: how many images `encode` takes at a time on this machine, or None
-        for all.
+      cpu_images: how many images `encode` takes at a time where it is compiled for a
+        CPU, or None for all.
     """
 
     shapes: PyTree
@@ -35,7 +35,7 @@ class Classifier:
     logits: Callable[[PyTree, jax.Array], jax.Array]
     encode: Callable[[PyTree, jax.Array], jax.Array] | None
     classify: Callable[[PyTree, jax.Array], jax.Array]
-    images_at_once: int | None
+    cpu_images: int | None
 
     @property
     def num_parameters(self) -> int:
@@ -93,8 +93,7 @@ def make_classifier(
             " records, so that none has a gradient of its own; use GroupNorm or"
             " LayerNorm"
         )
-    on_cpu = jax.default_backend() == "cpu"
-    images_at_once = getattr(module, "CPU_IMAGES", None) if on_cpu else None
+    cpu_images = getattr(module, "CPU_IMAGES", None)
 
     def embedding(params, image):
         return apply(params, image[None], method="encode")[0]
@@ -110,30 +109,38 @@ def make_classifier(
         shapes=shapes,
         init=init,
         logits=apply,
-        encode=_in_chunks(embedding, images_at_once) if encodes else None,
+        encode=_in_chunks(embedding, cpu_images) if encodes else None,
         classify=classify,
-        images_at_once=images_at_once,
+        cpu_images=cpu_images,
     )
 
 
 def _in_chunks(
     function: Callable[[PyTree, jax.Array], jax.Array], size: int | None
 ) -> Callable[[PyTree, jax.Array], jax.Array]:
-    """Maps a function of one image over images [N, ...], `size` at a time.
+    """Maps a function of one image over images [N, ...], on CPUs `size` at a time.
 
     Under `jax.vmap` the model never sees two images, so that each embedding is of its
     image alone whatever the model does.
     """
 
-    def mapped(params, images):
-        of_each = jax.vmap(lambda image: function(params, image))
-        if size is None or len(images) <= size:
-            return of_each(images)
+    of_each = jax.vmap(function, (None, 0))
+    if size is None:
+        return of_each
+
+    def of_chunks(params, images):
         whole = len(images) // size * size
         chunks = images[:whole].reshape(-1, size, *images.shape[1:])
-        first = jax.lax.map(of_each, chunks)
+        first = jax.lax.map(lambda chunk: of_each(params, chunk), chunks)
         first = first.reshape(whole, *first.shape[2:])
-        rest = [of_each(images[whole:])] if whole < len(images) else []
+        rest = [of_each(params, images[whole:])] if whole < len(images) else []
         return jnp.concatenate([first, *rest])
+
+    def mapped(params, images):
+        if len(images) <= size:
+            return of_each(params, images)
+        return jax.lax.platform_dependent(
+            params, images, cpu=of_chunks, default=of_each
+        )
 
     return mapped
