@@ -26,6 +26,11 @@ def make_mesh(devices: list[jax.Device] | None = None) -> jax.sharding.Mesh:
     )
 
 
+def platform(mesh: jax.sharding.Mesh) -> str:
+    """Returns what kind the devices of a mesh are: `cpu`, `gpu` or `tpu`."""
+    return mesh.devices.flat[0].platform
+
+
 def sum_over_devices(
     function: Callable[[PyTree, jax.Array, PyTree, PyTree], PyTree],
     mesh: jax.sharding.Mesh,

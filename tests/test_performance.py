@@ -195,5 +195,11 @@ def test_a_microbatch_must_divide_over_the_devices():
 )
 def test_what_clipping_comes_to(settings, of_a_head, elsewhere):
     config = PerformanceConfig(**settings)
-    assert config.clipping_of(linear_head=True) == of_a_head
-    assert config.clipping_of(linear_head=False) == elsewhere
+    for platform in ("cpu", "gpu"):
+        assert config.clipping_of(True, platform) == of_a_head
+        assert config.clipping_of(False, platform) == elsewhere
+
+
+def test_what_clipping_comes_to_without_exact_arithmetic():
+    assert PerformanceConfig().clipping_of(True, "tpu") == "instantiate"
+    assert PerformanceConfig(clipping="ghost").clipping_of(True, "tpu") == "ghost"

@@ -112,17 +112,20 @@ class Parts:
         indices = self.terms.indices(microbatch_size)
         return lambda step: devices.ahead(self.put, indices(step))
 
-    def bytes_needed(self, microbatch_size: int) -> int:
-        """Returns the memory of one device that a microbatch takes, by compiling it."""
-        compiled = self.accumulate.lower(
+    def arguments(self, microbatch_size: int) -> tuple[Any, ...]:
+        """Returns what `accumulate` takes, with a microbatch of padding."""
+        return (
             training.init_sums(self.state.params, self.mesh),
             self.state.params,
             self.state.step,
             self.put(self.terms.padding(microbatch_size)),
             self.inputs,
-        ).compile()
-        memory: Any = compiled.memory_analysis()
-        return memory.temp_size_in_bytes + memory.argument_size_in_bytes
+        )
+
+    def bytes_needed(self, microbatch_size: int) -> int:
+        """Returns the memory of one device that a microbatch takes, by compiling it."""
+        arguments = self.arguments(microbatch_size)
+        return num_bytes(self.accumulate.lower(*arguments).compile())
 
     def microbatch_size(self, config: performance.PerformanceConfig) -> int:
         """Returns the size that the config gives, or the largest that fits."""
@@ -134,6 +137,12 @@ class Parts:
             least=self.mesh.size * self.terms.least,
             budget=config.budget(self.mesh.size),
         )
+
+
+def num_bytes(compiled: jax.stages.Compiled) -> int:
+    """Returns the memory of one device that a compiled program takes."""
+    memory: Any = compiled.memory_analysis()
+    return memory.temp_size_in_bytes + memory.argument_size_in_bytes
 
 
 def classifier(config: ExperimentConfig, records: Records) -> Classifier:
@@ -176,6 +185,7 @@ def build(
       public: public images, of which a method or a pre-training may draw.
     """
     mesh = devices.make_mesh()
+    platform = devices.platform(mesh)
     trained, frozen = initial_params(config, model, given, seed)
 
     def loss_fn(params, images, labels, *constants):
@@ -186,9 +196,9 @@ def build(
     make_terms = _terms_of_groups if _has_groups(config) else _terms_of_records
     terms = make_terms(
         config,
-        finetune.on_embeddings(head_gradient(config, model), encode)
+        finetune.on_embeddings(head_gradient(config, model, platform), encode)
         if encode
-        else _gradient(config, loss_fn),
+        else _gradient(config, loss_fn, platform),
         records,
         seed=seed,
         sampling_prob=mechanism.sampling_prob,
@@ -210,9 +220,9 @@ def build(
     )
     arrays = (records.images, records.labels)
     drawn_from = public if config.draws_public else None
-    num_bytes = sum(each.images.nbytes for each in (records, drawn_from) if each)
-    on_device = config.performance.keeps_on_device(num_bytes, mesh.size)
-    in_chunks = encode is not None and model.images_at_once is not None
+    set_bytes = sum(each.images.nbytes for each in (records, drawn_from) if each)
+    on_device = config.performance.keeps_on_device(set_bytes, mesh.size)
+    in_chunks = encode and model.cpu_images and platform == "cpu"
     return Parts(
         mesh=mesh,
         terms=terms,
@@ -236,7 +246,9 @@ def build(
         expected_records=max(1, _MOST_IMAGES // config.method.set_size)
         if in_chunks
         else config.privacy.expected_batch_size,
-        clipping=config.performance.clipping_of(_has_linear_head(config, model)),
+        clipping=config.performance.clipping_of(
+            has_linear_head(config, model), platform
+        ),
     )
 
 
@@ -265,9 +277,9 @@ def initial_params(
 
 
 def _gradient(
-    config, loss_fn, *, linear_head: bool = False
+    config, loss_fn, platform: str, *, linear_head: bool = False
 ) -> clipping.BoundedSensitivityCallable:
-    name = config.performance.clipping_of(linear_head)
+    name = config.performance.clipping_of(linear_head, platform)
     always = {"keep": ghost.always} if linear_head and name == "ghost" else {}
     return CLIPPED_GRADIENTS[name](
         loss_fn,
@@ -277,12 +289,14 @@ def _gradient(
     )
 
 
-def _has_linear_head(config, model: Classifier) -> bool:
+def has_linear_head(config, model: Classifier) -> bool:
     is_linear = finetune.is_linear_head(*config.finetune.split(model.shapes))
     return is_linear and model.encode is not None
 
 
-def head_gradient(config, model: Classifier) -> clipping.BoundedSensitivityCallable:
+def head_gradient(
+    config, model: Classifier, platform: str
+) -> clipping.BoundedSensitivityCallable:
     """Returns the clipped sum of a head over embeddings."""
 
     def loss_fn(params, embeddings, labels, *constants):
@@ -290,7 +304,8 @@ def head_gradient(config, model: Classifier) -> clipping.BoundedSensitivityCalla
         logits = model.classify(params, embeddings)
         return optax.softmax_cross_entropy(logits, labels).mean()
 
-    return _gradient(config, loss_fn, linear_head=_has_linear_head(config, model))
+    linear_head = has_linear_head(config, model)
+    return _gradient(config, loss_fn, platform, linear_head=linear_head)
 
 
 def accumulate(config, sets: training.MakeSets, gradient_fn, mesh) -> Any:

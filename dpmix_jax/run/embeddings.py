@@ -92,7 +92,7 @@ def keep(
     each = max(_EMBEDDED // config.method.set_size // parts.mesh.size, 1)
     return kept.keep(
         path,
-        _embed(parts, model),
+        embed(parts, model),
         parts.put,
         parts.inputs,
         num_records=num_records,
@@ -107,11 +107,11 @@ def blank_rows(
 ) -> np.ndarray:
     """Returns zeros of the size of what `keep` returns."""
     batch = parts.put(np.full(parts.mesh.size, -1))
-    row = kept.row_type(_embed(parts, model), batch, parts.inputs)
+    row = kept.row_type(embed(parts, model), batch, parts.inputs)
     return np.zeros(config.finetune.sets * num_records, row)
 
 
-def _embed(parts: Parts, model: Classifier) -> kept.Embed:
+def embed(parts: Parts, model: Classifier) -> kept.Embed:
     """Compiles the embedding of a microbatch of these parts; see `kept.make_embed`."""
     assert model.encode is not None  # the config has seen to it
     return kept.make_embed(parts.sets, model.encode, parts.mesh)
@@ -147,7 +147,7 @@ def on_kept(
 
     arrays = tuple(rows[name] for name in rows.dtype.names or ())
     on_device = config.performance.keeps_on_device(rows.nbytes, parts.mesh.size)
-    gradient_fn = head_gradient(config, model)
+    gradient_fn = head_gradient(config, model, devices.platform(parts.mesh))
     return dataclasses.replace(
         parts,
         terms=dataclasses.replace(

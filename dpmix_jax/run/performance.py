@@ -18,7 +18,7 @@ PRECISIONS = ("float32", "tensorfloat32", "bfloat16")
 CLIPPINGS = ("auto", "instantiate", "ghost")
 PLACES = ("auto", "device", "host")
 _GIB = 2**30
-_SHARE = 0.9  # of the memory of an accelerator; compilers underestimate a little
+SHARE = 0.9  # of the memory of an accelerator; compilers underestimate a little
 _SHARE_OF_HOST = 0.5
 _SHARE_OF_DATASET = 0.25
 
@@ -75,12 +75,12 @@ class PerformanceConfig:
             "float32 for performance.clipping 'ghost'",
         )
 
-    def clipping_of(self, linear_head: bool) -> str:
+    def clipping_of(self, linear_head: bool, platform: str) -> str:
         """Returns what `clipping` comes to, for a linear head or another model."""
         if self.clipping != "auto":
             return self.clipping
         # The bound of its norms needs IEEE arithmetic, which TPUs do not have.
-        exact = jax.devices()[0].platform != "tpu" and self.precision == "float32"
+        exact = platform != "tpu" and self.precision == "float32"
         is_cheap = linear_head and exact
         return "ghost" if is_cheap else "instantiate"
 
@@ -170,7 +170,7 @@ def largest_microbatch(
 def _device_bytes(num_devices: int) -> float:
     stats = jax.devices()[0].memory_stats() or {}
     if "bytes_limit" in stats:
-        return _SHARE * stats["bytes_limit"]
+        return SHARE * stats["bytes_limit"]
     host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return _SHARE_OF_HOST * host / num_devices
 
