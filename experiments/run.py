@@ -2,6 +2,7 @@
 
     python experiments/run.py --config=configs/digits.py --config.privacy.epsilon=8
     python experiments/run.py --config=configs/wrn16_4_cifar10.py:8 --dry_run
+    python experiments/run.py --config=configs/digits.py --dry_run --target=h100
 
 Every value of the config can be set by `--config.<key>=<value>`; what follows a colon
 in `--config=configs/digits.py:8` is the epsilon whose row of the config is taken.
@@ -17,7 +18,8 @@ import pathlib
 
 from absl import flags
 
-from dpmix_jax.run import cli, config, dry_run, experiment
+from dpmix_jax.errors import UserError
+from dpmix_jax.run import cli, config, dry_run, experiment, targets
 from dpmix_jax.run.workdir import Workdir
 
 _CONFIG = cli.define_config()
@@ -27,14 +29,22 @@ _WORKDIR = flags.DEFINE_string(
 _DRY_RUN = flags.DEFINE_bool(
     "dry_run", False, "Tells noise, work, memory and hours, without touching data."
 )
+_TARGET = flags.DEFINE_enum(
+    "target",
+    None,
+    list(targets.TARGETS),
+    "With --dry_run: a device that is not here, to compile for; nothing is timed.",
+)
 
 
 def main() -> int:
     named = cli.config_file()
     experiment_config = config.from_config_dict(_CONFIG.value)
     if _DRY_RUN.value:
-        print(dry_run.dry_run(experiment_config))
+        print(dry_run.dry_run(experiment_config, _TARGET.value))
         return 0
+    if _TARGET.value:
+        raise UserError("--target is for --dry_run alone")
     folder = pathlib.Path(_WORKDIR.value or cli.default_workdir(*named))
     return experiment.run(experiment_config, Workdir(folder))
 

@@ -1,5 +1,6 @@
 """What a run would cost, told without touching data."""
 
+import dataclasses
 import time
 
 import jax
@@ -8,23 +9,30 @@ import numpy as np
 from dpmix_jax import data, training
 from dpmix_jax.data.public import blank_public
 from dpmix_jax.progress import duration, say
-from dpmix_jax.run import build, embeddings, performance
+from dpmix_jax.run import build, embeddings, performance, targets
 from dpmix_jax.run.config import ExperimentConfig
 
 
-def dry_run(config: ExperimentConfig) -> str:
+def dry_run(config: ExperimentConfig, target: str | None = None) -> str:
     """Calibrates, compiles, and times a microbatch of blank images on this device.
 
     Args:
       config: of a run. Files of the user's own (`npz`, `folder`) are read as a run
         reads them, to learn how many they are; of other datasets that is known.
+      target: one of `targets.TARGETS`, to compile for such a device, which need not be
+        here. Nothing is timed then.
 
     Returns:
-      Lines of text: noise, budget, work, memory, and estimated hours.
+      Lines of text: noise, budget, work, memory, and estimated hours; for a target
+      kernels and red flags in the place of hours.
 
     Raises:
-      UserError: for a config that cannot run here.
+      UserError: for a config that cannot run here, or a target that cannot be compiled
+        for.
     """
+    if target is not None:
+        jax.config.update("jax_platforms", "cpu")  # what is here plays no part
+        mesh = targets.TARGETS[target].mesh()
     records = data.blank(config.data)
     public = blank_public(config.public, config.data, records)
     config.augmentation.check_images(records.image_shape)
@@ -34,16 +42,22 @@ def dry_run(config: ExperimentConfig) -> str:
     given = config.finetune.load(model.shapes)
     say("calibrating the noise")
     mechanism = config.privacy.calibrate(q)
+    built = config
+    if target is not None:
+        config = targets.for_target(config, model, targets.TARGETS[target])
+        on_host = dataclasses.replace(config.performance, dataset_on="host")
+        built = dataclasses.replace(config, performance=on_host)
     parts = build.build(
-        config, model, given, records, mechanism=mechanism, seed=0, public=public
+        built, model, given, records, mechanism=mechanism, seed=0, public=public
     )
     if config.finetune.embeddings == "kept":
-        rows = embeddings.blank_rows(parts, config, model, len(records))
-        parts = embeddings.on_kept(parts, config, model, rows, seed=0)
-    say("compiling and timing a microbatch")
-    with performance.explained_out_of_memory(config.performance):
-        size = parts.microbatch_size(config.performance)
-        seconds = _seconds_of_update(parts, size, q * len(records))
+        rows = embeddings.blank_rows(parts, built, model, len(records))
+        parts = embeddings.on_kept(parts, built, model, rows, seed=0)
+    if target is None:
+        cost = _cost_here(parts, config, q * len(records))
+    else:
+        say("compiling a microbatch")
+        cost = targets.facts(parts, config, target, mesh)
     batch, updates = config.privacy.expected_batch_size, config.privacy.num_updates
     facts = {
         "guarantee": f"({mechanism.epsilon(config.privacy.delta):.4g},"
@@ -55,13 +69,26 @@ def dry_run(config: ExperimentConfig) -> str:
         f" (K = {config.method.set_size}, {config.method.name})",
         "parameters": f"{sum(x.size for x in jax.tree.leaves(parts.state.params)):,}"
         " to be trained",
+        **cost,
+    }
+    return "\n".join(f"{name:<11} {text}" for name, text in facts.items())
+
+
+def _cost_here(
+    parts: build.Parts, config: ExperimentConfig, expected: float
+) -> dict[str, str]:
+    say("compiling and timing a microbatch")
+    with performance.explained_out_of_memory(config.performance):
+        size = parts.microbatch_size(config.performance)
+        seconds = _seconds_of_update(parts, size, expected)
+    total = seconds * config.privacy.num_updates
+    return {
         "memory": f"{parts.bytes_needed(size) / 2**30:.2f} GiB a device for"
         f" microbatches of {size} records",
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-        "time": f"{seconds:.3g} s an update, {seconds * updates / 3600:.3g} h"
-        f" ({duration(seconds * updates)}), without evaluations",
+        "time": f"{seconds:.3g} s an update, {total / 3600:.3g} h"
+        f" ({duration(total)}), without evaluations",
     }
-    return "\n".join(f"{name:<11} {text}" for name, text in facts.items())
 
 
 def _seconds_of_update(parts: build.Parts, size: int, expected: float) -> float:
