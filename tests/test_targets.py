@@ -24,13 +24,14 @@ MOST_GROUPS = 1024  # ConvNeXt-Base has so many channels
 
 
 def configs():
-    """Every run, the rows of every sweep but `rates`, and ConvNeXt as a whole."""
+    """Every run, every method of every sweep but `rates`, and ConvNeXt as a whole."""
     of = {name: lambda n=name: first(n) for name in test_configs.RUNS}
     of["convnext_base, all"] = lambda: trained_as_a_whole(first("convnext_base"))
     sweeps = (("table11",), ("table10", "digits"), ("baselines", "digits"))
     for name in (*sweeps, ("scattering_ladder", "methods")):
-        for row in test_configs.grid(*name).rows:
-            of[f"{name[0]}, {row}"] = functools.partial(row_of, name, row)
+        for row, settings in test_configs.grid(*name).rows.items():
+            method = settings["method.name"]
+            of[f"{name[0]}, {method}"] = functools.partial(row_of, name, row)
     return of
 
 
@@ -95,7 +96,7 @@ def programs(config, platform):
     return found
 
 
-QUICK = ("digits", "baselines, Microbatch mixup, m = 2")
+QUICK = ("digits", "baselines, microbatch_mixup")
 CONFIGS = configs()
 
 
@@ -149,6 +150,7 @@ def calibrated(monkeypatch):
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("size", ["32", "auto"])
 def test_the_digits_compile_for_a_device_that_is_not_here(target, size):
+    """Needs the extra `targets`, and `JAX_PLATFORMS=cpu` if not run alone."""
     try:
         TARGETS[target].mesh()
     except UserError as reason:

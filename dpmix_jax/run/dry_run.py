@@ -31,7 +31,6 @@ def dry_run(config: ExperimentConfig, target: str | None = None) -> str:
         for.
     """
     if target is not None:
-        jax.config.update("jax_platforms", "cpu")  # what is here plays no part
         mesh = targets.TARGETS[target].mesh()
     records = data.blank(config.data)
     public = blank_public(config.public, config.data, records)

@@ -66,11 +66,12 @@ class Target:
     topology: dict[str, str]
 
     def mesh(self) -> Mesh:
-        """Returns a mesh of one such device.
+        """Returns a mesh of one such device; JAX runs on CPUs from then on.
 
         Raises:
           UserError: if what compiles for it is not installed.
         """
+        jax.config.update("jax_platforms", "cpu")  # a GPU's plugin wants cuDNN if not
         os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # it asks the cloud otherwise
         try:
             found = topologies.get_topology_desc(
