@@ -24,8 +24,9 @@ class Whitening(nn.Module):
     """Takes a mean out of embeddings, and scales some of their directions.
 
     Parameters are the `mean` [E], orthonormal `directions` [E, R] with their `gains`
-    [R], and one `scale` [1]: x -> scale (x' + directions (gains * directions^T x')) with
-    x' = x - mean. They start as the identity, see `fit`, and are never trained.
+    [R], and one `scale` [1]. With x' = x - mean, x becomes
+    scale (x' + directions (gains * directions^T x')). The parameters start as the
+    identity, come from `fit`, and are never trained.
     """
 
     @nn.compact
