@@ -133,7 +133,7 @@ def test_public_images_are_whitened_and_the_head_alone_is_trained(tmp_path, conf
     assert set(parts.frozen["params"]) >= {"whitening"}
     found = np.asarray(jax.jit(model.encode)(parts.frozen, images))
     found = found.reshape(len(images), -1)
-    assert np.abs(found.mean(0)).max() < 0.01 * found.std()
+    assert np.abs(found.mean(0)).max() < 0.1 * found.std()
     first = np.linalg.eigvalsh(np.cov(found.T))[::-1][:4]
     np.testing.assert_allclose(first, first.mean(), rtol=0.1)
     assert parts.inputs.pool is None  # nothing is drawn of them
