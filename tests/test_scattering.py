@@ -219,10 +219,8 @@ def test_options_are_those_of_the_encoder_and_of_the_head():
     assert models.options("scattering_cnn") == (*encoder, *head)
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["scattering_linear", pytest.param("scattering_cnn", marks=pytest.mark.slow)],
-)
+@pytest.mark.parametrize("name", ["scattering_linear", "scattering_cnn"])
+@pytest.mark.slow
 def test_a_run_trains_the_head(name, tmp_path):
     values = to_dict(runs.config(privacy__num_updates=2, model__features="4,8"))
     values["model"] = {"name": name, "scales": 1}
