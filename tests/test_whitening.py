@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import safetensors.numpy
 
 from dpmix_jax import Mechanism, UserError, data
 from dpmix_jax.data.public import load_public
@@ -154,8 +153,9 @@ def test_it_is_the_same_whatever_the_private_records_are(tmp_path):
     "kind", [pytest.param("fresh", marks=pytest.mark.slow), "kept"]
 )
 def test_a_run_goes_on_with_its_whitening_and_releases_it(tmp_path, monkeypatch, kind):
-    """Stopped and continued it does not fit again; what is released is whole."""
+    """Stopped and continued it comes to the same bits; what is released is whole."""
     config = configured(finetune={"embeddings": kind}, method={"name": "dp_sgd"})
+    assert experiment.run(config, Workdir(tmp_path / "whole")) == 0
 
     def stop(*args):
         os.kill(os.getpid(), signal.SIGTERM)
@@ -164,19 +164,17 @@ def test_a_run_goes_on_with_its_whitening_and_releases_it(tmp_path, monkeypatch,
         patch.setattr(Workdir, "add_metrics", stop)
         status = experiment.run(config, Workdir(tmp_path / "run"))
     assert status == 128 + signal.SIGTERM
-    stored = safetensors.numpy.load_file(tmp_path / "run/whitening.safetensors")
     monkeypatch.setattr(whitening, "fit", lambda *_: pytest.fail("fitted again"))
     assert experiment.run(config, Workdir(tmp_path / "run")) == 0
     assert not (tmp_path / "run" / "whitening.safetensors").exists()
 
     path = tmp_path / "run" / "model.safetensors"
+    assert path.read_bytes() == (tmp_path / "whole/model.safetensors").read_bytes()
     text = " ".join((tmp_path / "run" / "PRIVACY.md").read_text().split())
     assert "of which the embeddings of 1,500 set the mean and the scales by" in text
     dataset = data.load(config.data)
     model = build.classifier(config, dataset.train)
     params = pretrained.load_weights(path, model.shapes)
-    released = params["params"]["whitening"]
-    jax.tree.map(np.testing.assert_array_equal, released, stored)
     test = dataset.test
     logits = model.logits(params, test.normalize(jnp.asarray(test.images)))
     accuracy = (np.asarray(logits).argmax(1) == test.labels).mean()
