@@ -339,7 +339,10 @@ def test_killed_a_run_keeps_its_secret_seed_and_then_forgets_it(tmp_path):
 
 
 def test_on_four_devices_the_same_run_comes_out(finished, tmp_path):
-    """To float rounding; compiled as users compile, whose tolerance it is."""
+    """To rounding, of which a mixing weight that is drawn again is the largest.
+
+    A record that counted twice in one update would move the weights by 0.01.
+    """
     workdir = tmp_path / "run"
     four = "--xla_force_host_platform_device_count=4"
     done = subprocess.run(
@@ -354,8 +357,8 @@ def test_on_four_devices_the_same_run_comes_out(finished, tmp_path):
         safetensors.numpy.load_file(path / "model.safetensors")
         for path in (finished[0], workdir)
     )
-    for name, value in one.items():
-        np.testing.assert_allclose(of_four[name], value, atol=1e-4)
+    moved = [np.square(of_four[name] - value).sum() for name, value in one.items()]
+    assert np.sqrt(sum(moved)) < 2e-3
 
 
 MISTAKES = (
