@@ -42,7 +42,7 @@ _NUMBERS_ON_CPU = 2**20
 _FEW_ROWS = 3
 
 # Above this, what is small beside it might vanish from float32 once it is clipped.
-_LARGEST_FACTOR = 1e12
+_LONGEST_ROW = 1e12
 
 _CALLS = ("jit", "pjit")
 _BODIES = ("checkpoint", "remat2", "scan")
@@ -90,20 +90,20 @@ def ghost_clipped_gradient(
         one by at most `.sensitivity(REPLACE_ONE)`, twice as much, up to how the terms
         of the other records round beside it.
       - This holds for records that are NaN, infinite or huge: one whose loss or norm
-        is not finite, that has a factor above 1e12, or whose norm is 1e37 times C,
-        contributes exactly 0, and changes nothing for the others.
+        is not finite, that has a factor with a row longer than 1e12, or whose norm is
+        1e38 times C, contributes exactly 0, and changes nothing for the others.
       - Padding contributes exactly 0.
       - The sum is formed in float32, whatever the loss computes in.
       - No norm that is clipped by is below that of the term, however much cancels in it
         and in whatever order a processor adds up: inner products are float64, and what
         rounding can do to the sum is added, see `_norms_of_products`. This is
         6e-8 m sum_t |a_t| |g_t| at most, where m is about the larger of T and 2048, and
-        the number of blocks (IEEE float32 products are assumed): of
-        the norm a share of 1.3e-5 at most in the models of the tests and in stacks of
-        up to 2000 positions, and 0.5 % where 2000 rows are at right angles. Records in
-        which terms a thousand times as long cancel are clipped too much.
-    The second output, per-record losses and the norms that are clipped by, is not
-    private.
+        the number of blocks: of the norm a share of 1.3e-5 at most in the models of the
+        tests and in stacks of up to 2000 positions, and 0.5 % where 2000 rows are at
+        right angles. Records in which terms a thousand times as long cancel are clipped
+        too much.
+    All of this takes IEEE float32 products, which TPUs do not have. The second output,
+    per-record losses and the norms that are clipped by, is not private.
 
     Args:
       loss_fn: `loss_fn(params, *record) -> scalar` of one record, in any library. Its
@@ -277,11 +277,7 @@ def _norms(kept: PyTree, source: _Source, rounds: int) -> jax.Array:
         return norms * (1 + _rounding(len(wide) + rounds))
     a, g = wide
     norms = _norms_of_products(a, g, len(a) * a.shape[-2] + rounds)
-    norms = jnp.sqrt(jnp.square(norms).sum(range(1, norms.ndim)))
-    for x in kept:
-        small = (jnp.abs(x) <= _LARGEST_FACTOR).all(range(1, x.ndim))
-        norms = jnp.where(small, norms, jnp.inf)
-    return norms
+    return jnp.sqrt(jnp.square(norms).sum(range(1, norms.ndim)))
 
 
 def _norms_of_products(a: jax.Array, g: jax.Array, rounded: int) -> jax.Array:
@@ -300,16 +296,17 @@ def _norms_of_products(a: jax.Array, g: jax.Array, rounded: int) -> jax.Array:
       rounded: n.
 
     Returns:
-      [*b] float64.
+      [*b] float64, infinite where a row is longer than `_LONGEST_ROW` or not finite.
     """
     (*_, t, d), p = a.shape, g.shape[-1]
     inner = [_inner_products(x) for x in (a, g)]
     squares = [jnp.diagonal(x, axis1=-2, axis2=-1) for x in inner]
+    usable = jnp.logical_and(*(x <= _LONGEST_ROW**2 for x in squares)).all(-1)
     lengths = jnp.sqrt(squares[0] * squares[1]).sum(-1)
     hidden = _rounding(d + p + t * t, 2.0**-53) * jnp.square(lengths)
     total = (inner[0] * inner[1]).sum((-2, -1))
     norms = jnp.sqrt(jnp.maximum(total, 0.0) + hidden)
-    return norms + _rounding(rounded) * lengths
+    return jnp.where(usable, norms + _rounding(rounded) * lengths, jnp.inf)
 
 
 def _inner_products(rows: jax.Array) -> jax.Array:
@@ -332,9 +329,11 @@ def _weighted_sum(weights: jax.Array, kept: PyTree, source: _Source) -> jax.Arra
         return jnp.where(counted, x, x.dtype.type(0))  # 0 times NaN is NaN
 
     *a, g = jax.tree.leaves(jax.tree.map(of_counted, kept))
-    weighted = weights.reshape(-1, *(1,) * (g.ndim - 1)) * g.astype(jnp.float32)
     if not source.inputs:
-        return weighted.sum(0)
+        flat = g.astype(jnp.float32).reshape(len(g), -1)
+        total = jnp.einsum("r,rn->n", weights, flat, precision="float32")
+        return total.reshape(g.shape[1:])
+    weighted = weights.reshape(-1, *(1,) * (g.ndim - 1)) * g.astype(jnp.float32)
     order = _order(source.inputs, g.shape[-1])
     products = f"r...td,r...tp->...{order}"
     return jnp.einsum(products, *a, weighted, precision="float32")

@@ -691,12 +691,23 @@ def test_every_number_of_records_is_walled_off(size):
 
 
 @pytest.mark.proves("ghost.ghost_clipped_gradient", 3)
-@pytest.mark.parametrize(("scale", "counts"), [(1e11, True), (1e13, False)])
+@pytest.mark.parametrize(("scale", "counts"), [(1e10, True), (1e13, False)])
 def test_a_record_with_a_huge_factor_counts_nothing(scale, counts):
     a, g = factors("offset", 7, 1.0, 0)
     records = [np.repeat(x[None], 4, 0) for x in (a * np.float32(scale), g)]
     total, aux = compiled_linear(7, 4, 0.01)(*records)
     assert np.isfinite(aux.grad_norms).all() == toy.flat(total).any() == counts
+
+
+@pytest.mark.proves("ghost.ghost_clipped_gradient", 3)
+@pytest.mark.parametrize(("value", "counts"), [(0.4e12, True), (0.9e12, False)])
+@pytest.mark.parametrize("positions", [1, 7])
+def test_rows_are_measured_by_their_length(positions, value, counts):
+    """The first has three or four such numbers, each below 1e12."""
+    a, g = (np.zeros((4, positions, n), np.float32) for n in SHAPES[positions])
+    a[:, 0, :4], g[:] = value, 1e-12
+    total, _ = compiled_linear(positions, 4, 0.01)(a, g)
+    assert toy.flat(total).any() == counts
 
 
 @pytest.mark.proves("ghost.ghost_clipped_gradient", 2)

@@ -63,6 +63,18 @@ def test_equals_a_loop_over_records_and_members(num_records, set_size, clip_norm
         np.testing.assert_allclose(aux.grad_norms, norms, rtol=1e-4, atol=1e-7)
 
 
+def test_a_sum_has_the_shapes_of_the_parameters():
+    params = {"scale": jnp.float32(2), "tensor": jnp.ones((2, 3, 4))}
+    records = jnp.arange(48.0).reshape(2, 2, 3, 4)
+    gradient_fn = clipped_gradient(
+        lambda params, x: params["scale"] * (params["tensor"] * x).sum(),
+        l2_clip_norm=1e6,
+    )
+    total, _ = gradient_fn(params, records)
+    assert total["scale"] == records.sum()
+    np.testing.assert_array_equal(total["tensor"], 2 * records.sum(0))
+
+
 @pytest.mark.proves("gradients.clipped_gradient", 4)
 def test_padding_counts_exactly_nothing():
     params = toy.init_params()

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from dpmix_jax import models
-from dpmix_jax.models.layers import GroupNorm
+from dpmix_jax.models.layers import GroupNorm, max_pool
 from tests import towers
 
 
@@ -40,6 +40,21 @@ def test_group_norm_is_that_of_flax(dtype):
 def test_group_norm_refuses_channels_that_do_not_divide():
     with pytest.raises(ValueError, match=r"groups \(4\) does not divide"):
         GroupNorm(4).init(jax.random.key(0), jnp.zeros((1, 2, 2, 6)))
+
+
+@pytest.mark.parametrize("shape", [(2, 6, 4, 3), (2, 7, 5, 3)])
+def test_max_pool_is_that_of_flax(shape):
+    x, weights = jax.random.normal(jax.random.key(0), (2, *shape))
+
+    def value_and_gradient(pool):
+        def loss(x):
+            out = pool(x)
+            return (out * weights[:, : out.shape[1], : out.shape[2]]).sum(), out
+
+        return jax.value_and_grad(loss, has_aux=True)(x)
+
+    flax = value_and_gradient(lambda x: nn.max_pool(x, (2, 2), (2, 2)))
+    jax.tree.map(np.testing.assert_array_equal, value_and_gradient(max_pool), flax)
 
 
 def convolve(x, weight, stride):

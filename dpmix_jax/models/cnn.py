@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from dpmix_jax.models.layers import GroupNorm
+from dpmix_jax.models.layers import GroupNorm, max_pool
 
 
 class CNN(nn.Module):
@@ -29,7 +29,7 @@ class CNN(nn.Module):
         x = images
         for i, channels in enumerate(self.features):
             if i > 0:
-                x = nn.max_pool(x, (2, 2), (2, 2))
+                x = max_pool(x)
             x = nn.Conv(channels, (3, 3), use_bias=False, dtype=self.dtype)(x)
             x = nn.relu(GroupNorm(self.groups, dtype=self.dtype)(x))
         x = x.reshape((x.shape[0], -1)).astype(jnp.float32)

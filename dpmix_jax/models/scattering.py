@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from dpmix_jax.models.layers import max_pool
+
 _SIGMA, _FREQUENCY = 0.8, 0.75 * np.pi  # of the finest wavelet, in pixels and radians
 _PI = 3.1415  # in the norm of Gaussians, as kymatio has it: coefficients are the same
 
@@ -119,7 +121,7 @@ class ScatteringCNN(nn.Module):
             x = nn.Conv(channels, (3, 3), stride, padding=1, dtype=self.dtype)(x)
             x = nn.tanh(x)
             if halves and self.pool:
-                x = nn.max_pool(x, (2, 2), (2, 2))
+                x = max_pool(x)
         x = x.reshape(x.shape[0], -1)
         if self.hidden:
             x = nn.tanh(nn.Dense(self.hidden, dtype=self.dtype)(x))
