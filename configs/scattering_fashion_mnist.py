@@ -48,7 +48,8 @@ def get_config(epsilon: str = "3") -> ml_collections.ConfigDict:
         public={"name": "rendered_clothes"},
         finetune={"embeddings": "kept", "whitening": 0.03},
         method={"name": "dp_sgd"},
-        augmentation={"max_shift": 2.0},
+        # Of methods with views; tried once only, see the page of results.
+        augmentation={"flip": False, "max_shift": 1.0},
         privacy={
             "epsilon": float(epsilon),
             "expected_batch_size": 8192,

@@ -1,10 +1,12 @@
-"""Times one clipped gradient sum of WRN-d-w against its alternatives.
+"""Times one clipped gradient sum of a model against its alternatives.
 
     python experiments/benchmark.py --width=2 --k=16 --records=4 --json=speed.json
     python experiments/benchmark.py --methods=ours --k=16 --k=34  # Self-Aug and DP-Mix
     python experiments/benchmark.py --head=3969 --k=2 --records=8192 --rounds=3
+    python experiments/benchmark.py --cnn --k=1 --records=256
 
-The workload is B records of K random 32x32x3 images, or of K embeddings. Leave the
+The workload is WRN-d-w on B records of K random 32x32x3 images, the CNN of
+configs/fashion_mnist.py on 28x28x1 images, or a linear head on embeddings. Leave the
 machine alone meanwhile: PyTorch's CPU threads spin while they wait for each other, and
 with another program on their cores its rows were seen to take ten times as long, JAX's
 twice.
@@ -16,6 +18,7 @@ if __name__ == "__main__":  # Ctrl-C while JAX is imported: no traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import dataclasses
+import functools
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -61,6 +64,7 @@ _WIDTH = flags.DEFINE_integer("width", 2, "w of WRN-d-w.", lower_bound=1)
 _HEAD = flags.DEFINE_integer(
     "head", None, "E: times a linear head over embeddings instead.", lower_bound=1
 )
+_CNN = flags.DEFINE_bool("cnn", False, "Times the small CNN instead.")
 _K = flags.DEFINE_multi_integer(
     "k", [16], "Images of a record; given twice, the two are compared.", lower_bound=1
 )
@@ -197,6 +201,23 @@ def performance() -> PerformanceConfig:
     return PerformanceConfig(precision=_PRECISION.value)
 
 
+def workload() -> tuple[tuple[int, ...], str, Callable[..., nn.Module]]:
+    """Returns the shape of an image, the name of the model, and what makes it."""
+    create = functools.partial(models.create, num_classes=NUM_CLASSES)
+    if _HEAD.value:
+        head = functools.partial(nn.Dense, NUM_CLASSES)
+        return (_HEAD.value,), f"linear head, {_HEAD.value} x {NUM_CLASSES}", head
+    if _CNN.value:
+        cnn = functools.partial(create, "cnn", features=(16, 32))
+        return (28, 28, 1), "CNN of 16 and 32 channels, 28x28x1", cnn
+    name = f"WRN-{_DEPTH.value}-{_WIDTH.value}, 32x32x3"
+    return (32, 32, 3), name, functools.partial(create, "wrn", **wrn_options())
+
+
+def wrn_options() -> dict[str, Any]:
+    return {"depth": _DEPTH.value, "width": _WIDTH.value}
+
+
 def make_rows(names: Sequence[str], k: int) -> list[Row]:
     """Builds rows on the same random images and labels, and calls each once.
 
@@ -204,17 +225,12 @@ def make_rows(names: Sequence[str], k: int) -> list[Row]:
       UserError: for a depth that there is not.
     """
     rng, shape = np.random.default_rng(0), (_RECORDS.value, k)
-    each = (_HEAD.value,) if _HEAD.value else (32, 32, 3)
+    each, _, make_model = workload()
     images = rng.standard_normal((*shape, *each), np.float32)
     classes = rng.integers(NUM_CLASSES, size=shape)
     labels = np.eye(NUM_CLASSES, dtype=np.float32)[classes]
-    options: dict[str, Any] = {"depth": _DEPTH.value, "width": _WIDTH.value}
-    model: Any = (
-        nn.Dense(NUM_CLASSES, dtype=performance().dtype)
-        if _HEAD.value
-        else models.create("wrn", NUM_CLASSES, dtype=performance().dtype, **options)
-    )
     try:
+        model = make_model(dtype=performance().dtype)
         params = jax.jit(model.init)(jax.random.key(0), images[0, :1])
     except ValueError as error:
         raise UserError(f"--{error}") from None
@@ -235,7 +251,7 @@ def make_rows(names: Sequence[str], k: int) -> list[Row]:
             print(f'without rows in PyTorch ({error}): pip install -e ".[peers]"')
             return rows
         peers = torch_wrn.Gradients(
-            options, images, labels, L2_CLIP_NORM, _PRECISION.value
+            wrn_options(), images, labels, L2_CLIP_NORM, _PRECISION.value
         )
         for name, make in peers.methods().items():
             if name in names:
@@ -249,7 +265,8 @@ def select() -> list[str]:
     Raises:
       UserError: for a method that there is not, or records that cannot be spread.
     """
-    known = IN_JAX if _HEAD.value else (*IN_JAX, *IN_TORCH)
+    in_torch = not _HEAD.value and not _CNN.value
+    known = (*IN_JAX, *IN_TORCH) if in_torch else IN_JAX
     if _METHODS.value is None:
         wanted = {*known} - {*FORMULATIONS}
         if jax.device_count() == 1:
@@ -330,12 +347,7 @@ def benchmark() -> dict[str, Any]:
     names, ks = select(), sorted({*_K.value})
     result: dict[str, Any] = {
         "environment": timing.environment(),
-        "workload": (
-            f"linear head, {_HEAD.value} x {NUM_CLASSES}"
-            if _HEAD.value
-            else f"WRN-{_DEPTH.value}-{_WIDTH.value}, 32x32x3"
-        )
-        + f", {_PRECISION.value}, {_RECORDS.value} records x"
+        "workload": f"{workload()[1]}, {_PRECISION.value}, {_RECORDS.value} records x"
         f" {' and '.join(map(str, ks))} images,"
         f" {_ROUNDS.value} paired rounds: medians (least to greatest)",
     }

@@ -102,6 +102,7 @@ def environment() -> dict[str, Any]:
     for package in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
+    found["XLA_FLAGS"] = os.environ.get("XLA_FLAGS") or "none"
     print(", ".join(f"{name} {value}" for name, value in found.items()))
     return found
 

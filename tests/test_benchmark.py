@@ -23,9 +23,11 @@ def check_ratio(found, seconds, base):
 
 def test_every_row_is_printed_and_written(tmp_path):
     path = tmp_path / "speed.json"
-    done = call(SCRIPT, [*TINY, "--methods=ours", f"--json={path}"])
+    done = call(SCRIPT, ["--cnn", *TINY, "--methods=ours", f"--json={path}"])
     assert done.returncode == 0, done.stderr
     result = json.loads(path.read_text())
+    assert result["workload"].startswith("CNN of 16 and 32 channels, 28x28x1, float32")
+    assert result["environment"]["XLA_FLAGS"]
     lines = [line for line in done.stdout.splitlines() if line.startswith("| ")]
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
     assert cells[0][1:4] == ["K", "x JAX non-private", "x own non-private"]

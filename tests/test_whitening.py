@@ -99,14 +99,21 @@ def configured(regularization=0.1, public="rendered_digits", finetune=(), **grou
     return from_config_dict(values | groups)
 
 
-def parts_of(config, workdir, train_set=None):
+def whitened(config, path, train_set=None):
+    """Returns the model, the weights to start from, and what these were made of."""
     dataset = data.load(config.data)
     dataset = dataset._replace(train=train_set or dataset.train)
     public, records = load_public(config.public, config.data, dataset), dataset.train
     model = build.classifier(config, records)
     given = config.finetune.load(model.shapes)
-    workdir = Workdir(workdir)
-    given = run_embeddings.whitened(config, model, given, records, public, workdir)
+    given = run_embeddings.whitened(
+        config, model, given, records, public, Workdir(path)
+    )
+    return model, given, records, public
+
+
+def parts_of(config, path):
+    model, given, records, public = whitened(config, path)
     parts = build.build(
         config,
         model,
@@ -145,13 +152,29 @@ def test_it_is_the_same_whatever_the_private_records_are(tmp_path):
     other = dataclasses.replace(
         train_set, images=255 - train_set.images[5:900], labels=train_set.labels[:895]
     )
-    base, found = (parts_of(config, tmp_path, t)[0].frozen for t in (train_set, other))
+    base, found = (
+        whitened(config, tmp_path, records)[1]["params"]["whitening"]
+        for records in (train_set, other)
+    )
     jax.tree.map(np.testing.assert_array_equal, base, found)
+    assert np.abs(base["directions"]).max() > 0.01
 
 
-@pytest.mark.parametrize(
-    "kind", [pytest.param("fresh", marks=pytest.mark.slow), "kept"]
-)
+def test_a_run_that_goes_on_is_not_whitened_again(tmp_path, monkeypatch):
+    config, workdir = configured(), Workdir(tmp_path)
+    _, given, *_ = whitened(config, tmp_path)
+    workdir.begin(3, data="", noise_multiplier=1.0)
+    run_embeddings.save_whitening(given, workdir)
+    monkeypatch.setattr(whitening, "fit", lambda *_: pytest.fail("fitted again"))
+    _, found, *_ = whitened(config, tmp_path)
+    jax.tree.map(np.testing.assert_array_equal, found, given)
+    workdir.clean_up()
+    with pytest.raises(pytest.fail.Exception, match="fitted again"):
+        whitened(config, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["fresh", "kept"])
 def test_a_run_goes_on_with_its_whitening_and_releases_it(tmp_path, monkeypatch, kind):
     """Stopped and continued it comes to the same bits; what is released is whole."""
     config = configured(finetune={"embeddings": kind}, method={"name": "dp_sgd"})

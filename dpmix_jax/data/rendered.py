@@ -6,6 +6,7 @@ brought to the size of the dataset. Clothes are drawn large too, bent less, and 
 image.
 """
 
+import functools
 import hashlib
 from collections.abc import Sequence
 from typing import Any
@@ -46,10 +47,13 @@ def image_seed(bank_seed: int, label: int, number: int, attempt: int = 0) -> int
     return int.from_bytes(hashlib.sha256(key).digest()[:8], "big") >> 1
 
 
+@functools.lru_cache(maxsize=1)
 def rendered(
-    class_names: Sequence[str], image_shape: Sequence[int], count: int
+    class_names: tuple[str, ...], image_shape: tuple[int, ...], count: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Draws one image of each class in turn, as a bank of seed 0 has them.
+
+    A process draws them once for all its runs.
 
     Returns:
       Images uint8 [count, H, W, C] and labels int32 [count].
