@@ -276,11 +276,14 @@ def _norms(kept: PyTree, source: _Source, rounds: int) -> jax.Array:
         norms = jnp.sqrt(jnp.square(wide).sum(range(1, wide.ndim)))
         return norms * (1 + _rounding(len(wide) + rounds))
     a, g = wide
-    norms = _norms_of_products(a, g, len(a) * a.shape[-2] + rounds)
+    norms, short = _norms_of_products(a, g, len(a) * a.shape[-2] + rounds)
+    norms = jnp.where(short, norms, jnp.inf)
     return jnp.sqrt(jnp.square(norms).sum(range(1, norms.ndim)))
 
 
-def _norms_of_products(a: jax.Array, g: jax.Array, rounded: int) -> jax.Array:
+def _norms_of_products(
+    a: jax.Array, g: jax.Array, rounded: int
+) -> tuple[jax.Array, jax.Array]:
     """Norms of sum_t a_t g_t^T, and of any float32 rounding of such sums.
 
     A sum of n products, in any order, is the exact sum of products each changed by a
@@ -296,17 +299,18 @@ def _norms_of_products(a: jax.Array, g: jax.Array, rounded: int) -> jax.Array:
       rounded: n.
 
     Returns:
-      [*b] float64, infinite where a row is longer than `_LONGEST_ROW` or not finite.
+      Norms, [*b] float64, and whether all rows are finite and at most `_LONGEST_ROW`
+      long, [*b] bool.
     """
     (*_, t, d), p = a.shape, g.shape[-1]
     inner = [_inner_products(x) for x in (a, g)]
     squares = [jnp.diagonal(x, axis1=-2, axis2=-1) for x in inner]
-    usable = jnp.logical_and(*(x <= _LONGEST_ROW**2 for x in squares)).all(-1)
+    short = jnp.logical_and(*(x <= _LONGEST_ROW**2 for x in squares)).all(-1)
     lengths = jnp.sqrt(squares[0] * squares[1]).sum(-1)
     hidden = _rounding(d + p + t * t, 2.0**-53) * jnp.square(lengths)
     total = (inner[0] * inner[1]).sum((-2, -1))
     norms = jnp.sqrt(jnp.maximum(total, 0.0) + hidden)
-    return jnp.where(usable, norms + _rounding(rounded) * lengths, jnp.inf)
+    return norms + _rounding(rounded) * lengths, short
 
 
 def _inner_products(rows: jax.Array) -> jax.Array:

@@ -520,7 +520,8 @@ def test_everything_is_float32():
 def ghost_norm(a, g, addends):
     with jax.enable_x64(True):
         wide = [jnp.asarray(x, jnp.float64) for x in (a, g)]
-        return float(jax.jit(_norms_of_products, static_argnums=2)(*wide, addends))
+        norm, _ = jax.jit(_norms_of_products, static_argnums=2)(*wide, addends)
+        return float(norm)
 
 
 def product(a, g):
@@ -627,7 +628,7 @@ def compiled_linear(positions, size, clip_norm):
 @hypothesis.given(
     kind=st.sampled_from(["offset", "pairs", "bias", "equal"]),
     positions=st.sampled_from(sorted(SHAPES)),
-    strength=st.sampled_from([1.0, 1e2, 1e4, 1e6, 1e9]),
+    strength=st.sampled_from([1.0, 1e2, 1e4, 1e6, 1e8]),
     clip_norm=st.sampled_from([0.1, 1e4]),
     seed=st.integers(0, 9),
 )
