@@ -7,8 +7,8 @@ on 2 + 2 images is --config.method.name=dp_mix_self --config.method.k_base=2
 --config.method.k_self=2, Self-Aug at the same cost is --config.method.name=self_aug
 --config.method.k_base=4.
 
-Hardware: two CPU cores. Hours: 0.1 at epsilon 3, beside other jobs; 0.5 for four images
-a record.
+Hardware: two CPU cores. Hours: 0.1 at epsilon 3, 0.5 for four images a record, both
+before an update became several times as fast (docs/results/speed.md).
 
 Accuracy: 84.3 at epsilon 3, one seed; DP-Mix_self 79.8 with the same batch and updates,
 so the plain method is the default here (docs/results/fashion_mnist.md). The paper has

@@ -6,7 +6,7 @@ With the argument methods, in the place of plain, what views and mixups are wort
 epsilon 3: Self-Aug, DP-Mix_self and, with drawn clothes as public images, DP-Mix_diff,
 all on four images a record.
 
-Hardware: two CPU cores. Hours: 1 for plain; methods was not run here, about 2.
+Hardware: two CPU cores. Hours: 1 for plain; methods was not run here, about 3.
 
 Accuracy: docs/results/fashion_mnist.md.
 """
