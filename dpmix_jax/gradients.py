@@ -65,7 +65,7 @@ def clipped_gradient(
     def record_gradient(params, constants, record):
         value, gradient = value_and_gradient(params, *record, *constants)
         # As vectors, for XLA adds up records of several axes hundreds of times slower
-        # on CPUs (jax 0.12, where they are scaled in the same loop).
+        # on CPUs where the same loop scales them (jax 0.10 and 0.12).
         return jax.tree.map(jnp.ravel, gradient), value
 
     # It sets components that are not finite to 0, then measures the norm, then scales
