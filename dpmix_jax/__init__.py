@@ -9,7 +9,8 @@ labels)`. Axes: B records, K images of an augmentation set, H W C image, O class
     conv       convolutions whose per-record gradients are fast, in any model
     gradients  loss -> clipped sum of per-record gradients, with its sensitivity
     ghost      the same from the factors of gradients, where these are smaller
-    privacy    (epsilon, delta) <-> noise multiplier, and the noise
+    privacy    (epsilon, delta) <-> noise multiplier, and the step that adds noise
+    noise      the noise itself, exact on a grid
     selection  the best of many runs, with the choice accounted for
     sampling   the Poisson batch of a step, and keys
     training   one update as pure functions, and the loop over it
@@ -36,6 +37,7 @@ from dpmix_jax.privacy import (
 from dpmix_jax.sampling import (
     batches,
     microbatches,
+    noise_key,
     poisson_batch,
     record_keys,
     stream_key,
@@ -62,6 +64,7 @@ __all__ = [
     "make_pool",
     "microbatches",
     "mixups",
+    "noise_key",
     "poisson_batch",
     "privatizer",
     "random_pairs",

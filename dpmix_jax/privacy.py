@@ -14,16 +14,19 @@ import math
 import os
 import pathlib
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import absl.logging
 import dp_accounting
 import jax
+import jax.flatten_util
 import jax.numpy as jnp
 import joblib
 import optax
 from dp_accounting import NeighboringRelation, pld, rdp
-from jax_privacy import clipping, noise_addition
+from jax_privacy import clipping
 
+from dpmix_jax import noise
 from dpmix_jax.errors import UserError, require, require_one_of
 from dpmix_jax.files import cache_folder
 from dpmix_jax.selection import Selection
@@ -148,10 +151,10 @@ class Mechanism:
         # Our multiplier is in units of the sensitivity, C or 2 C for REPLACE_ONE;
         # dp_accounting's is in units of C, and it doubles by itself.
         unit = clipping.BoundedSensitivityCallable(lambda: None, 1.0, False)
-        noise = self.noise_multiplier * unit.sensitivity(self.neighboring_relation)
+        stddev = self.noise_multiplier * unit.sensitivity(self.neighboring_relation)
         updates = dp_accounting.SelfComposedDpEvent(
             dp_accounting.PoissonSampledDpEvent(
-                self.sampling_prob, dp_accounting.GaussianDpEvent(noise)
+                self.sampling_prob, dp_accounting.GaussianDpEvent(stddev)
             ),
             self.num_updates,
         )
@@ -248,7 +251,7 @@ def _calibrate(epsilon, delta, silent):
         make_fresh_accountant=lambda: _ACCOUNTANTS[silent.accountant](
             neighboring_relation=relation
         ),
-        make_event_from_param=lambda noise: mechanism(noise).event(),
+        make_event_from_param=lambda value: mechanism(value).event(),
         target_epsilon=epsilon,
         target_delta=delta,
         bracket_interval=dp_accounting.ExplicitBracketInterval(low, high),
@@ -312,6 +315,18 @@ def calibrate(
     return mechanism
 
 
+class NoiseState(NamedTuple):
+    """The noise to come: secret, and for checkpoints only.
+
+    Attributes:
+      key: uint32 [8].
+      update: scalar uint32, updates done.
+    """
+
+    key: jax.Array
+    update: jax.Array
+
+
 def privatizer(
     gradient_fn: clipping.BoundedSensitivityCallable,
     mechanism: Mechanism,
@@ -321,34 +336,44 @@ def privatizer(
 ) -> optax.GradientTransformation:
     """Turns the clipped sum of one update into a private mean: noise, then divide.
 
-    Chain it before any optimizer; what follows is post-processing. The state holds the
-    key of the next update's noise, so it is secret and belongs into checkpoints only.
+    Chain it before any optimizer; what follows is post-processing.
 
     Formal guarantees:
       - Adds independent Gaussian noise of standard deviation `noise_multiplier` times
         `gradient_fn.sensitivity(neighboring_relation)` to every coordinate of the sum,
-        once per update, in float32.
-      - The noise of each update comes from a key of its own, derived from `key` by
-        `init` and carried in the state. (A second `init` starts the same noise again.)
+        once per update, on a grid to which the sum is rounded; the noise is larger by
+        what rounding adds to the sensitivity. See `noise` for how near to Gaussian.
+      - The noise of each update comes from the key and the number of the update, which
+        the state carries. (A second `init` starts the same noise again.)
       - Divides by the expected batch size, a constant, never by the drawn one.
 
     Args:
       gradient_fn: from `clipped_gradient`; its sensitivity sets the scale.
       mechanism: from `calibrate`.
       expected_batch_size: B = q N, positive and finite.
-      key: scalar key of the noise stream, secret.
+      key: uint32 [8] from `noise_key`, secret.
 
     Raises:
-      UserError: for another batch size, or for what is no typed key.
+      UserError: for another batch size, or for what is no such key; when called, for
+        more noise than `noise.grid` has room for.
     """
-    size, kind = expected_batch_size, getattr(key, "dtype", None)
+    size = expected_batch_size
     require(0 < size < math.inf, "expected_batch_size", size, "positive and finite")
-    is_key = jax.dtypes.issubdtype(kind, jax.dtypes.prng_key)
-    require(is_key, "key", key, 'a typed key, such as stream_key(seed, "noise")')
+    is_key = getattr(key, "shape", None) == (8,) and key.dtype == jnp.uint32
+    require(is_key, "key", key, "uint32 [8], such as noise_key(seed)")
     sensitivity = gradient_fn.sensitivity(mechanism.neighboring_relation)
-    add_noise = noise_addition.gaussian_privatizer(
-        stddev=mechanism.noise_multiplier * sensitivity,
-        prng_key=key,
-        dtype=jnp.float32,
-    )
-    return optax.chain(add_noise, optax.scale(1.0 / size))
+
+    def init(params):
+        del params
+        return NoiseState(jnp.array(key), jnp.uint32(0))
+
+    def update(gradients, state, params=None):
+        del params
+        gradients = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), gradients)
+        total, restored = jax.flatten_util.ravel_pytree(gradients)
+        on = noise.grid(mechanism.noise_multiplier, sensitivity, total.size)
+        noisy = noise.add_noise(total, state.key, state.update, on)
+        private = restored(noisy * jnp.float32(1 / size))
+        return private, NoiseState(state.key, state.update + 1)
+
+    return optax.GradientTransformation(init, update)

@@ -4,8 +4,13 @@ Batches and augmentation keys are pure functions of (seed, step, record). Nothin
 them is carried from one update to the next, so a run that resumes, or that uses another
 microbatch size or another number of devices, draws the same batches and the same views.
 (The key of the noise is carried along, in the state of `privacy.privatizer`.)
+
+Two streams must be secret for the guarantee to hold: the Poisson batches, which come
+from a 128-bit key, and the noise, from one of 256 bits. Whatever the other streams
+draw, a record's term is clipped all the same.
 """
 
+import hashlib
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +21,8 @@ from jax_privacy import batch_selection
 
 from dpmix_jax.errors import require, require_one_of
 
-STREAMS = ("init", "sampling", "augmentation", "noise", "groups", "pretraining", "sets")
+STREAMS = ("init", "sampling", "augmentation", "groups", "pretraining", "sets")
+_NOISE = b"dpmix_jax noise "  # of whatever else is hashed
 
 
 def generator(seed: int, stream: str, *path: int) -> np.random.Generator:
@@ -42,6 +48,19 @@ def stream_key(seed: int, stream: str) -> jax.Array:
     """
     words = _sequence(seed, stream).generate_state(2, np.uint32)
     return jax.random.wrap_key_data(jnp.asarray(words), impl="threefry2x32")
+
+
+def noise_key(seed: int) -> jax.Array:
+    """Returns the key of the noise: SHA-256 of the seed.
+
+    Args:
+      seed: a non-negative integer of any size; of 256 secret bits for a release.
+
+    Returns:
+      uint32 [8].
+    """
+    digits = hashlib.sha256(_NOISE + str(int(seed)).encode()).digest()
+    return jnp.asarray(np.frombuffer(digits, "<u4").astype(np.uint32))
 
 
 def record_keys(key: jax.Array, step: jax.Array, indices: jax.Array) -> jax.Array:

@@ -28,7 +28,7 @@ noise = dpm.privatizer(
     gradient_fn,
     mechanism,
     expected_batch_size=q * len(train),
-    key=dpm.stream_key(seed, "noise"),
+    key=dpm.noise_key(seed),
 )
 optimizer = optax.chain(noise, optax.sgd(1.0))
 batches = dpm.batches(  # of one shape, so one compilation

@@ -199,7 +199,7 @@ def test_batches_and_groups():
 
 def test_keys():
     found = {}
-    streams = ("init", "sampling", "augmentation", "noise", "groups", "pretraining")
+    streams = ("init", "sampling", "augmentation", "groups", "pretraining")
     for seed in SEEDS:
         for stream in streams:
             key = stream_key(seed, stream)

@@ -294,6 +294,7 @@ def test_a_run_adds_noise_for_groups():
         config.privacy,
         mechanism,
         num_records=len(train),
+        num_parameters=10**6,
         images_per_record=config.method.set_size,
         secret_seed=False,
         sensitivity=parts.terms.gradient_fn.sensitivity(config.privacy.relation),

@@ -14,9 +14,9 @@ from dpmix_jax import (
     UserError,
     calibrate,
     clipped_gradient,
+    noise_key,
     privacy,
     privatizer,
-    stream_key,
 )
 from dpmix_jax.run.statement import privacy_report, round_up, statement
 from tests import toy
@@ -156,7 +156,7 @@ def noise(relation, sigma, batch, steps=3, size=40_000):
         neighboring_relation=relation,
     )
     add = privatizer(
-        gradient_fn, mechanism, expected_batch_size=batch, key=stream_key(0, "noise")
+        gradient_fn, mechanism, expected_batch_size=batch, key=noise_key(0)
     )
     zeros = {"a": jnp.zeros((size // 2,)), "b": jnp.zeros((size // 20, 10))}
     state, updates = add.init(zeros), []
@@ -221,6 +221,7 @@ def test_the_statement_says_everything(relation, secret):
         config,
         mechanism,
         num_records=1437,
+        num_parameters=10**6,
         images_per_record=8,
         secret_seed=secret,
         sensitivity=0.75,
@@ -243,7 +244,9 @@ def test_the_statement_says_everything(relation, secret):
         "RDP",
         "Public data used:** none",
         "deleted after the last update" if secret else "train without a fixed seed",
-        "float32",
+        "computes in float32",
+        "a discrete Gaussian on it",
+        "adds at most 1.4e-11 to delta",
     ):
         assert words in text, words
     assert max(map(len, statement(facts).splitlines())) <= 88
@@ -274,7 +277,7 @@ def add_noise(**options):
 GOOD = {
     PrivacyConfig: {"epsilon": 3.0, "expected_batch_size": 256, "num_updates": 100},
     calibrate: {"epsilon": 3.0, "delta": 1e-5, "sampling_prob": 0.1, "num_updates": 15},
-    add_noise: {"expected_batch_size": 5, "key": stream_key(0, "noise")},
+    add_noise: {"expected_batch_size": 5, "key": noise_key(0)},
 }
 
 
@@ -297,7 +300,7 @@ GOOD = {
         (calibrate, "num_updates", 0, "at least 1"),
         (add_noise, "expected_batch_size", -5, "positive and finite"),
         (add_noise, "expected_batch_size", math.nan, "positive and finite"),
-        (add_noise, "key", 3, "a typed key, such as stream_key"),
+        (add_noise, "key", 3, "uint32 [8], such as noise_key(seed)"),
     ],
 )
 def test_refuses(function, key, value, allowed):

@@ -17,6 +17,7 @@ from dpmix_jax import (
     augmentation_set,
     clipped_gradient,
     devices,
+    noise_key,
     poisson_batch,
     privatizer,
     record_keys,
@@ -48,9 +49,7 @@ def optimizer_and_update(noise_multiplier=1.0):
     mechanism = Mechanism(
         sampling_prob=0.2, num_updates=9, noise_multiplier=noise_multiplier
     )
-    noise = privatizer(
-        GRADIENT, mechanism, expected_batch_size=8, key=stream_key(0, "noise")
-    )
+    noise = privatizer(GRADIENT, mechanism, expected_batch_size=8, key=noise_key(0))
     optimizer = optax.chain(noise, optax.sgd(0.5))
     return optimizer, training.make_update(optimizer, ema_decay=0.9)
 

@@ -214,7 +214,7 @@ def build(
             terms.gradient_fn,
             mechanism,
             expected_batch_size=terms.expected,
-            key=sampling.stream_key(seed, "noise"),
+            key=sampling.noise_key(seed),
         ),
         config.optimizer.build(),
     )

@@ -49,6 +49,7 @@ def release(
         config.privacy,
         mechanism,
         num_records=len(dataset.train),
+        num_parameters=sum(p.size for p in jax.tree.leaves(state.params)),
         images_per_record=config.method.set_size,
         secret_seed=config.seed is None,
         sensitivity=parts.terms.gradient_fn.sensitivity(config.privacy.relation),
@@ -115,7 +116,7 @@ def score(correct: int, noise: float, config: ExperimentConfig) -> int:
       config: of the run.
     """
     # Not from the seed of the run, which is forgotten by now.
-    seed = secrets.randbits(128) if config.seed is None else config.seed
+    seed = secrets.randbits(256) if config.seed is None else config.seed
     return round(correct + np.random.default_rng(seed).normal(0.0, noise))
 
 

@@ -1,9 +1,11 @@
 """What a run promises, as data and in words."""
 
 import decimal
+import math
 import textwrap
 from typing import Any
 
+from dpmix_jax import noise
 from dpmix_jax.privacy import Mechanism, PrivacyConfig, accountant_version
 
 
@@ -12,6 +14,7 @@ def privacy_report(
     mechanism: Mechanism,
     *,
     num_records: int,
+    num_parameters: int,
     images_per_record: int,
     secret_seed: bool,
     public_data: str = "none",
@@ -28,6 +31,7 @@ def privacy_report(
       mechanism: from `calibrate`; its epsilons are computed here, by both accountants,
         and for a private selection that of the validation records.
       num_records: N.
+      num_parameters: of those that are trained.
       images_per_record: K.
       secret_seed: whether the randomness came from a seed that nobody knows.
       public_data: what else entered, and why it may be called public.
@@ -45,15 +49,18 @@ def privacy_report(
         name: mechanism.epsilon(config.delta, accountant=name)
         for name in ("pld", "rdp")
     }
+    epsilon = max(
+        by[mechanism.accountant], selection["score_epsilon"] if selection else 0.0
+    )
+    draws = mechanism.num_updates * num_parameters
     return {
         # One record is in the training set or among those that candidates are compared
         # by: see `selection`.
-        "epsilon": max(
-            by[mechanism.accountant], selection["score_epsilon"] if selection else 0.0
-        ),
+        "epsilon": epsilon,
         **{f"epsilon_{k}": v if v < float("inf") else None for k, v in by.items()},
         "selection": selection,
         "delta": config.delta,
+        "delta_of_the_grid": (1 + math.exp(epsilon)) * noise.total_variation(draws),
         "neighboring_relation": config.neighboring_relation,
         "noise_multiplier": mechanism.noise_multiplier,
         "l2_clip_norm": config.l2_clip_norm,
@@ -143,8 +150,10 @@ _COVERED = {
 
 _SEEDS = {
     True: (
-        "all randomness comes from 64-bit keys derived from 128 secret bits of the"
-        " operating system, which were deleted after the last update"
+        "all randomness comes from 256 secret bits of the operating system, which were"
+        " deleted after the last update: the noise by ChaCha20 with a key of 256 bits,"
+        " the batches by Philox with one of 128. Of other streams the guarantee holds"
+        " whatever they draw"
     ),
     False: (
         "all randomness follows from a seed in the configuration. Whoever knows it can"
@@ -233,9 +242,14 @@ def statement(report: dict[str, Any]) -> str:
         "Public data used": report["public_data"],
         "Seed": _SEEDS[report["secret_seed"]],
         "Arithmetic": (
-            f"the model computes in {report['precision']}, sums and noise are float32"
-            f" from a pseudorandom generator; {_CLIPPING[report['clipping']]}; the"
-            " proof is for real numbers and ideal randomness"
+            "the sum is rounded to a grid, and the noise is a discrete Gaussian on it,"
+            " larger by what rounding adds to the sensitivity; noisy sums are exact"
+            " before they are rounded to float32, so that their last bits tell nothing"
+            " of what the noise was added to. Such noise instead of real numbers adds"
+            f" at most {round_up(report['delta_of_the_grid'], 2)} to delta. The model"
+            f" computes in {report['precision']}, the sum of clipped gradients in"
+            f" float32; {_CLIPPING[report['clipping']]}; the proof does not cover"
+            " how clipped gradients and their sum round in float32"
         ),
     }
     headline = (

@@ -72,7 +72,7 @@ class Workdir:
         not finished, so that the same noise never meets other data.
 
         Args:
-          seed: from the config; None draws 128 bits from the operating system.
+          seed: from the config; None draws 256 bits from the operating system.
           data: checksum of the training records, public images and weight files.
           noise_multiplier: of the run.
 
@@ -91,7 +91,7 @@ class Workdir:
                 )
             self._drop_embeddings()  # of another seed
             self.whitening.unlink(missing_ok=True)
-            drawn = secrets.randbits(128) if seed is None else seed
+            drawn = secrets.randbits(256) if seed is None else seed
             self._keep(
                 {"seed": drawn, "data": data, "noise_multiplier": noise_multiplier}
             )
