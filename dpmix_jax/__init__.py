@@ -14,12 +14,14 @@ labels)`. Axes: B records, K images of an augmentation set, H W C image, O class
     selection  the best of many runs, with the choice accounted for
     sampling   the Poisson batch of a step, and keys
     training   one update as pure functions, and the loop over it
+    audit      replay on neighbouring records, and attacks that bound epsilon from below
     devices    where arrays lie, and the sum over all devices
 
 Around it, none of which the core knows: `baselines`, `models`, `data`, `synthetic`, and
 `run`, `sweeps`, which put all together from a config.
 """
 
+from dpmix_jax.audit import check_sensitivity
 from dpmix_jax.augment import AugmentationConfig, random_view, views
 from dpmix_jax.conv import fast_convolutions
 from dpmix_jax.errors import UserError
@@ -58,6 +60,7 @@ __all__ = [
     "augmentation_set",
     "batches",
     "calibrate",
+    "check_sensitivity",
     "clipped_gradient",
     "fast_convolutions",
     "ghost_clipped_gradient",

@@ -7,15 +7,17 @@ discrete Gaussian on the same grid (Canonne et al., 2020), and their float sum i
 exact sum rounded once. So what comes out is a function of the exact noisy sum, and
 every value can come from either candidate.
 
-Noise on a fine grid is Z = z0 + 64 z1 + 64^2 z2 + 64^3 z3, where each z is a discrete
-Gaussian of a standard deviation from 96 to 192 (Micciancio and Walter, 2017), looked up
-in a table of exact integers. The words that decide it are a keystream of ChaCha20
-(RFC 8439), one block for each coordinate of each update.
+Noise on a fine grid is Z = z0 + 64 z1 + 64^2 z2 + 64^3 z3 + 64^4 z4, where each z is a
+discrete Gaussian of a standard deviation from 96 to 192 (Micciancio and Walter, 2017),
+looked up in a table of exact integers. The words that decide it are a keystream of
+ChaCha20 (RFC 8439), one block for each coordinate of each update, and another for the
+key of the next update, so that a key tells nothing of the noise before it.
 """
 
 import decimal
 import functools
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -24,10 +26,11 @@ import numpy as np
 
 from dpmix_jax.errors import require
 
-_LEVELS, _BASE = 4, 64
+_LEVELS, _BASE = 5, 64
 _SPREAD = sum(_BASE ** (2 * level) for level in range(_LEVELS))  # of variances
 _WIDEST = 192.0  # standard deviation of a z: 10.6 of them are in the table
 _CELLS, _CELL_BITS = 4096, 84  # of the table, and bits that choose within a cell
+_NOISE, _NEXT_KEY = (0, 0, 0), (1, 0, 0)  # nonces
 _CHUNK = {"cpu": 2**12, None: 2**20}  # coordinates that are drawn at a time
 
 
@@ -36,7 +39,7 @@ class Grid(NamedTuple):
 
     Attributes:
       spacing: a power of two.
-      stddev: of the noise, 2^24 to 2^26 spacings.
+      stddev: of the noise, 2^30 to 2^32 spacings.
     """
 
     spacing: float
@@ -48,7 +51,7 @@ def grid(noise_multiplier: float, sensitivity: float, size: int) -> Grid:
 
     Rounding moves each coordinate by at most half a spacing, so two sums that were
     `sensitivity` apart come out at most sqrt(size) spacings further apart. The noise
-    is scaled by that, too: a few hundred-thousandths more for a million coordinates.
+    is scaled by that, too: a millionth more for a million coordinates.
 
     Args:
       noise_multiplier: standard deviation over sensitivity, positive.
@@ -76,33 +79,35 @@ def grid(noise_multiplier: float, sensitivity: float, size: int) -> Grid:
 def total_variation(num_draws: float) -> float:
     """Returns how far the noise of a run is from Gaussian noise rounded to the grid.
 
-    Rounding to the grid is post-processing, so the accountant's (epsilon, delta) hold
-    for Gaussian noise rounded to it, and with (1 + e^epsilon) times this number added
-    to delta for the noise here. docs/assurance.md has the proof.
+    Rounding to the grid is post-processing, so what the accountant says of Gaussian
+    noise holds for that. docs/assurance.md has the proof.
 
     Args:
       num_draws: coordinates times updates.
     """
-    # s >= 96 * 64^3 grid points. Discrete from rounded Gaussian: chi-square 1 / (288
-    # s^4) each. What convolution and the table's last bits add is far below.
+    # By Pinsker, from two chi-squares a draw: 1 / (288 s^4) of a rounded Gaussian from
+    # a discrete one, s >= 96 * 64^4 spacings, and (4.2e-19)^2 of that from the sum of
+    # five. What the table leaves out is less than 2^-80 a draw.
     least = 0.5 * _WIDEST * _BASE ** (_LEVELS - 1)
-    return math.sqrt(num_draws) / (24 * least**2) + num_draws * 2.0**-80
+    return math.sqrt(num_draws) * (1 / (24 * least**2) + 4e-19) + num_draws * 2.0**-80
 
 
-def add_noise(
-    total: jax.Array, key: jax.Array, update: jax.Array, on: Grid
-) -> jax.Array:
+def extra_delta(epsilon: float, num_draws: float) -> float:
+    """Returns what `total_variation` adds to delta: (1 + e^epsilon) times as much."""
+    return (1 + math.exp(min(epsilon, 700.0))) * total_variation(num_draws)
+
+
+def add_noise(total: jax.Array, key: jax.Array, on: Grid) -> jax.Array:
     """Adds a discrete Gaussian to each coordinate of a sum.
 
     Formal guarantees:
       - The result is a function of the exact sum of the rounded `total` and the noise.
-      - Coordinate j of update t has a keystream block of its own, number j with nonce
-        t, for up to 2^32 coordinates and updates.
+      - Coordinate j of update t has a keystream block of its own, for up to 2^32
+        coordinates.
 
     Args:
       total: float32 [d].
-      key: uint32 [8].
-      update: scalar uint32 t.
+      key: uint32 [8], of this update alone, see `next_key`.
       on: from `grid`, of d coordinates.
 
     Returns:
@@ -114,7 +119,7 @@ def add_noise(
     def of_chunk(start_and_total):
         start, part = start_and_total
         counters = start + jnp.arange(part.shape[0], dtype=jnp.uint32)
-        words = keystream(key, counters, update)
+        words = keystream(key, counters, _NOISE)
         low, high = _draw(table, words)
         rounded = jnp.round(part * jnp.float32(1 / on.spacing))
         return _rounded_once(rounded, high, low) * jnp.float32(on.spacing)
@@ -160,10 +165,13 @@ def _odd_sum(a, b):
 
 
 def _draw(table, words):
-    """Returns z0 + 64 z1 and 64^2 (z2 + 64 z3), float32 [n], of words [16, n]."""
+    """Returns z0 + 64 z1 + 64^2 z2 and 64^3 (z3 + 64 z4), float32 [n].
+
+    Both are integers with less than 24 bits, but for the power of two: exact.
+    """
     z = [_look_up(table, *words[3 * i : 3 * i + 3]) for i in range(_LEVELS)]
-    low, high = (z[i] + _BASE * z[i + 1] for i in (0, 2))
-    return low.astype(jnp.float32), high.astype(jnp.float32) * jnp.float32(_BASE**2)
+    low, high = z[0] + _BASE * (z[1] + _BASE * z[2]), z[3] + _BASE * z[4]
+    return low.astype(jnp.float32), high.astype(jnp.float32) * jnp.float32(_BASE**3)
 
 
 def _look_up(table, first, second, third):
@@ -238,13 +246,22 @@ def _alias(shares: list[int]) -> list[tuple[int, int]]:
     return cells  # those of `large` are their own, which (0, value) says
 
 
-def keystream(key: jax.Array, counters: jax.Array, update: jax.Array) -> jax.Array:
+def next_key(key: jax.Array) -> jax.Array:
+    """Returns the key of the next update, which tells nothing of the one before it.
+
+    Formal guarantees:
+      - It is half of a keystream block of `key` that no noise is made of.
+    """
+    return keystream(key, jnp.zeros(1, jnp.uint32), _NEXT_KEY)[:8, 0]
+
+
+def keystream(key: jax.Array, counters: jax.Array, nonce: Sequence[int]) -> jax.Array:
     """Returns blocks of ChaCha20 (RFC 8439, Section 2.3).
 
     Args:
       key: uint32 [8].
       counters: uint32 [n], of the blocks.
-      update: scalar uint32, the first word of the nonce; the other two are 0.
+      nonce: three words.
 
     Returns:
       uint32 [16, n].
@@ -252,10 +269,10 @@ def keystream(key: jax.Array, counters: jax.Array, update: jax.Array) -> jax.Arr
     shape = (4, *counters.shape)
     constant = np.frombuffer(b"expand 32-byte k", "<u4").astype(np.uint32)
     words = [jnp.asarray(constant), key[:4], key[4:]]
-    nonce = jnp.zeros((3, *counters.shape), jnp.uint32).at[0].set(update)
+    last = jnp.broadcast_to(np.array(nonce, np.uint32)[:, None], (3, *counters.shape))
     start = (
         *(jnp.broadcast_to(part[:, None], shape) for part in words),
-        jnp.concatenate([counters[None], nonce]),
+        jnp.concatenate([counters[None], last]),
     )
 
     def double_round(_, rows):

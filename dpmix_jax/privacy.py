@@ -319,12 +319,10 @@ class NoiseState(NamedTuple):
     """The noise to come: secret, and for checkpoints only.
 
     Attributes:
-      key: uint32 [8].
-      update: scalar uint32, updates done.
+      key: uint32 [8], of the next update.
     """
 
     key: jax.Array
-    update: jax.Array
 
 
 def privatizer(
@@ -343,8 +341,9 @@ def privatizer(
         `gradient_fn.sensitivity(neighboring_relation)` to every coordinate of the sum,
         once per update, on a grid to which the sum is rounded; the noise is larger by
         what rounding adds to the sensitivity. See `noise` for how near to Gaussian.
-      - The noise of each update comes from the key and the number of the update, which
-        the state carries. (A second `init` starts the same noise again.)
+      - The noise of each update comes from a key of its own, which the state carries,
+        and from which that of no earlier update can be drawn again. (A second `init`
+        starts the same noise again.)
       - Divides by the expected batch size, a constant, never by the drawn one.
 
     Args:
@@ -365,15 +364,15 @@ def privatizer(
 
     def init(params):
         del params
-        return NoiseState(jnp.array(key), jnp.uint32(0))
+        return NoiseState(jnp.array(key))
 
     def update(gradients, state, params=None):
         del params
         gradients = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), gradients)
         total, restored = jax.flatten_util.ravel_pytree(gradients)
         on = noise.grid(mechanism.noise_multiplier, sensitivity, total.size)
-        noisy = noise.add_noise(total, state.key, state.update, on)
+        noisy = noise.add_noise(total, state.key, on)
         private = restored(noisy * jnp.float32(1 / size))
-        return private, NoiseState(state.key, state.update + 1)
+        return private, NoiseState(noise.next_key(state.key))
 
     return optax.GradientTransformation(init, update)

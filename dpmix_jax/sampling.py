@@ -11,6 +11,7 @@ draw, a record's term is clipped all the same.
 """
 
 import hashlib
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -22,7 +23,6 @@ from jax_privacy import batch_selection
 from dpmix_jax.errors import require, require_one_of
 
 STREAMS = ("init", "sampling", "augmentation", "groups", "pretraining", "sets")
-_NOISE = b"dpmix_jax noise "  # of whatever else is hashed
 
 
 def generator(seed: int, stream: str, *path: int) -> np.random.Generator:
@@ -32,7 +32,16 @@ def generator(seed: int, stream: str, *path: int) -> np.random.Generator:
 
 def _sequence(seed: int, stream: str, *path: int) -> np.random.SeedSequence:
     require_one_of("the stream", stream, STREAMS)
-    return np.random.SeedSequence(seed, spawn_key=(STREAMS.index(stream), *path))
+    entropy = int.from_bytes(_digest(seed, stream), "little")
+    return np.random.SeedSequence(entropy, spawn_key=path)
+
+
+def _digest(seed: int, stream: str) -> bytes:
+    """Returns 256 bits of a stream, from which those of another cannot be told."""
+    require(operator.index(seed) >= 0, "seed", seed, "at least 0")
+    return hashlib.sha256(
+        f"dpmix_jax {stream} {operator.index(seed)}".encode()
+    ).digest()
 
 
 def stream_key(seed: int, stream: str) -> jax.Array:
@@ -51,7 +60,7 @@ def stream_key(seed: int, stream: str) -> jax.Array:
 
 
 def noise_key(seed: int) -> jax.Array:
-    """Returns the key of the noise: SHA-256 of the seed.
+    """Returns the key of the noise of the first update, for `privacy.privatizer`.
 
     Args:
       seed: a non-negative integer of any size; of 256 secret bits for a release.
@@ -59,8 +68,8 @@ def noise_key(seed: int) -> jax.Array:
     Returns:
       uint32 [8].
     """
-    digits = hashlib.sha256(_NOISE + str(int(seed)).encode()).digest()
-    return jnp.asarray(np.frombuffer(digits, "<u4").astype(np.uint32))
+    words = np.frombuffer(_digest(seed, "noise"), "<u4")
+    return jnp.asarray(words.astype(np.uint32))
 
 
 def record_keys(key: jax.Array, step: jax.Array, indices: jax.Array) -> jax.Array:

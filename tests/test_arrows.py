@@ -10,7 +10,7 @@ from tests.conftest import ROOT
 PACKAGE = ROOT / "dpmix_jax"
 CORE = [
     *("augment", "pool", "mixup", "conv", "ghost", "gradients", "privacy"),
-    *("selection", "sampling", "training", "devices"),
+    *("selection", "sampling", "training", "devices", "noise", "audit"),
 ]
 WINGS = ("baselines", "data", "models", "synthetic")
 ABOVE = ("run", "sweeps")

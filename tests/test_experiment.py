@@ -10,10 +10,15 @@ import stat
 import subprocess
 import time
 
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import safetensors.numpy
 
+from dpmix_jax import UserError, noise_key, training
+from dpmix_jax.noise import next_key
+from dpmix_jax.run.checkpoint import Checkpoints
 from dpmix_jax.run.cli import load_experiment
 from dpmix_jax.run.config import to_dict
 from dpmix_jax.run.workdir import Workdir
@@ -329,9 +334,14 @@ def test_killed_a_run_keeps_its_secret_seed_and_then_forgets_it(tmp_path):
     assert done.status == 0, done.err
     assert "going on after update" in done.err
     assert not secret.exists()
-    for path in workdir.rglob("*"):
-        assert not path.is_file() or str(seed).encode() not in path.read_bytes()
-    assert "128 secret bits" in (workdir / "PRIVACY.md").read_text()
+    left = [path.read_bytes() for path in workdir.rglob("*") if path.is_file()]
+    assert not any(str(seed).encode() in content for content in left)
+    key = noise_key(seed)
+    for _ in range(12):  # of each update that was made
+        assert not any(key.tobytes() in content for content in left)
+        key = next_key(key)
+    assert any(key.tobytes() in content for content in left)  # of one that was not
+    assert "256 secret bits" in (workdir / "PRIVACY.md").read_text()
     other = tmp_path / "other"
     assert run(other, seed=None).status == 0
     weights = [(w / "model.safetensors").read_bytes() for w in (workdir, other)]
@@ -359,6 +369,15 @@ def test_on_four_devices_the_same_run_comes_out(tmp_path):
     )
     for name, value in one.items():
         np.testing.assert_allclose(of_four[name], value, atol=1e-5)
+
+
+def test_a_checkpoint_of_another_version_is_one_line(tmp_path):
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    params = {"w": jnp.zeros(3)}
+    checkpoints.save(training.init_state(params, optax.sgd(1.0)))
+    like = training.init_state(params, optax.sgd(1.0, momentum=0.9))
+    with pytest.raises(UserError, match=r"0.safetensors is of another version: use an"):
+        checkpoints.restore(like)
 
 
 MISTAKES = (

@@ -18,6 +18,7 @@ from dpmix_jax import (
     privacy,
     privatizer,
 )
+from dpmix_jax.noise import extra_delta, next_key
 from dpmix_jax.run.statement import privacy_report, round_up, statement
 from tests import toy
 
@@ -205,6 +206,20 @@ def test_noise_is_independent_between_updates_and_coordinates():
     assert len(np.unique(samples)) > 0.9 * samples.size
 
 
+@pytest.mark.proves("privacy.privatizer", 2)
+def test_a_state_cannot_draw_noise_again():
+    """Whoever finds the state after an update cannot subtract what was added."""
+    add = add_noise(**GOOD[add_noise])
+    states = [add.init(None)]
+    for _ in range(3):
+        states.append(add.update(jnp.zeros(4), states[-1])[1])
+    keys = [tuple(state.key.tolist()) for state in states]
+    assert len(set(keys)) == len(keys)
+    assert keys[0] == tuple(noise_key(0).tolist())
+    assert keys[1] == tuple(next_key(states[0].key).tolist())
+    assert {jnp.shape(leaf) for leaf in jax.tree.leaves(states[-1])} == {(8,)}
+
+
 @pytest.mark.parametrize(
     ("relation", "secret"),
     [(relation, relation != "replace_one") for relation in privacy.RELATIONS],
@@ -246,10 +261,38 @@ def test_the_statement_says_everything(relation, secret):
         "deleted after the last update" if secret else "train without a fixed seed",
         "computes in float32",
         "a discrete Gaussian on it",
-        "adds at most 1.4e-11 to delta",
+        f"counted in delta, as at most {round_up(extra_delta(3.0, 1e8), 2)}",
     ):
         assert words in text, words
     assert max(map(len, statement(facts).splitlines())) <= 88
+
+
+def test_what_the_grid_takes_is_counted_in_delta():
+    """Also where epsilon is so large that delta cannot hold it."""
+
+    def facts(epsilon, num_parameters=10**6):
+        config = PrivacyConfig(**{**GOOD[PrivacyConfig], "epsilon": epsilon})
+        mechanism = Mechanism(sampling_prob=0.1, num_updates=100, noise_multiplier=2.0)
+        return mechanism, privacy_report(
+            config,
+            mechanism,
+            num_records=2560,
+            num_parameters=num_parameters,
+            images_per_record=1,
+            secret_seed=True,
+            sensitivity=1.0,
+        )
+
+    mechanism, found = facts(18.0)
+    of_grid = found["delta_of_the_grid"]
+    assert 1e-8 < of_grid == extra_delta(18.0, 1e8) < 1e-5
+    assert found["delta"] == 1e-5
+    assert found["epsilon"] == mechanism.epsilon(1e-5 - of_grid)
+    assert found["epsilon"] > mechanism.epsilon(1e-5)
+    mechanism, found = facts(24.0)
+    assert found["epsilon"] == mechanism.epsilon(1e-5)
+    assert found["delta"] == 1e-5 + extra_delta(24.0, 1e8)
+    assert facts(1000.0)[1]["delta"] == 1.0
 
 
 @pytest.mark.parametrize(

@@ -53,12 +53,15 @@ class Checkpoints:
           like: a state of the same shapes.
 
         Raises:
-          UserError: if states were saved, and all files are damaged.
+          UserError: if states were saved, and all files are damaged, or the latest is
+            that of another version.
         """
         steps = self.steps()
         for step in reversed(steps):
             path = self._path(step)
             tensors = _read(path)
+            if tensors is not None and tensors.keys() != _tensors(like).keys():
+                raise UserError(f"{path} is of another version: use another --workdir")
             if tensors is not None:
                 return _state(tensors, like)
             if step == steps[0]:

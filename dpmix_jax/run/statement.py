@@ -1,7 +1,6 @@
 """What a run promises, as data and in words."""
 
 import decimal
-import math
 import textwrap
 from typing import Any
 
@@ -45,22 +44,25 @@ def privacy_report(
     selection = _selection(config)
     if mechanism.selection != config.private_selection:
         raise ValueError("mechanism and config must agree on the selection")
-    by = {
-        name: mechanism.epsilon(config.delta, accountant=name)
-        for name in ("pld", "rdp")
-    }
+    candidates = config.expected_candidates or 1.0
+    draws = mechanism.num_updates * num_parameters * candidates
+    of_grid = noise.extra_delta(config.epsilon, draws)
+    # The accountant gets what noise on a grid leaves of delta. It leaves nearly all,
+    # unless epsilon is so large that it promises nothing.
+    room = config.delta > 2 * of_grid
+    left, delta = config.delta - of_grid * room, config.delta + of_grid * (not room)
+    by = {name: mechanism.epsilon(left, accountant=name) for name in ("pld", "rdp")}
     epsilon = max(
         by[mechanism.accountant], selection["score_epsilon"] if selection else 0.0
     )
-    draws = mechanism.num_updates * num_parameters
     return {
         # One record is in the training set or among those that candidates are compared
         # by: see `selection`.
         "epsilon": epsilon,
         **{f"epsilon_{k}": v if v < float("inf") else None for k, v in by.items()},
         "selection": selection,
-        "delta": config.delta,
-        "delta_of_the_grid": (1 + math.exp(epsilon)) * noise.total_variation(draws),
+        "delta": min(delta, 1.0),
+        "delta_of_the_grid": min(of_grid, 1.0),
         "neighboring_relation": config.neighboring_relation,
         "noise_multiplier": mechanism.noise_multiplier,
         "l2_clip_norm": config.l2_clip_norm,
@@ -150,10 +152,11 @@ _COVERED = {
 
 _SEEDS = {
     True: (
-        "all randomness comes from 256 secret bits of the operating system, which were"
-        " deleted after the last update: the noise by ChaCha20 with a key of 256 bits,"
-        " the batches by Philox with one of 128. Of other streams the guarantee holds"
-        " whatever they draw"
+        "256 secret bits of the operating system, deleted after the last update, gave"
+        " each stream a key by SHA-256: the noise is from ChaCha20 (256 bits), the"
+        " batches are from Philox (128 bits), and the guarantee holds for whatever the"
+        " other streams draw. A checkpoint that is left has the key of no noise that"
+        " was added"
     ),
     False: (
         "all randomness follows from a seed in the configuration. Whoever knows it can"
@@ -244,12 +247,13 @@ def statement(report: dict[str, Any]) -> str:
         "Arithmetic": (
             "the sum is rounded to a grid, and the noise is a discrete Gaussian on it,"
             " larger by what rounding adds to the sensitivity; noisy sums are exact"
-            " before they are rounded to float32, so that their last bits tell nothing"
-            " of what the noise was added to. Such noise instead of real numbers adds"
-            f" at most {round_up(report['delta_of_the_grid'], 2)} to delta. The model"
-            f" computes in {report['precision']}, the sum of clipped gradients in"
-            f" float32; {_CLIPPING[report['clipping']]}; the proof does not cover"
-            " how clipped gradients and their sum round in float32"
+            " before they are rounded to float32, so that their last bits tell no more"
+            " than the guarantee allows. That the noise is no real number is counted"
+            f" in delta, as at most {round_up(report['delta_of_the_grid'], 2)}. The"
+            f" model computes in {report['precision']}, the sum of clipped gradients in"
+            f" float32; {_CLIPPING[report['clipping']]}. Not proven: that generators"
+            " are as good as coins, and what clipped gradients and their sum lose by"
+            " rounding"
         ),
     }
     headline = (

@@ -1,0 +1,326 @@
+"""Checks that a guarantee holds, by running what gives it.
+
+`check_sensitivity` replays a clipped sum on neighbouring records: a sum that moves
+further than its noise is scaled for is found without any statistics. `audit` trains
+once with canaries, half of them left out at random, guesses which, and bounds epsilon
+from below by how often the guesses are right. A bound above the claim proves a fault; a
+bound below it proves nothing, for no audit sees every way to attack.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from dp_accounting import NeighboringRelation
+from jax_privacy import auditing, clipping
+
+from dpmix_jax import gradients, privacy, sampling
+from dpmix_jax.errors import require
+
+PyTree = Any
+ClippedSum = Callable[[PyTree, np.ndarray], PyTree]
+MakeGradient = Callable[..., clipping.BoundedSensitivityCallable]
+
+# What a record may hold that is hard to clip: no numbers, overflow, underflow.
+_SPECIAL = {
+    "NaN": np.nan,
+    "inf": np.inf,
+    "-inf": -np.inf,
+    "1e6": 1e6,
+    "1e30": 1e30,
+    "-3e38": -3e38,
+    "1e-40": 1e-40,
+    "0": 0.0,
+}
+
+
+# --- Replay -----------------------------------------------------------------------
+
+
+def check_sensitivity(
+    clipped_sum: ClippedSum,
+    records: PyTree,
+    sensitivity: Callable[[NeighboringRelation], float],
+    *,
+    indices: Sequence[int] | None = None,
+    tolerance: float = 1e-4,
+) -> dict[str, float]:
+    """Replays a clipped sum on neighbours of a batch, under the same keys.
+
+    Each of some records is removed, negated, given the content of every other, and
+    filled with NaN, infinite, huge, subnormal and zero numbers, whole or in part. It is
+    the cheapest test there is of an implementation (Cebere et al., 2026): noise and
+    accountant are right only if no neighbour moves the sum further than promised.
+
+    Args:
+      clipped_sum: `f(records, is_padding_example [B]) -> pytree`, everything that
+        happens before the noise, with fixed parameters and keys.
+      records: arrays with a leading axis B of records, at least 2.
+      sensitivity: what is promised, as `.sensitivity` of a clipped gradient.
+      indices: of the records that change; all by default.
+      tolerance: relative, for float rounding.
+
+    Returns:
+      The distance that the sum moves, by neighbour.
+
+    Raises:
+      AssertionError: if a neighbour moves the sum further than the sensitivity, if a
+        sum is not finite, or if the same records give two different sums.
+    """
+    leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(records)]
+    structure, size = jax.tree.structure(records), len(leaves[0])
+    removing, replacing = (
+        sensitivity(relation) * (1 + tolerance)
+        for relation in (
+            NeighboringRelation.ADD_OR_REMOVE_ONE,
+            NeighboringRelation.REPLACE_ONE,
+        )
+    )
+    everyone = np.zeros(size, bool)
+
+    def total(changed, padding=everyone):
+        found = clipped_sum(jax.tree.unflatten(structure, changed), padding)
+        flat = [np.asarray(leaf, np.float64).ravel() for leaf in jax.tree.leaves(found)]
+        return np.concatenate(flat)
+
+    whole = total(leaves)
+    if not np.array_equal(whole, total(leaves)):
+        raise AssertionError("the same records gave two sums: keys must be fixed")
+    distances = {}
+    for index in range(size) if indices is None else indices:
+        rest = total(leaves, np.arange(size) == index)
+        name = f"record {index} removed"
+        distances[name] = _distance(name, whole, rest, removing)
+        for change, changed in _replaced(leaves, index):
+            name, other = f"record {index} {change}", total(changed)
+            _distance(f"{name}, then removed", other, rest, removing)
+            distances[name] = _distance(name, whole, other, replacing)
+    return distances
+
+
+def _distance(name: str, first: np.ndarray, second: np.ndarray, bound: float) -> float:
+    distance = float(np.linalg.norm(first - second))
+    if not distance <= bound:
+        raise AssertionError(f"{name}: the sum moves by {distance:.6g} of {bound:.6g}")
+    return distance
+
+
+def _replaced(
+    leaves: list[np.ndarray], index: int
+) -> Iterator[tuple[str, list[np.ndarray]]]:
+    """Yields neighbours in which one record is another, and how it was changed."""
+
+    def with_record(contents):
+        changed = [leaf.copy() for leaf in leaves]
+        for leaf, content in zip(changed, contents, strict=True):
+            leaf[index] = content
+        return changed
+
+    for other in range(len(leaves[0])):
+        if other != index:
+            yield f"as record {other}", with_record([leaf[other] for leaf in leaves])
+    own = [leaf[index] for leaf in leaves]
+    floats = [np.issubdtype(leaf.dtype, np.floating) for leaf in leaves]
+    if any(floats):
+        negated = [
+            -x if is_float else x for x, is_float in zip(own, floats, strict=True)
+        ]
+        yield "negated", with_record(negated)
+    for name, value in _SPECIAL.items() if any(floats) else ():
+        for part in ("", "first numbers "):
+            contents = []
+            for x, is_float in zip(own, floats, strict=True):
+                x = np.array(x)
+                if is_float:
+                    flat = x.reshape(-1)
+                    flat[: max(1, flat.size // 8) if part else None] = value
+                contents.append(x)
+            yield f"{part}{name}", with_record(contents)
+
+
+# --- Canaries ---------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Audit:
+    """What one run with canaries shows.
+
+    Attributes:
+      epsilon: lower bound at `delta` with probability `confidence`, whatever the
+        mechanism is (Steinke et al., 2023).
+      epsilon_gaussian: the same for a mechanism that is no worse than a Gaussian one
+        (Mahloujifar et al., 2024); larger, and not proven for subsampling.
+      delta: of the claim.
+      confidence: that the bound holds.
+      num_canaries: m.
+      auroc: of the scores; 0.5 is a coin.
+      false_positives: rates [n] of the ROC curve.
+      true_positives: rates [n].
+    """
+
+    epsilon: float
+    epsilon_gaussian: float
+    delta: float
+    confidence: float
+    num_canaries: int
+    auroc: float
+    false_positives: np.ndarray
+    true_positives: np.ndarray
+
+
+def audit(
+    train: Callable[[np.ndarray], np.ndarray],
+    num_canaries: int,
+    *,
+    delta: float,
+    rng: np.random.Generator,
+    confidence: float = 0.95,
+) -> Audit:
+    """Audits a training function in one run (Steinke et al., 2023).
+
+    Args:
+      train: `f(included [m] bool) -> scores [m]` trains with the canaries included
+        only, and scores all: the higher, the more a canary seems to be included.
+      num_canaries: m, at least 8.
+      delta: of the claim, in (0, 1).
+      rng: draws which canaries are included.
+      confidence: in (0.5, 1).
+
+    Raises:
+      UserError: for an argument out of its range.
+    """
+    require(num_canaries >= 8, "num_canaries", num_canaries, "at least 8")
+    require(0.5 < confidence < 1, "confidence", confidence, "in (0.5, 1)")
+    require(0 < delta < 1, "delta", delta, "in (0, 1)")
+    included = rng.random(num_canaries) < 0.5
+    return bound(train(included), included, delta=delta, rng=rng, confidence=confidence)
+
+
+def bound(
+    scores: np.ndarray,
+    included: np.ndarray,
+    *,
+    delta: float,
+    rng: np.random.Generator,
+    confidence: float = 0.95,
+) -> Audit:
+    """Bounds epsilon by the scores of canaries, each included by a fair coin.
+
+    Guessed as included are the m/2, m/4, m/8, ... highest scores, numbers fixed before
+    any score is seen, and each at its share of the error (Bonferroni).
+
+    Args:
+      scores: [m]; ties are broken at random, what is not finite is lowest.
+      included: [m] bool.
+      delta: of the claim.
+      rng: breaks ties.
+      confidence: that the bound holds.
+    """
+    size = len(scores)
+    lowest_first = np.lexsort(
+        (
+            rng.random(size),
+            np.nan_to_num(scores, nan=-np.inf, posinf=np.inf, neginf=-np.inf),
+        )
+    )
+    ranks = np.empty(size)
+    ranks[lowest_first] = np.arange(size)
+    if included.all() or not included.any():  # a chance of 2^(1 - m)
+        raise ValueError("all canaries or none are included: draw again")
+    auditor = auditing.CanaryScoreAuditor(ranks[included], ranks[~included])
+    guesses = [size // 2**k for k in range(1, 8) if size // 2**k >= 4]
+
+    def best(estimate):
+        return max(
+            float(
+                estimate(
+                    significance=(1 - confidence) / len(guesses),
+                    delta=delta,
+                    threshold_strategy=auditing.Explicit(size - number),
+                )
+            )
+            for number in guesses
+        )
+
+    order = included[lowest_first[::-1]]
+    return Audit(
+        epsilon=best(auditor.epsilon_one_run),
+        epsilon_gaussian=best(auditor.epsilon_one_run_fdp),
+        delta=delta,
+        confidence=confidence,
+        num_canaries=size,
+        auroc=float(auditor.attack_auroc()),
+        false_positives=np.concatenate([[0.0], np.cumsum(~order) / (~order).sum()]),
+        true_positives=np.concatenate([[0.0], np.cumsum(order) / order.sum()]),
+    )
+
+
+def gradient_canaries(
+    mechanism: privacy.Mechanism,
+    num_canaries: int,
+    *,
+    seed: int,
+    l2_clip_norm: float = 1.0,
+    make_gradient: MakeGradient = gradients.clipped_gradient,
+    microbatch_size: int = 256,
+) -> Callable[[np.ndarray], np.ndarray]:
+    """Returns a `train` for `audit` that attacks sampler, clip, sum and noise at once.
+
+    Each canary's gradient is along an axis of its own and far longer than C, and the
+    attacker knows everything else: the strongest records there can be (Steinke et al.,
+    2023, Section 6, "Dirac canary"). Nothing is learned, so it takes seconds.
+
+    Args:
+      mechanism: what is claimed: its q, T and sigma are run.
+      num_canaries: m, the number of parameters too.
+      seed: of batches and noise.
+      l2_clip_norm: C.
+      make_gradient: `clipped_gradient` or another of its kind.
+      microbatch_size: records at a time.
+    """
+    gradient_fn = make_gradient(
+        lambda params, axis: 1000.0 * l2_clip_norm * (params * axis).sum(),
+        l2_clip_norm=l2_clip_norm,
+    )
+    optimizer = optax.chain(
+        privacy.privatizer(
+            gradient_fn,
+            mechanism,
+            expected_batch_size=mechanism.sampling_prob * num_canaries,
+            key=sampling.noise_key(seed),
+        ),
+        optax.sgd(1.0),
+    )
+    batches = sampling.batches(
+        seed,
+        num_records=num_canaries,
+        sampling_prob=mechanism.sampling_prob,
+        microbatch_size=microbatch_size,
+    )
+
+    @jax.jit
+    def clipped_sum(params, indices, is_padding):
+        axes = jax.nn.one_hot(indices, num_canaries)
+        return gradient_fn(params, axes, is_padding_example=is_padding)[0]
+
+    @jax.jit
+    def update(total, state):
+        return optimizer.update(total, state)
+
+    def train(included: np.ndarray) -> np.ndarray:
+        params = jnp.zeros(num_canaries)
+        state = optimizer.init(params)
+        for step in range(mechanism.num_updates):
+            total = jnp.zeros(num_canaries)
+            for batch in batches(step):
+                left_out = batch.mask | ~included[batch.data]
+                total += clipped_sum(params, batch.data, left_out)
+            moved, state = update(total, state)
+            params = optax.apply_updates(params, moved)
+        return -np.asarray(params)  # the sum of all noisy gradients
+
+    return train
