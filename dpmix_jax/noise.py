@@ -85,9 +85,9 @@ def total_variation(num_draws: float) -> float:
     Args:
       num_draws: coordinates times updates.
     """
-    # By Pinsker, from two chi-squares a draw: 1 / (288 s^4) of a rounded Gaussian from
-    # a discrete one, s >= 96 * 64^4 spacings, and (4.2e-19)^2 of that from the sum of
-    # five. What the table leaves out is less than 2^-80 a draw.
+    # Pinsker's inequality for two chi-square distances a draw: 1 / (288 s^4) between a
+    # rounded and a discrete Gaussian, s >= 96 * 64^4 spacings, and (4.2e-19)^2 between
+    # a discrete Gaussian and Z. The table leaves out less than 2^-80 a draw.
     least = 0.5 * _WIDEST * _BASE ** (_LEVELS - 1)
     return math.sqrt(num_draws) * (1 / (24 * least**2) + 4e-19) + num_draws * 2.0**-80
 
@@ -209,7 +209,8 @@ def masses(stddev: float) -> list[int]:
       stddev: of Z, in spacings.
 
     Returns:
-      4,096 integers that add up to 2^96, each within 1 of its share.
+      4,096 integers that add up to 2^96, each within 1 of its share, but for that of
+      0, which takes what is left.
     """
     total, half = 2 ** (12 + _CELL_BITS), _CELLS // 2
     with decimal.localcontext(prec=60):

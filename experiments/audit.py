@@ -6,7 +6,7 @@
 
 Canaries are trained on, half of them left out at random; who sees what comes out
 guesses which, and epsilon is bounded from below by how often the guesses are right. A
-bound above the claim proves a fault, and the exit status is then 1. `audit.json`,
+bound above the claim shows a fault, and the exit status is then 1. `audit.json`,
 `audit.md` and `audit.png` are written into the workdir.
 """
 
@@ -29,7 +29,7 @@ _KIND = flags.DEFINE_enum(
     "kind",
     "gradient",
     audit.CANARIES,
-    "gradient: the strongest records there can be, without training; mislabelled:"
+    "gradient: the longest gradients there can be, without training; mislabelled:"
     " training records with a wrong label; crafted: random pixels.",
 )
 _CANARIES = flags.DEFINE_integer("canaries", 1000, "How many.", 8)

@@ -3,6 +3,7 @@
 import functools
 import json
 import re
+import stat
 
 import jax
 import jax.numpy as jnp
@@ -24,9 +25,12 @@ from dpmix_jax import (
     stream_key,
 )
 from dpmix_jax.mixup import METHODS
+from dpmix_jax.run import audit as audit_of_run
 from tests import toy
 from tests.conftest import ROOT
 from tests.programs import call
+from tests.test_finetune import load
+from tests.test_kept import TINY_VIT
 
 NUM, CLIP_NORM = 4, 0.05
 DATA = toy.records(NUM)
@@ -137,6 +141,27 @@ def test_without_a_fault_nothing_is_found():
     )
     assert max(found.values()) <= 2.0
     assert found["record 2 removed"] == pytest.approx(np.hypot(0.1, 0.2))
+
+
+def test_the_layout_of_records_hides_nothing():
+    """Special values reach records that are not contiguous, and bytes."""
+
+    def leaks(records, pad):
+        return gradient_fn(masked(records[:, 0], pad)) + 0 * records[1, 0]
+
+    turned = np.moveaxis(np.stack([VECTORS, VECTORS], 2), 2, 1)
+    assert not turned.flags.c_contiguous
+    with pytest.raises(AssertionError, match="record 1 NaN, then removed"):
+        check_sensitivity(leaks, turned, promised, indices=[1])
+
+    def dark(records, pad):  # bytes are scaled, and the clip is forgotten at 255
+        return np.where(pad[:, None], 0, records).sum(0) / 254
+
+    images = np.full((3, 1), 254, np.uint8)
+    with pytest.raises(
+        AssertionError, match=r"record 2 255, then removed: .* by 1\.00394 of"
+    ):
+        check_sensitivity(dark, images, lambda relation: 1.0, indices=[-1])
 
 
 def test_keys_that_change_are_found():
@@ -286,6 +311,17 @@ def test_an_audit_of_records_trains(tmp_path, kind):
     (found,) = json.loads((tmp_path / kind / "audit.json").read_text())["audits"]
     assert 0.2 < found["auroc"] < 0.8
     assert found["epsilon"] < 1.0
+
+
+@pytest.mark.slow
+def test_a_head_on_a_frozen_encoder_is_audited(tmp_path):
+    config = load("configs/vit_b16.py", TINY_VIT | {"finetune.embeddings": "kept"})
+    assert audit_of_run.run(
+        config, tmp_path, kind="mislabelled", num_canaries=50, repeats=1
+    )
+    text = (tmp_path / "audit.md").read_text()
+    assert "not to be released" in text
+    assert stat.S_IMODE((tmp_path / "audit.md").stat().st_mode) == 0o600
 
 
 @pytest.mark.parametrize(

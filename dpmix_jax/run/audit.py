@@ -18,6 +18,7 @@ from dpmix_jax.audit import Audit, audit, gradient_canaries
 from dpmix_jax.data.public import load_public
 from dpmix_jax.errors import UserError, require
 from dpmix_jax.files import replacing, write_atomically
+from dpmix_jax.models import finetune
 from dpmix_jax.models.pretrained import load_weights
 from dpmix_jax.privacy import Mechanism
 from dpmix_jax.progress import say
@@ -27,6 +28,7 @@ from dpmix_jax.run.workdir import Workdir
 
 Train = Callable[[np.ndarray], np.ndarray]
 CANARIES = ("gradient", "mislabelled", "crafted")
+_PRIVATE = "Made of training records without any privacy: not to be released."
 _SCORED = 128  # images in one call of the model
 
 
@@ -44,11 +46,12 @@ def run(
     Args:
       config: of the run; its seed is that of the first audit, 0 if there is none.
       folder: receives `audit.json`, `audit.md` and `audit.png`.
-      kind: `gradient` (white box: each canary has an axis of the parameters for itself,
-        and the attacker knows the rest; the config's q, T, sigma, C and clipping),
-        `mislabelled` (training records with another label) or `crafted` (random
-        pixels, random labels). The last two are trained on as `experiments/run.py`
-        trains, and scored by the released weights.
+      kind: `gradient` (see `audit.gradient_canaries`; the config's q, T, sigma and C,
+        without its model, method and data), `mislabelled` (training records with
+        another label) or `crafted` (random pixels, random labels). The last two are
+        trained on as `experiments/run.py` trains, and scored by the released weights.
+        Their q is B over the records that are there, so it depends on how many
+        canaries are included; the claim takes that number as public.
       num_canaries: m.
       repeats: audits, each with other coins, batches and noise.
       confidence: of each bound.
@@ -62,9 +65,11 @@ def run(
     if config.privacy.selection is not None:
         raise UserError("privacy.selection must be None: an audit is of one run")
     dataset = data.load(config.data)
+    config.augmentation.check_images(dataset.train.image_shape)
+    config.performance.check_devices(jax.device_count())
     room = len(dataset.train) - config.privacy.expected_batch_size
     if kind != "gradient":
-        allowed = f"at most {room}, what an expected batch leaves"
+        allowed = f"at most {room}, so that records for an expected batch remain"
         require(num_canaries <= room, "--canaries", num_canaries, allowed)
     mechanism = config.privacy.calibrate(
         config.privacy.sampling_prob(len(dataset.train))
@@ -100,14 +105,12 @@ def run(
 def _of_gradients(
     config: ExperimentConfig, mechanism: Mechanism, num_canaries: int
 ) -> Train:
-    clipping = config.performance.clipping_of(False, jax.default_backend())
     assert config.seed is not None
     return gradient_canaries(
         mechanism,
         num_canaries,
         seed=config.seed,
         l2_clip_norm=config.privacy.l2_clip_norm,
-        make_gradient=build.CLIPPED_GRADIENTS[clipping],
     )
 
 
@@ -157,7 +160,12 @@ def _log_likelihoods(
 ) -> np.ndarray:
     """Returns that of each canary's label by the averaged weights of a run, [m]."""
     model = build.classifier(config, canaries)
-    weights = load_weights(workdir.path / "model.safetensors", model.shapes)
+    given = config.finetune.load(model.shapes)
+    trained, frozen = build.initial_params(config, model, given, seed=0)
+    fitted = {k: v for k, v in frozen.get("params", {}).items() if k == "whitening"}
+    like = finetune.join(trained, {"params": fitted})
+    found = load_weights(workdir.path / "model.safetensors", like)
+    weights = finetune.join(frozen, found)
 
     @jax.jit
     def of_some(images, labels):
@@ -179,9 +187,10 @@ def _write(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         report = {"canaries": kind, "claim": claim, "audits": [*map(_numbers, audits)]}
-        write_atomically(folder / "audit.json", json.dumps(report, indent=2) + "\n")
-        write_atomically(folder / "audit.md", table(kind, claim, audits))
-        with replacing(folder / "audit.png") as file:
+        text = json.dumps(report, indent=2) + "\n"
+        write_atomically(folder / "audit.json", text, mode=0o600)
+        write_atomically(folder / "audit.md", table(kind, claim, audits), mode=0o600)
+        with replacing(folder / "audit.png", mode=0o600) as file:
             plot(claim, audits).savefig(file, format="png", dpi=150)
     except OSError as error:
         raise UserError(f"--workdir {folder} is not writable: {error}") from None
@@ -202,8 +211,9 @@ def table(kind: str, claim: float, audits: Sequence[Audit]) -> str:
         "",
         f"Claimed: ({claim:.4g}, {first.delta:g})-differential privacy. Lower bounds on"
         f" epsilon at {first.confidence:.0%} confidence each: one above the claim"
-        " proves a fault, one below it proves nothing.",
+        " shows a fault, one below it shows nothing.",
         "",
+        *([] if kind == "gradient" else [_PRIVATE, ""]),
         "| audit | epsilon at least | if no worse than a Gaussian mechanism | AUROC |",
         "| --- | --- | --- | --- |",
     ]

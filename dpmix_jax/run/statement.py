@@ -46,10 +46,11 @@ def privacy_report(
         raise ValueError("mechanism and config must agree on the selection")
     candidates = config.expected_candidates or 1.0
     draws = mechanism.num_updates * num_parameters * candidates
-    of_grid = noise.extra_delta(config.epsilon, draws)
-    # The accountant gets what noise on a grid leaves of delta. It leaves nearly all,
-    # unless epsilon is so large that it promises nothing.
-    room = config.delta > 2 * of_grid
+    # The accountant gets what noise on a grid leaves of delta: nearly all, for which it
+    # finds hardly more epsilon, and never 1 more. Where epsilon is so large that little
+    # is left, delta becomes larger instead.
+    of_grid = noise.extra_delta(config.epsilon + 1, draws)
+    room = config.delta > 100 * of_grid
     left, delta = config.delta - of_grid * room, config.delta + of_grid * (not room)
     by = {name: mechanism.epsilon(left, accountant=name) for name in ("pld", "rdp")}
     epsilon = max(
@@ -155,8 +156,8 @@ _SEEDS = {
         "256 secret bits of the operating system, deleted after the last update, gave"
         " each stream a key by SHA-256: the noise is from ChaCha20 (256 bits), the"
         " batches are from Philox (128 bits), and the guarantee holds for whatever the"
-        " other streams draw. A checkpoint that is left has the key of no noise that"
-        " was added"
+        " other streams draw. From the checkpoint that is left no noise can"
+        " be drawn again"
     ),
     False: (
         "all randomness follows from a seed in the configuration. Whoever knows it can"
@@ -209,10 +210,11 @@ def statement(report: dict[str, Any]) -> str:
                 f" {selection['expected_candidates']:g}), each with hyperparameters"
                 " drawn for it alone. Released is the one with the highest score: its"
                 " number of correctly classified validation records plus Gaussian"
-                f" noise of standard deviation {selection['score_noise']:.6g}. The"
-                " guarantee holds for that one only, and only if the candidates were"
-                " drawn and compared so (Papernot and Steinke, 2022), which is what"
-                " `experiments/sweep.py` does, from seeds of the operating system;"
+                f" noise of standard deviation {selection['score_noise']:.6g}, rounded"
+                " to a whole number. The guarantee holds for that one only, and only"
+                " if the candidates were drawn and compared so (Papernot and Steinke,"
+                " 2022), which is what `experiments/sweep.py` does, from seeds of the"
+                " operating system;"
                 f" epsilon = {round_up(selection['score_epsilon'], 7)} for a validation"
                 " record, at the same delta"
             )
