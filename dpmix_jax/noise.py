@@ -175,9 +175,9 @@ def _draw(table, words):
 
 
 def _look_up(table, first, second, third):
-    """Draws from a table of cells: the cell's own value, or the value it lends to.
+    """Draws a z from a table of cells that hold two values each.
 
-    The first 12 bits choose the cell, the next 84 choose between its two values.
+    The first 12 bits choose the cell, the next 84 the cell's own value or the other.
     """
     cell = first >> 20
     row = jnp.take(table, cell.astype(jnp.int32), axis=0)
