@@ -15,6 +15,7 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
     KEPT = tempfile.TemporaryDirectory(prefix="dpmix_jax-tests-")
     os.environ["JAX_COMPILATION_CACHE_DIR"] = f"{KEPT.name}/compiled"
     os.environ["DPMIX_JAX_CACHE"] = f"{KEPT.name}/accounting"
+    os.environ["DPMIX_JAX_LEDGER"] = f"{KEPT.name}/ledger"
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 
 import hypothesis

@@ -67,7 +67,9 @@ def sum_of_sets(method, make_gradient=clipped_gradient):
 
 
 @pytest.mark.parametrize(
-    "make_gradient", [clipped_gradient, ghost_clipped_gradient], ids=["formed", "ghost"]
+    "make_gradient",
+    [clipped_gradient, pytest.param(ghost_clipped_gradient, marks=pytest.mark.slow)],
+    ids=["formed", "ghost"],
 )
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_keeps_its_sensitivity(method, make_gradient):

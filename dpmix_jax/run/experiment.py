@@ -14,7 +14,7 @@ from dpmix_jax import data, privacy, training
 from dpmix_jax.data.public import load_public
 from dpmix_jax.errors import UserError
 from dpmix_jax.progress import Progress, say
-from dpmix_jax.run import build, embeddings, evaluate, performance
+from dpmix_jax.run import build, embeddings, evaluate, ledger, performance
 from dpmix_jax.run.checkpoint import Checkpoints
 from dpmix_jax.run.config import ExperimentConfig, to_dict
 from dpmix_jax.run.release import final_line, public_data_used, release
@@ -90,6 +90,13 @@ def train(
     config.finetune.split(model.shapes)
     given = embeddings.whitened(config, model, given, train_set, public, workdir)
     mechanism = mechanism_of(config.privacy, sampling_prob, workdir)
+    if workdir.kept() is None:
+        ledger.of(dataset).spend(
+            mechanism,
+            epsilon=config.privacy.epsilon,
+            delta=config.privacy.delta,
+            workdir=str(workdir.path.resolve()),
+        )
     workdir.write_json("config.json", to_dict(config), mode=0o600)
     say(
         f"{config.method.name}, K = {config.method.set_size}: {num_updates} updates of"
