@@ -152,9 +152,9 @@ class Ledger:
                 budget[0] * (1 + 1e-6)
             ):
                 raise UserError(
-                    f"privacy.epsilon is {epsilon:g}: with the {len(before)} runs"
-                    f" before it, {total:.4g} of {budget[0]:g} would be spent on these"
-                    f" records at delta {budget[1]:g} ({self.path})"
+                    f"privacy.epsilon is {epsilon:g}: with what runs spent before it on"
+                    f" these records that makes {total:.4g} at delta {budget[1]:g}, and"
+                    f" {budget[0]:g} is declared in {self.path}"
                 )
             self._add(
                 {
