@@ -51,6 +51,7 @@ def test_what_a_run_writes_and_prints(finished):
         "metrics.jsonl",
         "checkpoints",
         "model.safetensors",
+        "model.json",
         "privacy.json",
         "PRIVACY.md",
         "report.html",

@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import matplotlib.figure
 import numpy as np
 
@@ -18,18 +17,15 @@ from dpmix_jax.audit import Audit, audit, gradient_canaries
 from dpmix_jax.data.public import load_public
 from dpmix_jax.errors import UserError, require
 from dpmix_jax.files import replacing, write_atomically
-from dpmix_jax.models import finetune
-from dpmix_jax.models.pretrained import load_weights
 from dpmix_jax.privacy import Mechanism
 from dpmix_jax.progress import say
-from dpmix_jax.run import build, experiment
+from dpmix_jax.run import experiment, export
 from dpmix_jax.run.config import ExperimentConfig
 from dpmix_jax.run.workdir import Workdir
 
 Train = Callable[[np.ndarray], np.ndarray]
 CANARIES = ("gradient", "mislabelled", "crafted")
 _PRIVATE = "Made of training records without any privacy: not to be released."
-_SCORED = 128  # images in one call of the model
 
 
 def run(
@@ -149,7 +145,9 @@ def _of_records(
         with tempfile.TemporaryDirectory() as name:
             workdir = Workdir(pathlib.Path(name))
             training = dataset._replace(train=records)
-            experiment.train(config, workdir, training, public, [], time.time())
+            experiment.train(
+                config, workdir, training, public, [], time.time(), book=None
+            )
             return _log_likelihoods(config, canaries, workdir)
 
     return train
@@ -159,26 +157,10 @@ def _log_likelihoods(
     config: ExperimentConfig, canaries: data.Records, workdir: Workdir
 ) -> np.ndarray:
     """Returns that of each canary's label by the averaged weights of a run, [m]."""
-    model = build.classifier(config, canaries)
-    given = config.finetune.load(model.shapes)
-    trained, frozen = build.initial_params(config, model, given, seed=0)
-    fitted = {k: v for k, v in frozen.get("params", {}).items() if k == "whitening"}
-    like = finetune.join(trained, {"params": fitted})
-    found = load_weights(workdir.path / "model.safetensors", like)
-    weights = finetune.join(frozen, found)
-
-    @jax.jit
-    def of_some(images, labels):
-        logits = jax.nn.log_softmax(model.logits(weights, canaries.normalize(images)))
-        return jnp.take_along_axis(logits, labels[:, None], axis=1)[:, 0]
-
-    parts = range(0, len(canaries), _SCORED)
-    return np.concatenate(
-        [
-            of_some(canaries.images[i : i + _SCORED], canaries.labels[i : i + _SCORED])
-            for i in parts
-        ]
-    )
+    files = {"encoder": config.finetune.encoder, "weights": config.finetune.weights}
+    found = export.load(workdir.path, **files)(np.asarray(canaries.images))
+    of_labels = found[np.arange(len(canaries)), canaries.labels]
+    return np.log(np.maximum(of_labels, np.finfo(np.float32).tiny))
 
 
 def _write(

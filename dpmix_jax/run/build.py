@@ -186,7 +186,7 @@ def build(
     """
     mesh = devices.make_mesh()
     platform = devices.platform(mesh)
-    trained, frozen = initial_params(config, model, given, seed)
+    trained, frozen = initial_params(config.finetune, model, given, seed)
 
     def loss_fn(params, images, labels, *constants):
         logits = model.logits(finetune.join(params, *constants), images)
@@ -257,7 +257,7 @@ def _has_groups(config: ExperimentConfig) -> bool:
 
 
 def initial_params(
-    config: ExperimentConfig, model: Classifier, given: PyTree, seed: int
+    tuning: finetune.FinetuneConfig, model: Classifier, given: PyTree, seed: int
 ) -> tuple[PyTree, PyTree]:
     """Returns the parameters to be trained, and those that are frozen."""
 
@@ -270,9 +270,9 @@ def initial_params(
             model.init(sampling.stream_key(seed, "init")),
         )
 
-    trained, frozen = config.finetune.split(draw(seed))
+    trained, frozen = tuning.split(draw(seed))
     if frozen:  # the seed is forgotten, and released weights need these
-        _, frozen = config.finetune.split(draw(0))
+        _, frozen = tuning.split(draw(0))
     return trained, frozen
 
 

@@ -61,7 +61,7 @@ def whitened(
     else:
         assert model.encode is not None  # the config has seen to both
         assert public is not None
-        _, frozen = initial_params(config, model, given, seed=0)
+        _, frozen = initial_params(config.finetune, model, given, seed=0)
         encode = jax.jit(model.encode)
         chosen = public.images[whitening.chosen(len(public))]
         found = [

@@ -29,8 +29,8 @@ def run(config: ExperimentConfig, workdir: Workdir) -> int:
     Args:
       config: what to run.
       workdir: receives `config.json`, `metrics.jsonl`, `checkpoints/`,
-        `model.safetensors`, `privacy.json`, `PRIVACY.md`, `report.html` and, last of
-        all, `results.json`.
+        `model.safetensors`, `model.json`, `privacy.json`, `PRIVACY.md`, `report.html`
+        and, last of all, `results.json`.
 
     Returns:
       The exit status: 0, 3 if the weights that came out are not finite, or 128 + n
@@ -51,7 +51,15 @@ def run(config: ExperimentConfig, workdir: Workdir) -> int:
         workdir.check(config)
         if workdir.results() is not None:
             say(f"finished before: {workdir.path}")
-        elif not train(config, workdir, dataset, public, signals, started):
+        elif not train(
+            config,
+            workdir,
+            dataset,
+            public,
+            signals,
+            started,
+            book=ledger.of(dataset),
+        ):
             return 128 + signals[0]
         results = workdir.results()
         assert results is not None
@@ -67,6 +75,8 @@ def train(
     public: data.Records | None,
     signals: list[int],
     started: float,
+    *,
+    book: ledger.Ledger | None,
 ) -> bool:
     """Trains and releases what comes out.
 
@@ -77,6 +87,7 @@ def train(
       public: public images of the config, or None.
       signals: those caught so far; after the first one the state is saved.
       started: when the run began.
+      book: the run is written down there; None if nothing of it will be released.
 
     Returns:
       False if a signal came before the last update.
@@ -90,8 +101,8 @@ def train(
     config.finetune.split(model.shapes)
     given = embeddings.whitened(config, model, given, train_set, public, workdir)
     mechanism = mechanism_of(config.privacy, sampling_prob, workdir)
-    if workdir.kept() is None:
-        ledger.of(dataset).spend(
+    if book is not None and workdir.kept() is None:
+        book.spend(
             mechanism,
             epsilon=config.privacy.epsilon,
             delta=config.privacy.delta,

@@ -11,7 +11,7 @@ from dpmix_jax import data, privacy, training
 from dpmix_jax.data.public import describe
 from dpmix_jax.models import whitening
 from dpmix_jax.progress import say
-from dpmix_jax.run import build, evaluate, report, statement
+from dpmix_jax.run import build, evaluate, export, report, statement
 from dpmix_jax.run.checkpoint import export_weights
 from dpmix_jax.run.config import ExperimentConfig, to_dict
 from dpmix_jax.run.workdir import Workdir
@@ -62,6 +62,7 @@ def release(
     text = statement.statement(facts)
     weights = (parts.released(params) for params in (state.params, state.ema_params))
     workdir.write("model.safetensors", export_weights(*weights))
+    workdir.write_json("model.json", export.describe(config, test))
     workdir.write_json("privacy.json", facts)
     workdir.write("PRIVACY.md", text)
     raw, ema = (
