@@ -90,7 +90,7 @@ class Ledger:
           UserError: if a line was changed or taken out.
         """
         found, before = [], ""
-        text = self.path.read_text() if self.path.exists() else ""
+        text = self.path.read_text(errors="replace") if self.path.exists() else ""
         for number, line in enumerate(text.splitlines(), 1):
             try:
                 content = json.loads(line)
