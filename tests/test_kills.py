@@ -37,23 +37,26 @@ def test_a_run_killed_at_any_moment_ends_with_the_same_bits(tmp_path):
         for path in undisturbed.glob("*"):
             subprocess.run(["rm", "-r", path], check=True)
         began = time.monotonic()
-        assert start(undisturbed).wait() == 0
+        with start(undisturbed) as process:
+            _, errors = process.communicate()
+        assert process.returncode == 0, errors
         whole = time.monotonic() - began
     expected = outcome(undisturbed)
     rng, kills, finished, going_on = np.random.default_rng(0), 0, 0, 0
     while kills < KILLS or not finished:
         workdir = tmp_path / f"{finished}"
-        process = start(workdir)
-        try:
-            _, errors = process.communicate(timeout=rng.uniform(0.2, 1.1) * whole)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.communicate()
+        with start(workdir) as process:
+            try:
+                _, errors = process.communicate(timeout=rng.uniform(0.2, 1.1) * whole)
+                killed = False
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.communicate()
+                killed = True
+        if killed:
             kills += 1
             assert kills < 3 * KILLS + 30, "killed runs do not get on"
-            if (
-                workdir / "metrics.jsonl"
-            ).exists():  # whole lines, at most the last cut
+            if (workdir / "metrics.jsonl").exists():
                 steps = [line["step"] for line in metrics(workdir)]
                 assert steps == sorted(set(steps))
         else:
