@@ -315,9 +315,8 @@ def gradient_canaries(
     @jax.jit
     def update(scores, total, state):
         mean, state = add_noise.update(total, state)
-        seen = mean * (
-            q * num_canaries / l2_clip_norm
-        )  # 1 where it is drawn, and noise
+        # In units of C: 1 where a canary was drawn, and noise.
+        seen = mean * (q * num_canaries / l2_clip_norm)
         ratio = jnp.logaddexp(jnp.log1p(-q), jnp.log(q) + (seen - 0.5) / variance)
         return scores + ratio, state
 

@@ -180,7 +180,7 @@ FAULTS = {
         "data/public.py",
         (
             (
-                "if not images.isdisjoint(_checksums(records.images)):",
+                "if not images.isdisjoint(image_checksums(records.images)):",
                 "if False:",
             ),
         ),

@@ -271,15 +271,15 @@ def _refuse_private_images(
     """
     if config.is_other_half(private):
         return
-    images = set(_checksums(public.images))
+    images = set(image_checksums(public.images))
     kept_back = () if dataset.validation is None else (dataset.validation,)
     for records in (dataset.train, *kept_back):
-        if not images.isdisjoint(_checksums(records.images)):
+        if not images.isdisjoint(image_checksums(records.images)):
             raise UserError(
                 f"public.path is {config.path}: {config.name} has an image of the"
                 " private training set; public images must come from elsewhere"
             )
-    shared = sum(image in images for image in _checksums(dataset.test.images))
+    shared = sum(image in images for image in image_checksums(dataset.test.images))
     if shared:  # accuracy on them would flatter
         raise UserError(
             f"public.path is {config.path}: {config.name} has {shared} of the test"
@@ -287,7 +287,8 @@ def _refuse_private_images(
         )
 
 
-def _checksums(images: np.ndarray) -> Iterator[bytes]:
+def image_checksums(images: np.ndarray) -> Iterator[bytes]:
+    """Yields a checksum of the pixels of each image."""
     for image in images:
         yield hashlib.sha256(np.ascontiguousarray(image).data).digest()
 

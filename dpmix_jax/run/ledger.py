@@ -16,13 +16,12 @@ import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-import numpy as np
 from dp_accounting import pld, rdp
 
 from dpmix_jax import data
+from dpmix_jax.data.public import image_checksums
 from dpmix_jax.errors import UserError
 from dpmix_jax.files import locked
 from dpmix_jax.privacy import RELATIONS, Mechanism
@@ -62,14 +61,9 @@ def of(dataset: data.Dataset) -> "Ledger":
     It is the same for other labels, and for other splits into these two.
     """
     parts = [part for part in (dataset.train, dataset.validation) if part is not None]
-    name = hashlib.sha256(b"".join(sorted(_checksums(parts)))).hexdigest()
+    checksums = sorted(each for part in parts for each in image_checksums(part.images))
+    name = hashlib.sha256(b"".join(checksums)).hexdigest()
     return Ledger(folder() / f"{name}.jsonl")
-
-
-def _checksums(parts: list[data.Records]) -> Iterator[bytes]:
-    for part in parts:
-        for image in part.images:
-            yield hashlib.sha256(np.ascontiguousarray(image).data).digest()
 
 
 class Ledger:

@@ -160,9 +160,8 @@ class Workdir:
     def metrics(self) -> list[dict[str, Any]]:
         """Returns the lines of `metrics.jsonl`, but for one that a kill cut off."""
         path, lines = self.path / "metrics.jsonl", []
-        for line in (
-            path.read_text(errors="replace").splitlines() if path.exists() else []
-        ):
+        text = path.read_text(errors="replace") if path.exists() else ""
+        for line in text.splitlines():
             with contextlib.suppress(json.JSONDecodeError):
                 lines.append(json.loads(line))
         return [line for line in lines if "step" in line]
