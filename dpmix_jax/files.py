@@ -27,6 +27,17 @@ def data_folder() -> pathlib.Path:
 
 
 @contextlib.contextmanager
+def naming(path: pathlib.Path) -> Iterator[None]:
+    """Adds the path to an error of the system that has none, as on a full disk."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+@contextlib.contextmanager
 def replacing(path: pathlib.Path, *, mode: int = 0o644) -> Iterator[BinaryIO]:
     """Opens a new file that replaces `path` once it is written to its end.
 
@@ -36,7 +47,7 @@ def replacing(path: pathlib.Path, *, mode: int = 0o644) -> Iterator[BinaryIO]:
     partial.unlink(missing_ok=True)  # of a killed process
     try:
         descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
-        with open(descriptor, "wb") as file:
+        with naming(path), open(descriptor, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())

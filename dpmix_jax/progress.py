@@ -30,7 +30,7 @@ class Progress:
         """Counts an update and the records it drew."""
         count = float(records)  # waits for the update
         if self._start is None:
-            self._start, self._first = time.time(), self._first + 1
+            self._start, self._first = time.monotonic(), self._first + 1
             say(f"first update after {self._start - self._started:.1f} s")
         else:
             self._records += count
@@ -38,11 +38,11 @@ class Progress:
 
     def records_per_second(self) -> float:
         assert self._start is not None
-        return self._records / max(time.time() - self._start, 1e-9)
+        return self._records / max(time.monotonic() - self._start, 1e-9)
 
     def eta(self) -> str:
         assert self._start is not None
         if self._done == self._first:
             return "-:--:--"
-        pace = (time.time() - self._start) / (self._done - self._first)
+        pace = (time.monotonic() - self._start) / (self._done - self._first)
         return duration(pace * (self.last - self._done))

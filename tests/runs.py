@@ -61,7 +61,7 @@ def run(workdir, **overrides) -> Done:
     ):
         try:
             status = experiment.run(config(**overrides), Workdir(pathlib.Path(workdir)))
-        except UserError as error:
+        except (UserError, OSError) as error:
             print("error:", error, file=sys.stderr)
             status = 2
     return Done(status, out.getvalue(), err.getvalue())

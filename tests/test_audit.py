@@ -8,6 +8,7 @@ import stat
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from dp_accounting import NeighboringRelation
 from jax_privacy import clipping
@@ -25,12 +26,14 @@ from dpmix_jax import (
     stream_key,
 )
 from dpmix_jax.mixup import METHODS
+from dpmix_jax.models.classifier import make_classifier
 from dpmix_jax.run import audit as audit_of_run
 from tests import toy
 from tests.conftest import ROOT
 from tests.programs import call
 from tests.test_finetune import load
 from tests.test_kept import TINY_VIT
+from tests.test_towers import SMALL
 
 NUM, CLIP_NORM = 4, 0.05
 DATA = toy.records(NUM)
@@ -81,6 +84,52 @@ def test_every_method_keeps_its_sensitivity(method, make_gradient):
     if method != "pure_dp_mix_diff":  # which takes nothing but the label
         assert found["record 1 NaN"] <= CLIP_NORM * 1.001  # it counts as nothing
     assert CLIP_NORM < max(found.values()) <= 2 * CLIP_NORM * 1.001
+
+
+TINY_MODELS = {
+    "cnn": {"features": (4, 8), "groups": 2},
+    "wrn": {"depth": 10, "width": 1, "groups": 2},
+    "vit": SMALL["vit"],
+    "convnext": SMALL["convnext"],
+    "scattering_linear": {"scales": 1, "angles": 2},
+    "scattering_cnn": {"scales": 1, "angles": 2},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("make_gradient", [clipped_gradient, ghost_clipped_gradient])
+@pytest.mark.parametrize("name", TINY_MODELS)
+def test_every_model_keeps_its_sensitivity(name, make_gradient):
+    """All of its parameters are trained, on sets of views and mixups."""
+    model = make_classifier(
+        name, TINY_MODELS[name], image_shape=(16, 16, 3), num_classes=toy.NUM_CLASSES
+    )
+
+    def loss_fn(params, images, labels):
+        logits = model.logits(params, images)
+        return optax.softmax_cross_entropy(logits, labels).mean()
+
+    gradient_fn = make_gradient(loss_fn, l2_clip_norm=CLIP_NORM)
+    record_set = augmentation_set(
+        toy.method("dp_mix_self"), AugmentationConfig(max_shift=1)
+    )
+    params = jax.tree.map(  # of heads and scales that start at zero, too
+        lambda leaf: leaf + jax.random.normal(jax.random.key(2), leaf.shape) / 10,
+        model.init(jax.random.key(1)),
+    )
+
+    @jax.jit
+    def clipped_sum(records, is_padding):
+        key = stream_key(3, "augmentation")
+        keys = record_keys(key, jnp.int32(2), jnp.arange(NUM))
+        sets = jax.vmap(record_set)(keys, *records)
+        return gradient_fn(params, *sets, is_padding_example=is_padding)[0]
+
+    images = jax.random.normal(jax.random.key(0), (NUM, 16, 16, 3))
+    found = check_sensitivity(
+        clipped_sum, (images, LABELS), gradient_fn.sensitivity, indices=[1]
+    )
+    assert found["record 1 removed"] == pytest.approx(CLIP_NORM, rel=2e-2)
 
 
 def gradient_fn(images):

@@ -1,22 +1,96 @@
-"""Runs killed at random moments end as those that were not."""
+"""What is killed at random moments ends as what was not.
 
+DPMIX_JAX_KILLS sets how many kills there are of each kind.
+"""
+
+import csv
 import os
+import pathlib
+import shutil
+import signal
 import subprocess
+import sys
 import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 
+from tests import files, runs
 from tests.conftest import ROOT
-from tests.runs import metrics, outcome, program
+from tests.runs import metrics
+from tests.test_sweep import ROWS, write_config
 
-KILLS = int(os.environ.get("DPMIX_JAX_KILLS", "6"))
+KILLS = int(os.environ.get("DPMIX_JAX_KILLS", "3"))
 OFTEN = {"logging__checkpoint_every": 1, "logging__eval_every": 2}
 
 
-def start(workdir):
+class Case(NamedTuple):
+    """What is killed.
+
+    Attributes:
+      command: of a workdir.
+      outcome: of a finished workdir, which must not depend on kills.
+    """
+
+    command: Callable[[pathlib.Path], list[str]]
+    outcome: Callable[[pathlib.Path], Any]
+
+
+def a_run(folder) -> Case:
+    """Start, compilation, updates, checkpoints, the release."""
+    del folder
+    return Case(lambda workdir: runs.program(workdir, **OFTEN), runs.outcome)
+
+
+def a_run_with_caches(folder) -> Case:
+    """Images that are decoded into a cache, and embeddings that are kept."""
+    photos = files.put(folder / "photos", files.class_members(("cat", "dog"), 500))
+    values = {
+        "seed": 3,
+        "data": {"name": "folder", "path": str(photos), "image_size": 8},
+        "model": {"name": "scattering_linear", "scales": 1, "angles": 4},
+        "finetune": {"trainable": "head", "embeddings": "kept", "sets": 8},
+        "method": {"name": "dp_mix_self", "k_base": 2, "k_self": 1},
+        "privacy": {"epsilon": 3.0, "expected_batch_size": 200, "num_updates": 12},
+        "optimizer": {"learning_rate": 1.0, "ema_decay": 0.9},
+        "performance": {"microbatch_size": "64"},
+        "logging": {"log_every": 2, "eval_every": 4, "checkpoint_every": 1},
+    }
+    config = folder / "caches.py"
+    config.write_text(
+        "from configs._base import experiment\n\n\ndef get_config():\n"
+        f"    return experiment(**{values!r})\n"
+    )
+
+    def command(workdir):
+        program = "experiments/run.py"
+        return [sys.executable, program, f"--config={config}", f"--workdir={workdir}"]
+
+    return Case(command, runs.outcome)
+
+
+def a_sweep(folder) -> Case:
+    """Four runs in one process, their table, and what is between them."""
+    config = write_config(folder / "grid.py", rows=ROWS)
+
+    def command(workdir):
+        program = f"{ROOT}/experiments/sweep.py"
+        return [sys.executable, program, f"--config={config}", f"--workdir={workdir}"]
+
+    def outcome(workdir):
+        timed = ("seconds", "nonprivate/images_per_second")
+        rows = csv.DictReader((workdir / "runs.csv").read_text().splitlines())
+        untimed = [{k: v for k, v in row.items() if k not in timed} for row in rows]
+        return (workdir / "table.md").read_text(), untimed
+
+    return Case(command, outcome)
+
+
+def start(case, workdir):
     return subprocess.Popen(
-        program(workdir, **OFTEN),
+        case.command(workdir),
         cwd=ROOT,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
@@ -24,46 +98,62 @@ def start(workdir):
     )
 
 
-@pytest.mark.slow
-def test_a_run_killed_at_any_moment_ends_with_the_same_bits(tmp_path):
-    """Whatever was under way: start, compilation, updates, checkpoints, the release.
+def kill(process):
+    """Kills a process, and that in which it does its runs."""
+    children = f"/proc/{process.pid}/task/{process.pid}/children"
+    found = pathlib.Path(children).read_text().split()
+    for pid in (process.pid, *map(int, found)):
+        os.kill(pid, signal.SIGKILL)
+    process.communicate()
 
-    DPMIX_JAX_KILLS sets how often. A run is killed until it has finished in spite of
-    it; then another one begins. The moments cover the time that an undisturbed run
-    takes.
+
+def check_metrics(path):
+    """A number that was told is told again, never another one."""
+    steps = [line["step"] for line in metrics(path.parent)]
+    assert steps == sorted(set(steps))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("make", [a_run, a_run_with_caches, a_sweep])
+def test_killed_at_any_moment_it_ends_with_the_same_bits(tmp_path, monkeypatch, make):
+    """It is killed until it has finished in spite of it; then another one begins.
+
+    The moments cover the time that it takes undisturbed, with the code that the first
+    one has compiled.
     """
-    undisturbed = tmp_path / "undisturbed"
-    for _ in range(2):  # the second time with the compiled code of the first
-        for path in undisturbed.glob("*"):
-            subprocess.run(["rm", "-r", path], check=True)
+    monkeypatch.setenv("DPMIX_JAX_CACHE", str(tmp_path / "cache"))
+    case, undisturbed = make(tmp_path), tmp_path / "undisturbed"
+    for _ in range(2):
+        shutil.rmtree(undisturbed, ignore_errors=True)
+        shutil.rmtree(tmp_path / "cache/data", ignore_errors=True)
         began = time.monotonic()
-        with start(undisturbed) as process:
+        with start(case, undisturbed) as process:
             _, errors = process.communicate()
         assert process.returncode == 0, errors
         whole = time.monotonic() - began
-    expected = outcome(undisturbed)
+    expected = case.outcome(undisturbed)
     rng, kills, finished, going_on = np.random.default_rng(0), 0, 0, 0
     while kills < KILLS or not finished:
         workdir = tmp_path / f"{finished}"
-        with start(workdir) as process:
+        with start(case, workdir) as process:
             try:
                 _, errors = process.communicate(timeout=rng.uniform(0.2, 1.1) * whole)
                 killed = False
             except subprocess.TimeoutExpired:
-                process.kill()
-                process.communicate()
+                kill(process)
                 killed = True
         if killed:
             kills += 1
-            assert kills < 3 * KILLS + 30, "killed runs do not get on"
-            if (workdir / "metrics.jsonl").exists():
-                steps = [line["step"] for line in metrics(workdir)]
-                assert steps == sorted(set(steps))
+            assert kills < 3 * KILLS + 30, "what is killed does not get on"
+            for path in workdir.rglob("metrics.jsonl"):
+                check_metrics(path)
         else:
             assert process.returncode == 0, errors
-            going_on += "going on after update" in errors
-            assert outcome(workdir) == expected
-            assert not (workdir / "secret.json").exists()
+            going_on += "going on after" in errors or "finished before" in errors
+            assert case.outcome(workdir) == expected
+            assert not list(workdir.rglob("secret.json"))
             assert not list(workdir.rglob("*.partial"))
+            assert not list(workdir.rglob("embeddings*"))
+            shutil.rmtree(tmp_path / "cache/data", ignore_errors=True)
             finished += 1
-    print(f"{kills} kills, {finished} runs finished, {going_on} from a checkpoint")
+    print(f"{kills} kills, {finished} finished, {going_on} of them went on")

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dpmix_jax import devices, sampling, training
+from dpmix_jax.files import naming
 from dpmix_jax.progress import duration, say
 
 PyTree = Any
@@ -111,7 +112,7 @@ def keep(
         partial = path.with_name(f"{path.name}.partial")
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
         descriptor = os.open(partial, flags, 0o600)
-        with open(descriptor, "r+b") as file:
+        with naming(partial), open(descriptor, "r+b") as file:
             os.fchmod(descriptor, 0o600)  # of a file that was there before
             starts = [
                 (j, i)

@@ -73,7 +73,7 @@ def run(
     claim = mechanism.epsilon(config.privacy.delta)
     found = []
     for repeat in range(repeats):
-        started, seed = time.time(), (config.seed or 0) + repeat
+        started, seed = time.monotonic(), (config.seed or 0) + repeat
         rng = np.random.default_rng([seed, num_canaries])
         of_repeat = dataclasses.replace(config, seed=seed)
         if kind == "gradient":
@@ -92,7 +92,7 @@ def run(
         say(
             f"audit {repeat + 1}/{repeats}: epsilon at least {found[-1].epsilon:.3f}"
             f" (claimed {claim:.3f}), AUROC {found[-1].auroc:.3f},"
-            f" {time.time() - started:.0f} s"
+            f" {time.monotonic() - started:.0f} s"
         )
     _write(folder, kind, claim, found)
     return all(each.epsilon <= claim for each in found)
@@ -146,7 +146,7 @@ def _of_records(
             workdir = Workdir(pathlib.Path(name))
             training = dataset._replace(train=records)
             experiment.train(
-                config, workdir, training, public, [], time.time(), book=None
+                config, workdir, training, public, [], time.monotonic(), book=None
             )
             return _log_likelihoods(config, canaries, workdir)
 

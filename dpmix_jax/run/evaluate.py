@@ -143,7 +143,7 @@ def make_log(
             config.privacy, mechanism, parts, confusions, state, sums, evaluated
         )
         speed = progress.records_per_second() * config.method.set_size
-        seconds = time.time() - started
+        seconds = time.monotonic() - started
         workdir.add_metrics(
             {**line, "nonprivate/images_per_second": speed, "seconds": seconds}
         )

@@ -40,7 +40,7 @@ def run(config: ExperimentConfig, workdir: Workdir) -> int:
       UserError: for a config that cannot run here, or a workdir that is not writable,
         in use, or of another experiment. Nothing of a run has been written then.
     """
-    started = time.time()
+    started = time.monotonic()
     dataset = data.load(config.data)
     public = load_public(config.public, config.data, dataset)
     config.augmentation.check_images(dataset.train.image_shape)

@@ -12,6 +12,7 @@ all of them spend.
 
 import contextlib
 import datetime
+import errno
 import hashlib
 import json
 import os
@@ -23,7 +24,7 @@ from dp_accounting import pld, rdp
 from dpmix_jax import data
 from dpmix_jax.data.public import image_checksums
 from dpmix_jax.errors import UserError
-from dpmix_jax.files import locked
+from dpmix_jax.files import locked, naming
 from dpmix_jax.privacy import RELATIONS, Mechanism
 from dpmix_jax.progress import say
 from dpmix_jax.run.statement import round_up
@@ -188,10 +189,13 @@ class Ledger:
             before = json.loads(self.path.read_text().splitlines()[-1])["sha256"]
         line = {**content, "sha256": _checksum(before, content)}
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW
-        with open(os.open(self.path, flags, 0o600), "a") as file:
-            file.write(json.dumps(line) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        descriptor = os.open(self.path, flags, 0o600)
+        with naming(self.path), open(descriptor, "wb", buffering=0) as file:
+            size, text = os.fstat(descriptor).st_size, f"{json.dumps(line)}\n".encode()
+            if file.write(text) < len(text):  # the disk is full
+                os.ftruncate(descriptor, size)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            os.fsync(descriptor)
 
 
 def _is_writable(path: pathlib.Path) -> bool:

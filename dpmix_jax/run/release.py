@@ -79,7 +79,7 @@ def release(
         "noise_multiplier": facts["noise_multiplier"],
         "device": f"{parts.mesh.size} x {jax.devices()[0].device_kind}",
         "jax": jax.__version__,
-        "seconds": time.time() - started,
+        "seconds": time.monotonic() - started,
     }
     if "test_views" in confusions:
         for name, params in (("", state.params), ("_ema", state.ema_params)):

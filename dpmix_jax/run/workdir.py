@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from dpmix_jax.errors import UserError
-from dpmix_jax.files import locked, write_atomically
+from dpmix_jax.files import locked, naming, write_atomically
 from dpmix_jax.run.config import (
     ExperimentConfig,
     differences,
@@ -173,5 +173,6 @@ class Workdir:
         self.write("metrics.jsonl", text, mode=0o600)
 
     def add_metrics(self, line: Mapping[str, Any]) -> None:
-        with open(self.path / "metrics.jsonl", "a") as file:
+        path = self.path / "metrics.jsonl"
+        with naming(path), open(path, "a") as file:
             file.write(json.dumps(line) + "\n")

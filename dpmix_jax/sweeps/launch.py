@@ -118,7 +118,7 @@ def _has_ended(run: Run, workdir: Workdir) -> bool:
 
 
 def _eta(started: float, done: int, total: int) -> str:
-    return duration((time.time() - started) / done * (total - done))
+    return duration((time.monotonic() - started) / done * (total - done))
 
 
 def _sweep(
@@ -141,17 +141,17 @@ def _sweep(
                 collect(run)
         except UserError as error:
             failures[run] = str(error)
-    total, started = len(runs), time.time()
+    total, started = len(runs), time.monotonic()
     say(f"{total} runs into {folder.path}, {len(records)} of them finished before")
     left = [run for run in runs if run not in records and run not in failures]
     for done, run in enumerate(left, 1):
-        began = time.time()
+        began = time.monotonic()
         try:
             if why := attempt(run, workdirs[run]):
                 raise UserError(why)
             collect(run)
             value = config.show(records[run][config.metric]) + config.unit
-            outcome = f"{config.metric} {value}, {time.time() - began:.0f} s"
+            outcome = f"{config.metric} {value}, {time.monotonic() - began:.0f} s"
         except UserError as error:
             failures[run], outcome = str(error), f"FAILED: {error}"
         write()
@@ -222,7 +222,7 @@ def _select(points: Sequence[Run], folder: Workdir, attempt: Attempt) -> int:
         workdirs = [Workdir(candidates / str(n)) for n in range(len(drawn))]
         pairs = enumerate(zip(drawn, workdirs, strict=True), 1)
         left = [(n, *pair) for n, pair in pairs if not _has_ended(*pair)]
-        started = time.time()
+        started = time.monotonic()
         for done, (n, run, workdir) in enumerate(left, 1):
             if why := attempt(run, workdir):
                 say(f"failed: candidate {n}: {why}")
