@@ -1,5 +1,28 @@
-"""The package is described in pyproject.toml."""
+"""The package is described in pyproject.toml.
+
+A wheel also holds `configs` and `experiments`, for the command `dpmix`.
+"""
+
+import pathlib
+import shutil
 
 from setuptools import setup
+from setuptools.command.build_py import build_py
 
-setup()
+
+class BuildWithPrograms(build_py):
+    def run(self):
+        super().run()
+        if self.editable_mode:  # where both are beside the package
+            return
+        programs = pathlib.Path(self.build_lib) / "dpmix_jax" / "programs"
+        for name in ("configs", "experiments"):
+            shutil.copytree(
+                name,
+                programs / name,
+                dirs_exist_ok=True,
+                ignore=shutil.ignore_patterns("__pycache__"),
+            )
+
+
+setup(cmdclass={"build_py": BuildWithPrograms})

@@ -21,15 +21,12 @@ from sklearn.model_selection import train_test_split
 
 from dpmix_jax.data import images
 from dpmix_jax.data.cache import Listing, decoded
+from dpmix_jax.data.images import SUFFIXES
 from dpmix_jax.data.records import Records
 from dpmix_jax.data.trees import Tree, identity, reading, scan
 from dpmix_jax.errors import UserError
 from dpmix_jax.progress import say
 
-_SUFFIXES = (
-    *(".jpg", ".jpeg", ".png", ".gif", ".bmp"),
-    *(".ppm", ".pgm", ".tif", ".tiff", ".webp"),
-)
 _PLAIN = " !&'()+,=@"  # in a folder's name, beside letters, digits and `_.-~`
 
 
@@ -100,7 +97,7 @@ def oxford_iiit_pet(images: Tree, annotations: Tree) -> Listing:
         `Abyssinian_100 1 1 1`, where the second word numbers the breeds from 1.
     """
     paths = map(pathlib.PurePosixPath, images.files)
-    files = {p.stem: str(p) for p in paths if p.suffix.lower() in _SUFFIXES}
+    files = {p.stem: str(p) for p in paths if p.suffix.lower() in SUFFIXES}
     breeds: dict[int, str] = {}
     splits = []
     for name in ("trainval.txt", "test.txt"):
@@ -262,7 +259,7 @@ def _labelled(
     examples = []
     for name in tree.files:
         path = pathlib.PurePosixPath(name)
-        if path.suffix.lower() in _SUFFIXES and str(path.parent) in folders:
+        if path.suffix.lower() in SUFFIXES and str(path.parent) in folders:
             examples.append((name, folders[str(path.parent)]))
     present = {label for _, label in examples}
     for label, name in enumerate(class_names):

@@ -9,6 +9,10 @@ import numpy as np
 from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
 _FORMATS = ("JPEG", "PNG", "GIF", "BMP", "PPM", "TIFF", "WEBP")  # none runs a program
+SUFFIXES = (
+    *(".jpg", ".jpeg", ".png", ".gif", ".bmp"),
+    *(".ppm", ".pgm", ".tif", ".tiff", ".webp"),
+)
 # Mean and standard deviation of each channel, for pixels in [0, 1], of OpenAI's CLIP
 # and open_clip: for photographs and pretrained encoders.
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)

@@ -71,7 +71,7 @@ def create(
 
 
 def _model(name: str) -> type[nn.Module]:
-    if name not in REGISTRY:
+    if name not in list(REGISTRY):  # whatever a config holds
         raise UserError(
             f"model.name is {name!r}: it must be one of {', '.join(sorted(REGISTRY))}"
         )

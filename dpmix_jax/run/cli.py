@@ -21,6 +21,7 @@ class _ConfigParser(ConfigFileFlagParser):
     """Loads Python config files, and the `config.json` of a run, which is one too."""
 
     def parse(self, path: str) -> ConfigDict:
+        path = find_config(path)
         if not (path.endswith(".json") and pathlib.Path(path).is_file()):
             return super().parse(path)
         values = json.loads(pathlib.Path(path).read_text(), object_hook=_without_none)
@@ -30,6 +31,35 @@ class _ConfigParser(ConfigFileFlagParser):
 def _without_none(group: dict[str, Any]) -> dict[str, Any]:
     """Drops settings at None, their default, which flags could not set otherwise."""
     return {key: value for key, value in group.items() if value is not None}
+
+
+def programs_folder() -> pathlib.Path:
+    """Returns the folder of `experiments` and `configs`: the wheel's, or a checkout."""
+    package = pathlib.Path(__file__).parents[1]
+    inside = package / "programs"
+    return inside if inside.is_dir() else package.parent
+
+
+def config_names() -> dict[str, str]:
+    """Returns the first line of each config that comes with the package, by name."""
+    paths = sorted((programs_folder() / "configs").glob("[!_]*.py"))
+    docs = {path.stem: ast.get_docstring(ast.parse(path.read_text())) for path in paths}
+    return {name: (doc or "").partition("\n")[0] for name, doc in docs.items()}
+
+
+def find_config(text: str) -> str:
+    """Returns `<file>[:<argument>]` for a file, or for the name of a known config.
+
+    Args:
+      text: such as `my_config.py:8`; `digits:8` and `configs/digits.py:8` are those of
+        the package where there is no such file.
+    """
+    name, colon, argument = text.partition(":")
+    if pathlib.Path(name).is_file():
+        return text
+    stem = name.removeprefix("configs/").removesuffix(".py")
+    known = programs_folder() / "configs" / f"{stem}.py"
+    return f"{known}{colon}{argument}" if known.is_file() else text
 
 
 def define_config(
@@ -66,10 +96,13 @@ def config_file(
     """
     if flag_values["config"].value is None:
         raise UserError("--config is missing: give the path of a config file")
-    name = config_flags.get_config_filename(flag_values["config"])
+    name = find_config(config_flags.get_config_filename(flag_values["config"]))
     path, _, argument = name.partition(":")
     if not pathlib.Path(path).is_file():
-        raise UserError(f"--config is {path}: there is no such file")
+        known = ", ".join(config_names())
+        raise UserError(
+            f"--config is {path}: there is no such file, and it is none of {known}"
+        )
     return pathlib.Path(path), argument
 
 
@@ -158,16 +191,13 @@ def start(
 def help_text() -> str:
     """Returns what a program is for, its flags, and the configs there are."""
     program = sys.modules["__main__"]
-    configs = pathlib.Path(str(program.__file__)).parent.parent / "configs"
     lines = [(program.__doc__ or "").strip(), flags.FLAGS.main_module_help()]
     if "config" in flags.FLAGS:
         lines += [
             "--config: path of a config file; what follows a colon is its argument.",
             "--config.<group>.<name>: a value of the config.\n\nConfigs:",
         ]
-        for path in sorted(configs.glob("[!_]*.py")):
-            title = (ast.get_docstring(ast.parse(path.read_text())) or "").split("\n")
-            lines.append(f"  configs/{path.name:<22} {title[0]}")
+        lines += [f"  {name:<22} {title}" for name, title in config_names().items()]
     return "\n".join(lines)
 
 

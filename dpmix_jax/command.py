@@ -1,0 +1,69 @@
+"""The command `dpmix`: the programs of `experiments/` by name, from any folder.
+
+    dpmix train digits:8 --config.seed=1     trains, or goes on; digits is a config
+    dpmix sweep table11:digits               many runs, and their table
+    dpmix predict runs/digits-8 photos/      labels and probabilities of images, as CSV
+    dpmix export runs/digits-8 my-model      what may be released, as one folder
+    dpmix audit digits:8                     how much do its outputs give away?
+    dpmix budget digits                      what all runs on these records have spent
+    dpmix calibrate --epsilon=3 --n=60000 --batch=4096 --updates=1000
+    dpmix prepare cifar10 --download         fetches and decodes a dataset once
+    dpmix generate --out=bank ...            public synthetic images
+    dpmix configs                            lists the configs that there are
+    dpmix completion                         for bash: eval "$(dpmix completion)"
+
+Each takes the flags of its program, which `dpmix train --help` lists. A config is one
+of `dpmix configs`, a Python file, or the config.json of a run; what follows a colon is
+its argument.
+"""
+
+import runpy
+import sys
+from typing import NoReturn
+
+from dpmix_jax.run import cli
+
+# Programs, and the flags that the first words after the command stand for.
+COMMANDS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "train": ("run", ("config",)),
+    "sweep": ("sweep", ("config",)),
+    "predict": ("predict", ("run", "images")),
+    "export": ("export", ("run", "to")),
+    "audit": ("audit", ("config",)),
+    "budget": ("budget", ("config",)),
+    "calibrate": ("calibrate", ()),
+    "prepare": ("prepare", ("name",)),
+    "generate": ("generate", ()),
+}
+
+
+def main() -> NoReturn:
+    """Runs `dpmix <command> [words and flags]`; it ends as the program ends."""
+    name, *rest = sys.argv[1:] or ["--help"]
+    if name in ("help", "--help", "-help", "-h"):
+        print((__doc__ or "").strip())
+    elif name == "configs":
+        for config, title in cli.config_names().items():
+            print(f"{config:<26} {title}")
+    elif name == "completion":
+        words = " ".join([*COMMANDS, "configs", *cli.config_names()])
+        print(f'complete -o default -W "{words}" dpmix')
+    elif name in COMMANDS:
+        _run(*COMMANDS[name], rest)
+    else:
+        cli.fail(f"dpmix {name} is no command: it must be one of {', '.join(COMMANDS)}")
+    sys.exit(0)
+
+
+def _run(program: str, named: tuple[str, ...], argv: list[str]) -> None:
+    words, flags = list(named), []
+    for given in argv:
+        if given.startswith("-") or not words:
+            flags.append(given)
+        else:
+            flags.append(f"--{words.pop(0)}={given}")
+    folder = cli.programs_folder() / "experiments"
+    path = str(folder / f"{program}.py")
+    sys.argv = [path, *flags]
+    sys.path.insert(0, str(folder))  # as Python does for a program
+    runpy.run_path(path, run_name="__main__")
