@@ -67,3 +67,7 @@ def _run(program: str, named: tuple[str, ...], argv: list[str]) -> None:
     sys.argv = [path, *flags]
     sys.path.insert(0, str(folder))  # as Python does for a program
     runpy.run_path(path, run_name="__main__")
+
+
+if __name__ == "__main__":
+    main()

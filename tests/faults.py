@@ -126,7 +126,7 @@ FAULTS = {
                 "        nonprivate = {",
             ),
         ),
-        "test_training.py::test_one_update_equals_its_definition",
+        "test_training.py::test_updates_equal_their_definition",
     ),
     "division by the drawn batch": Fault(
         "training.py",
@@ -137,7 +137,7 @@ FAULTS = {
                 ' jnp.maximum(sums.nonprivate["records"], 1), sums.gradients))',
             ),
         ),
-        "test_training.py::test_one_update_equals_its_definition",
+        "test_training.py::test_updates_equal_their_definition",
     ),
     "sensitivity summed over devices": Fault(
         "devices.py",

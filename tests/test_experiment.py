@@ -326,7 +326,7 @@ def test_ctrl_c_during_imports_is_no_traceback(tmp_path, seconds):
     assert b"Traceback" not in err
 
 
-def test_killed_a_run_keeps_its_secret_seed_and_then_forgets_it(tmp_path):
+def test_killed_a_run_keeps_its_secret_seed_and_then_forgets_it(tmp_path, monkeypatch):
     """It goes on with its own randomness; another run has another."""
     workdir = tmp_path / "run"
     assert kill_when("update  4/12", workdir, seed=None) == -signal.SIGKILL
@@ -334,6 +334,8 @@ def test_killed_a_run_keeps_its_secret_seed_and_then_forgets_it(tmp_path):
     assert stat.S_IMODE(secret.stat().st_mode) == 0o600
     seed = json.loads(secret.read_text())["seed"]
     assert seed > 2**64
+    kill_at(monkeypatch, "experiment.release", workdir, seed=None)
+    assert json.loads(secret.read_text())["seed"] is None  # before anything comes out
     done = run(workdir, seed=None)
     assert done.status == 0, done.err
     assert "going on after update" in done.err
@@ -473,5 +475,5 @@ def test_the_config_of_a_run_is_not_one_of_a_sweep():
 def test_help_tells_flags_and_configs():
     done = call("experiments/run.py", ["--help"])
     assert done.returncode == 0
-    for words in ("--workdir", "--dry_run", "--config.<group>", "configs/digits.py"):
+    for words in ("--workdir", "--dry_run", "--config.<group>", "  digits  "):
         assert words in done.stdout

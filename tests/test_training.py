@@ -90,33 +90,38 @@ def states(*args, **options):
     return [state for state, _ in train(*args, **options)]
 
 
-def test_one_update_equals_its_definition(accumulate):
+def test_updates_equal_their_definition(accumulate):
     """Sum of clipped set averages of the drawn records, over B, times the rate."""
-    params = toy.init_params()
-    batch = poisson_batch(4, 0, num_records=len(DATA), sampling_prob=0.2)
-    assert len(batch) != 8  # the expected size, by which the sum is divided
-    keys = record_keys(KEY, jnp.int32(0), batch)
     images = DATA.normalize(jnp.asarray(DATA.images))
 
     @jax.jit
-    def of_one(key, image, label):
+    def of_one(params, key, image, label):
         label = jax.nn.one_hot(label, toy.NUM_CLASSES)
         return jax.value_and_grad(toy.loss_fn)(params, *RECORD_SET(key, image, label))
 
-    total, losses, norms = 0.0, [], []
-    for key, index in zip(keys, batch, strict=True):
-        loss, gradient = of_one(key, images[index], DATA.labels[index])
-        losses.append(float(loss))
-        norms.append(np.linalg.norm(toy.flat(gradient)))
-        total += toy.flat(gradient) * min(1.0, 0.3 / norms[-1])
-    updates = train(accumulate, 8, num_updates=1, seed=4, noise_multiplier=1e-9)
-    ((state, sums),) = updates
-    expected = toy.flat(params) - 0.5 * total / 8
-    np.testing.assert_allclose(toy.flat(state.params), expected, atol=1e-6)
-    assert sums["records"] == len(batch) > 0
-    assert sums["loss"] == pytest.approx(sum(losses), rel=1e-5)
-    assert sums["clipped"] == float(np.sum(np.array(norms) > 0.3))
-    assert 0 < sums["clipped"] < len(batch)
+    params, average = toy.init_params(), toy.flat(toy.init_params())
+    updates = train(accumulate, 8, num_updates=2, seed=4, noise_multiplier=1e-9)
+    for step, (state, sums) in enumerate(updates):
+        batch = poisson_batch(4, step, num_records=len(DATA), sampling_prob=0.2)
+        assert len(batch) != 8  # the expected size, by which the sum is divided
+        keys = record_keys(KEY, jnp.int32(step), batch)
+        total, losses, norms = 0.0, [], []
+        for key, index in zip(keys, batch, strict=True):
+            loss, gradient = of_one(params, key, images[index], DATA.labels[index])
+            losses.append(float(loss))
+            norms.append(np.linalg.norm(toy.flat(gradient)))
+            total += toy.flat(gradient) * min(1.0, 0.3 / norms[-1])
+        expected = toy.flat(params) - 0.5 * total / 8
+        np.testing.assert_allclose(toy.flat(state.params), expected, atol=1e-6)
+        decay = min(0.9, (1 + step) / (10 + step))
+        average = decay * average + (1 - decay) * expected
+        np.testing.assert_allclose(toy.flat(state.ema_params), average, atol=1e-6)
+        assert sums["records"] == len(batch) > 0
+        assert sums["loss"] == pytest.approx(sum(losses), rel=1e-5)
+        assert sums["clipped"] == float(np.sum(np.array(norms) > 0.3))
+        assert 0 < sums["clipped"] < len(batch)
+        params = state.params
+    assert state.step == 2
 
 
 def loss_by_rows(params, images, labels, scale):
