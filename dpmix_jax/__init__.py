@@ -21,6 +21,11 @@ Around it, none of which the core knows: `baselines`, `models`, `data`, `synthet
 `run`, `sweeps`, which put all together from a config.
 """
 
+import os
+from collections.abc import Callable
+
+import numpy as np
+
 from dpmix_jax.audit import check_sensitivity
 from dpmix_jax.augment import AugmentationConfig, random_view, views
 from dpmix_jax.conv import fast_convolutions
@@ -64,6 +69,7 @@ __all__ = [
     "clipped_gradient",
     "fast_convolutions",
     "ghost_clipped_gradient",
+    "load",
     "make_pool",
     "microbatches",
     "mixups",
@@ -76,3 +82,12 @@ __all__ = [
     "stream_key",
     "views",
 ]
+
+
+def load(
+    folder: str | os.PathLike, **files: str | None
+) -> Callable[[np.ndarray], np.ndarray]:
+    """Loads the model of a finished run, or of its export; see `run.export.load`."""
+    from dpmix_jax.run import export  # it brings Flax, which the core does not need
+
+    return export.load(folder, **files)

@@ -35,10 +35,9 @@ _PLOT = flags.DEFINE_string("plot", None, "PNG file to draw the trade-offs into.
 
 
 def main() -> None:
-    if (_EPSILON.value is None) == (_SIGMA.value is None):
+    epsilon, sigma = _EPSILON.value, _SIGMA.value
+    if (epsilon is None) == (sigma is None):
         raise UserError("give one of --epsilon and --sigma")
-    if _PLOT.value and _EPSILON.value is None:
-        raise UserError("--plot is for --epsilon")
     setting = calibration.Setting(
         num_records=_N.value,
         batch_size=_BATCH.value,
@@ -46,14 +45,16 @@ def main() -> None:
         delta=_DELTA.value,
         relation=RELATIONS[_RELATION.value],
     )
-    if _SIGMA.value is not None:
-        print(calibration.spent(setting, _SIGMA.value))
-        return
-    print(calibration.needed(setting, _EPSILON.value))
-    others = calibration.trade_offs(setting, _EPSILON.value)
-    print(calibration.table(others))
-    if _PLOT.value:
-        calibration.draw(others, pathlib.Path(_PLOT.value))
+    if sigma is not None:
+        if _PLOT.value:
+            raise UserError("--plot is for --epsilon")
+        print(calibration.spent(setting, sigma))
+    if epsilon is not None:
+        print(calibration.needed(setting, epsilon))
+        others = calibration.trade_offs(setting, epsilon)
+        print(calibration.table(others))
+        if _PLOT.value:
+            calibration.draw(others, pathlib.Path(_PLOT.value))
 
 
 if __name__ == "__main__":

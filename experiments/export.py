@@ -3,7 +3,7 @@
     python experiments/export.py --run=runs/digits --to=digits-model
 
 The folder holds weights, model card, privacy statement and preprocessing, and loads
-back by `dpmix_jax.run.export.load`.
+back by `dpmix_jax.load`.
 """
 
 import signal

@@ -14,9 +14,10 @@ from unittest import mock
 import numpy as np
 import pytest
 
+import dpmix_jax as dpm
 from dpmix_jax import UserError, calibrate, command, data
 from dpmix_jax.data.images import encode
-from dpmix_jax.run import calibration, cli, export
+from dpmix_jax.run import calibration, cli
 from tests import runs
 from tests.conftest import ROOT
 from tests.programs import call, forgotten_flags
@@ -147,7 +148,7 @@ def test_images_are_labelled_as_the_model_does(finished, tmp_path):
     )
     assert (status, told) == (0, f"5 images: {out}\n"), errors
     header, *lines = csv.reader(out.read_text().splitlines())
-    model = export.load(finished)
+    model = dpm.load(finished)
     assert header == ["file", "label", *model.class_names]
     assert [line[0] for line in lines] == [f"0/{n}.png" for n in (0, 2, 4)] + [
         f"1/{n}.png" for n in (1, 3)

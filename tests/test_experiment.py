@@ -332,6 +332,8 @@ def test_killed_a_run_keeps_its_secret_seed_and_then_forgets_it(tmp_path, monkey
     assert kill_when("update  4/12", workdir, seed=None) == -signal.SIGKILL
     secret = workdir / "secret.json"
     assert stat.S_IMODE(secret.stat().st_mode) == 0o600
+    for saved in (workdir / "checkpoints").iterdir():
+        assert stat.S_IMODE(saved.stat().st_mode) == 0o600
     seed = json.loads(secret.read_text())["seed"]
     assert seed > 2**64
     kill_at(monkeypatch, "experiment.release", workdir, seed=None)
