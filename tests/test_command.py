@@ -85,7 +85,7 @@ def test_configs_and_completion_list_what_there_is():
     ("argv", "message"),
     [
         (["trian", "digits"], "dpmix trian is no command: it must be one of train, "),
-        (["train", "digitz"], "there is no such file, and it is none of base"),
+        (["train", "digitz"], "there is no such file, nor a config of that name"),
         (["train", "digits", "fast"], "fast is not a flag: they begin with --"),
         (["sweep", "digits"], "the config is that of one run"),
     ],

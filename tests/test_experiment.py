@@ -390,7 +390,10 @@ def test_a_checkpoint_of_another_version_is_one_line(tmp_path):
 
 MISTAKES = (
     ([], "--config is missing: give the path of a config file"),
-    (["--config=none.py:8"], "--config is none.py: there is no such file"),
+    (
+        ["--config=none.py:8"],
+        "--config is none.py: there is no such file, nor a config of that name",
+    ),
     (
         ["--config=configs/digits.py:5"],
         "--config cannot be loaded: epsilon is '5': it must be one of 1, 2, 3, 4, 6, 8",
@@ -446,10 +449,13 @@ MISTAKES = (
         ["--config=configs/table11.py"],
         "the config is that of a sweep: it is for experiments/sweep.py",
     ),
-    (["--config=none.json"], "--config is none.json: there is no such file"),
+    (
+        ["--config=none.json"],
+        "--config is none.json: there is no such file, nor a config of that name",
+    ),
     (
         ["--config=caf\udce9.py"],  # bytes that are not UTF-8, as Python hands them on
-        "--config is caf\udce9.py: there is no such file",
+        "--config is caf\udce9.py: there is no such file, nor a config of that name",
     ),
     (
         ["--config=configs/digits.py", "--config.augmentation.max_shift=8"],

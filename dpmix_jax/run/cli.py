@@ -99,9 +99,8 @@ def config_file(
     name = find_config(config_flags.get_config_filename(flag_values["config"]))
     path, _, argument = name.partition(":")
     if not pathlib.Path(path).is_file():
-        known = ", ".join(config_names())
         raise UserError(
-            f"--config is {path}: there is no such file, and it is none of {known}"
+            f"--config is {path}: there is no such file, nor a config of that name"
         )
     return pathlib.Path(path), argument
 

@@ -1,0 +1,38 @@
+"""Examples run as they stand, and learn."""
+
+import re
+import runpy
+import warnings
+
+import jax
+import pytest
+
+from tests.conftest import ROOT
+
+FOLDER = ROOT / "examples"
+NAMES = [path.stem for path in sorted(FOLDER.glob("*.py")) if path.stem != "loop"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_an_example_trains_privately(name, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(FOLDER)
+    with (
+        jax.numpy_dtype_promotion("standard"),  # model libraries rely on it
+        jax.numpy_rank_promotion("allow"),
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore", DeprecationWarning)  # theirs
+        runpy.run_path(str(FOLDER / f"{name}.py"))
+    said = capsys.readouterr().out
+    if name == "minimal":  # whose accuracy `test_readme.py` looks at
+        assert said == "3.000-DP\n"
+    else:
+        accuracy = re.fullmatch(r"\(3, 1e-05\)-DP, test accuracy (.*) %\n", said)[1]
+        assert float(accuracy) > 80
+
+
+def test_an_example_is_short():
+    assert len(NAMES) >= 7
+    for name in NAMES:
+        assert len((FOLDER / f"{name}.py").read_text().splitlines()) <= 60
