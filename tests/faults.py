@@ -70,6 +70,12 @@ FAULTS = {
         "test_experiment.py"
         "::test_killed_a_run_keeps_its_secret_seed_and_then_forgets_it",
     ),
+    "the seed is there until everything has come out": Fault(
+        "run/experiment.py",
+        (("    workdir.forget_secrets()\n    release(", "    release("),),
+        "test_experiment.py"
+        "::test_killed_a_run_keeps_its_secret_seed_and_then_forgets_it",
+    ),
     "no clip": Fault(
         "gradients.py",
         (
