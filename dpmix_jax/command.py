@@ -7,6 +7,7 @@
     dpmix audit digits:8                     how much do its outputs give away?
     dpmix budget digits                      what all runs on these records have spent
     dpmix calibrate --epsilon=3 --n=60000 --batch=4096 --updates=1000
+    dpmix show digits                        draws the augmentation set of a test image
     dpmix prepare cifar10 --download         fetches and decodes a dataset once
     dpmix generate --out=bank ...            public synthetic images
     dpmix configs                            lists the configs that there are
@@ -32,6 +33,7 @@ COMMANDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "audit": ("audit", ("config",)),
     "budget": ("budget", ("config",)),
     "calibrate": ("calibrate", ()),
+    "show": ("show", ("config",)),
     "prepare": ("prepare", ("name",)),
     "generate": ("generate", ()),
 }

@@ -125,6 +125,33 @@ def test_a_wheel_works_without_a_checkout(tmp_path):
     assert "table11" in run("-m", "dpmix_jax.command", "configs")
 
 
+@pytest.mark.parametrize(
+    ("flags", "count"),
+    [
+        ([], 8),
+        pytest.param(
+            ["--config.method.name=microbatch_mixup", "--config.method.k_self=0"],
+            8,
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            [
+                "--config.method.name=dp_mix_diff",
+                "--config.method.k_diff=2",
+                "--config.public.name=rendered_digits",
+            ],
+            10,
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_a_set_of_a_test_image_is_drawn(tmp_path, flags, count):
+    out = tmp_path / "set.png"
+    status, told, errors = dpmix("show", "digits", f"--out={out}", *flags)
+    assert (status, told) == (0, f"{count} images: {out}\n"), errors
+    assert out.read_bytes().startswith(b"\x89PNG")
+
+
 # --- Predictions ------------------------------------------------------------------
 
 

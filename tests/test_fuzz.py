@@ -30,7 +30,7 @@ from dpmix_jax.run.workdir import Workdir
 from tests import files, runs
 from tests.conftest import ROOT
 
-EXAMPLES = int(os.environ.get("DPMIX_JAX_FUZZ", "60"))
+EXAMPLES = int(os.environ.get("DPMIX_JAX_FUZZ", "25"))
 fuzzed = settings(
     max_examples=EXAMPLES,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],

@@ -22,7 +22,7 @@ from tests.conftest import ROOT
 from tests.runs import metrics
 from tests.test_sweep import ROWS, write_config
 
-KILLS = int(os.environ.get("DPMIX_JAX_KILLS", "3"))
+KILLS = int(os.environ.get("DPMIX_JAX_KILLS", "2"))
 OFTEN = {"logging__checkpoint_every": 1, "logging__eval_every": 2}
 
 

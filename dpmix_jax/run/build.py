@@ -1,6 +1,7 @@
 """From a config to what a run computes: terms, their sum, the update, the state."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -230,7 +231,7 @@ def build(
             sampling.stream_key(seed, "augmentation"),
             mesh,
             records=arrays if on_device else (),
-            pool=_pool(config, drawn_from),
+            pool=make_pool(config, drawn_from),
             constants=(frozen,) if frozen else (),
         ),
         host_records=() if on_device else arrays,
@@ -332,9 +333,7 @@ def _terms_of_records(
         )
 
     return Terms(
-        record_set=mixup.augmentation_set(
-            config.method, config.augmentation, normalize=records.normalize
-        ),
+        record_set=_record_set(config, records),
         gradient_fn=gradient_fn,
         expected=config.privacy.expected_batch_size,
         shape=(),
@@ -364,7 +363,7 @@ def _terms_of_groups(
         return microbatch_mixup.blank_microbatch(method, microbatch_size, num_devices)
 
     return Terms(
-        record_set=microbatch_mixup.group_set(method, config.augmentation),
+        record_set=_record_set(config, records),
         gradient_fn=microbatch_mixup.of_groups(gradient_fn),
         expected=num_groups,
         shape=(method.group_size,),
@@ -374,7 +373,17 @@ def _terms_of_groups(
     )
 
 
-def _pool(config, public: Records | None) -> pool.Pool | None:
+def _record_set(config, records: Records) -> mixup.RecordSet:
+    """Returns what makes the set of a record, or of a group of them."""
+    if _has_groups(config):
+        return microbatch_mixup.group_set(config.method, config.augmentation)
+    return mixup.augmentation_set(
+        config.method, config.augmentation, normalize=records.normalize
+    )
+
+
+def make_pool(config, public: Records | None) -> pool.Pool | None:
+    """Returns the public images that sets draw of, or None if there are none."""
     if public is None:
         return None
     return pool.make_pool(
@@ -407,19 +416,29 @@ def pretrain(
     )
 
 
-def example_set(parts: Parts, test: Records) -> np.ndarray:
+def example_set(
+    config: ExperimentConfig, test: Records, public_pool: pool.Pool | None
+) -> np.ndarray:
     """Makes the set of the first test image, or group, with pixels in [0, 1].
+
+    Args:
+      config: of the experiment.
+      test: records, of which the first are taken.
+      public_pool: from `make_pool`.
 
     Returns:
       [K, H, W, C].
     """
-    indices = np.arange(np.prod(parts.terms.shape, dtype=int)) % len(test)
-    indices = indices.reshape(1, *parts.terms.shape)
+    method = config.method
+    shape: tuple[int, ...] = (1,)
+    if isinstance(method, microbatch_mixup.MicrobatchMixupConfig):
+        shape = (1, method.group_size)
+    indices = np.arange(math.prod(shape)).reshape(shape) % len(test)
     key = sampling.stream_key(0, "augmentation")  # public: nothing private here
-    images, _ = jax.vmap(parts.terms.record_set, (0, 0, 0, None))(
+    images, _ = jax.vmap(_record_set(config, test), (0, 0, 0, None))(
         sampling.record_keys(key, jnp.int32(0), jnp.asarray(indices)),
         test.normalize(jnp.asarray(test.images[indices])),
         jax.nn.one_hot(test.labels[indices], test.num_classes),
-        parts.inputs.pool,
+        public_pool,
     )
     return np.asarray(images[0]) * np.array(test.stddev) + np.array(test.mean)

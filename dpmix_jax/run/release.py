@@ -96,7 +96,7 @@ def release(
             title=f"{config.method.name} on {config.data.name}",
             results=results,
             metrics=workdir.metrics(),
-            sheet=build.example_set(parts, test),
+            sheet=build.example_set(config, test, parts.inputs.pool),
             method=config.method,
             class_names=test.class_names,
             statement=text,
