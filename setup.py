@@ -16,11 +16,11 @@ class BuildWithPrograms(build_py):
         if self.editable_mode:  # where both are beside the package
             return
         programs = pathlib.Path(self.build_lib) / "dpmix_jax" / "programs"
+        shutil.rmtree(programs, ignore_errors=True)  # of an earlier build
         for name in ("configs", "experiments"):
             shutil.copytree(
                 name,
                 programs / name,
-                dirs_exist_ok=True,
                 ignore=shutil.ignore_patterns("__pycache__"),
             )
 

@@ -85,9 +85,9 @@ __all__ = [
 
 
 def load(
-    folder: str | os.PathLike, **files: str | None
+    folder: str | os.PathLike, *, encoder: str | None = None, weights: str | None = None
 ) -> Callable[[np.ndarray], np.ndarray]:
     """Loads the model of a finished run, or of its export; see `run.export.load`."""
     from dpmix_jax.run import export  # it brings Flax, which the core does not need
 
-    return export.load(folder, **files)
+    return export.load(folder, encoder=encoder, weights=weights)

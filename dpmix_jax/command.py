@@ -13,11 +13,12 @@
     dpmix configs                            lists the configs that there are
     dpmix completion                         for bash: eval "$(dpmix completion)"
 
-Each takes the flags of its program, which `dpmix train --help` lists. A config is one
-of `dpmix configs`, a Python file, or the config.json of a run; what follows a colon is
-its argument.
+After these words come the flags of the program, which `dpmix train --help` lists. A
+config is one of `dpmix configs`, a Python file, or the config.json of a run; what
+follows a colon is its argument.
 """
 
+import itertools
 import runpy
 import sys
 from typing import NoReturn
@@ -58,12 +59,9 @@ def main() -> NoReturn:
 
 
 def _run(program: str, named: tuple[str, ...], argv: list[str]) -> None:
-    words, flags = list(named), []
-    for given in argv:
-        if given.startswith("-") or not words:
-            flags.append(given)
-        else:
-            flags.append(f"--{words.pop(0)}={given}")
+    words = list(itertools.takewhile(lambda word: not word.startswith("-"), argv))
+    flags = [f"--{name}={word}" for name, word in zip(named, words, strict=False)]
+    flags += argv[len(flags) :]
     folder = cli.programs_folder() / "experiments"
     path = str(folder / f"{program}.py")
     sys.argv = [path, *flags]

@@ -31,7 +31,8 @@ def loss_fn(params, images, labels):
 
 
 images, labels, test_images, test_labels = digits()
-params = train_privately(loss_fn, params, images, labels, seed=1234)
+seed = 1234  # from `secrets` if the model is to be released
+params = train_privately(loss_fn, params, images, labels, seed=seed)
 
 model = eqx.combine(params, rest)
 logits = jax.vmap(model)(test_images)

@@ -23,7 +23,8 @@ def loss_fn(params, images, labels):
 
 
 images, labels, test_images, test_labels = digits()
-params = train_privately(loss_fn, params, images, labels, seed=1234)
+seed = 1234  # from `secrets` if the model is to be released
+params = train_privately(loss_fn, params, images, labels, seed=seed)
 
 logits = model.apply(params, test_images)
 print(accuracy(logits, test_labels))

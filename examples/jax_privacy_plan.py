@@ -1,7 +1,8 @@
 """DP-Mix under a plan of jax_privacy: its batches, its banded noise, our gradients.
 
 The plan is DP-BandMF (Choquette-Choo et al., 2023): noise that is correlated between
-updates, so that part of it cancels. Its clipped gradients are replaced by ours.
+updates, so that part of it cancels. Its clipped gradients are replaced by ours. For
+experiments: its noise has a seed of 32 bits, and is drawn as floats.
 """
 
 import jax
@@ -14,7 +15,6 @@ import dpmix_jax as dpm
 
 images, labels, test_images, test_labels = digits()
 seed, num_bands, num_updates, q = 1234, 2, 60, 0.3
-
 config = execution_plan.BandMFExecutionPlanConfig.default(
     num_bands=num_bands,
     iterations=num_updates,
@@ -23,8 +23,7 @@ config = execution_plan.BandMFExecutionPlanConfig.default(
     sampling_prob=q,
     noise_seed=seed,
 )
-plan = config.plan
-batch_size = q * len(images) / num_bands
+plan, batch_size = config.plan, q * len(images) / num_bands
 
 
 def loss_fn(params, images, labels):
@@ -57,4 +56,5 @@ for step, drawn in enumerate(batches):
     params -= 1.0 * noisy / batch_size
 
 logits = test_images.reshape(len(test_images), -1) @ params
+print(f"({config.epsilon:g}, {config.delta:g})-DP, {relation.name.lower()}")
 print(accuracy(logits, test_labels))

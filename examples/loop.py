@@ -34,7 +34,7 @@ def digits() -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
 def accuracy(logits: jax.Array, labels: jax.Array) -> str:
     """Says how many test records are classified correctly."""
     share = (logits.argmax(axis=1) == labels.argmax(axis=1)).mean()
-    return f"(3, 1e-05)-DP, test accuracy {100 * share:.1f} %"
+    return f"test accuracy {100 * share:.1f} %"
 
 
 def train_privately(
@@ -81,4 +81,5 @@ def train_privately(
             total = add(total, params, step, batch.data, batch.mask)
         updates, state = jax.jit(optimizer.update)(total, state)
         params = optax.apply_updates(params, updates)
+    print(f"{mechanism.epsilon(delta):.3f}-DP")
     return params

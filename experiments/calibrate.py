@@ -5,8 +5,8 @@
 
 No data are touched. With --epsilon it also tells sigma at other batches and updates, by
 RDP, which is quick and asks for a little more noise than PLD; --plot draws them. The
-noise on the mean gradient is sigma / B, in units of the clip norm: of two settings with
-the same, the one with fewer updates is the cheaper.
+noise on the mean gradient is sigma / B, in units of the sensitivity of the sum: of two
+settings with the same, the one with fewer updates is the cheaper.
 """
 
 import signal
@@ -52,6 +52,8 @@ def main() -> None:
     if epsilon is not None:
         print(calibration.needed(setting, epsilon))
         others = calibration.trade_offs(setting, epsilon)
+        if not others:
+            raise UserError(f"--relation is {_RELATION.value}: RDP tells no trade-offs")
         print(calibration.table(others))
         if _PLOT.value:
             calibration.draw(others, pathlib.Path(_PLOT.value))

@@ -6,6 +6,7 @@ import io
 import os
 import pathlib
 import re
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -111,7 +112,10 @@ def test_a_wheel_works_without_a_checkout(tmp_path):
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    run(*("-m", "pip", "wheel", "--no-deps", "--wheel-dir", "wheels", str(ROOT)))
+    source = tmp_path / "source"
+    built = shutil.ignore_patterns("build", ".*", "__pycache__", "*.egg-info", "runs")
+    shutil.copytree(ROOT, source, ignore=built)
+    run(*("-m", "pip", "wheel", "--no-deps", "--wheel-dir", "wheels", str(source)))
     (wheel,) = (tmp_path / "wheels").iterdir()
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()

@@ -402,7 +402,7 @@ def test_a_checkpoint_of_another_version_is_one_line(tmp_path):
 
 
 MISTAKES = (
-    ([], "--config is missing: give the path of a config file"),
+    ([], "--config is missing: give a file, or a name of `dpmix configs`"),
     (
         ["--config=none.py:8"],
         "--config is none.py: there is no such file, nor a config of that name",

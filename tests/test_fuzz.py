@@ -193,6 +193,16 @@ def test_a_file_is_read_or_refused_in_one_line(make, edits):
         assert written(folder) <= before
 
 
+@pytest.mark.parametrize("line", ["[]", "1", "null", '"a"', "{}"])
+def test_json_of_another_kind_is_refused_or_passed_over(tmp_path, line):
+    for make in (config_file, metrics_file, ledger_file):
+        path, read = make(tmp_path)
+        path.write_text(f"{line}\n")
+        read_or_refused(read)
+    (tmp_path / "results.json").write_text(line)
+    read_or_refused(Workdir(tmp_path).results)
+
+
 def written(folder):
     """Returns all files but those of the cache, and of locks."""
     found = {path for path in folder.rglob("*") if path.is_file()}

@@ -11,6 +11,7 @@ import scipy.optimize
 from dpmix_jax.errors import UserError, require
 from dpmix_jax.files import replacing
 from dpmix_jax.privacy import Mechanism, NeighboringRelation, calibrate
+from dpmix_jax.run.statement import round_up
 
 _OF_BATCH, _OF_UPDATES = (0.25, 1, 4), (0.25, 0.5, 1, 2, 4)
 
@@ -57,14 +58,15 @@ def spent(setting: Setting, noise_multiplier: float) -> str:
       setting: of the run.
       noise_multiplier: sigma, positive.
     """
-    require(noise_multiplier > 0, "--sigma", noise_multiplier, "positive")
+    fits = 0.125 <= noise_multiplier <= 2**14
+    require(fits, "--sigma", noise_multiplier, "in [0.125, 16384]")
     found = setting.mechanism(noise_multiplier)
     by = {
         name: found.epsilon(setting.delta, accountant=name) for name in ("pld", "rdp")
     }
     return (
-        f"sigma {noise_multiplier:.5g} spends epsilon {by['pld']:.4f} by PLD"
-        f" ({by['rdp']:.4f} by RDP) at delta {setting.delta:g}, q ="
+        f"sigma {round_up(noise_multiplier, 6)} spends epsilon {round_up(by['pld'], 5)}"
+        f" by PLD ({by['rdp']:.4f} by RDP) at delta {setting.delta:g}, q ="
         f" {found.sampling_prob:.4g}, T = {setting.num_updates:,}"
     )
 
@@ -93,7 +95,8 @@ def trade_offs(setting: Setting, epsilon: float) -> list[tuple[Setting, float]]:
       epsilon: the budget.
 
     Returns:
-      Pairs of a setting and its sigma, of those that some noise suffices for.
+      Pairs of a setting and its sigma, of those whose sigma is in [0.1, 10000]; none
+      for `REPLACE_ONE`, which RDP does not bound.
     """
     found = []
     for of_batch in _OF_BATCH:

@@ -58,8 +58,9 @@ def find_config(text: str) -> str:
     if pathlib.Path(name).is_file():
         return text
     stem = name.removeprefix("configs/").removesuffix(".py")
-    known = programs_folder() / "configs" / f"{stem}.py"
-    return f"{known}{colon}{argument}" if known.is_file() else text
+    if stem not in config_names():
+        return text
+    return f"{programs_folder() / 'configs' / stem}.py{colon}{argument}"
 
 
 def define_config(
@@ -95,7 +96,9 @@ def config_file(
       UserError: if there is no such file.
     """
     if flag_values["config"].value is None:
-        raise UserError("--config is missing: give the path of a config file")
+        raise UserError(
+            "--config is missing: give a file, or a name of `dpmix configs`"
+        )
     name = find_config(config_flags.get_config_filename(flag_values["config"]))
     path, _, argument = name.partition(":")
     if not pathlib.Path(path).is_file():
@@ -193,7 +196,8 @@ def help_text() -> str:
     lines = [(program.__doc__ or "").strip(), flags.FLAGS.main_module_help()]
     if "config" in flags.FLAGS:
         lines += [
-            "--config: path of a config file; what follows a colon is its argument.",
+            "--config: a config file, or the name of one of those below; what follows a"
+            " colon is its argument.",
             "--config.<group>.<name>: a value of the config.\n\nConfigs:",
         ]
         lines += [f"  {name:<22} {title}" for name, title in config_names().items()]

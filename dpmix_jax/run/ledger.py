@@ -90,7 +90,7 @@ class Ledger:
             try:
                 content = json.loads(line)
                 checksum = content.pop("sha256")
-            except (ValueError, KeyError, AttributeError):
+            except (ValueError, KeyError, AttributeError, TypeError):
                 checksum = None
             if checksum is None or checksum != _checksum(before, content):
                 raise UserError(f"{self.path} is damaged at line {number}")
@@ -192,10 +192,13 @@ class Ledger:
         descriptor = os.open(self.path, flags, 0o600)
         with naming(self.path), open(descriptor, "wb", buffering=0) as file:
             size, text = os.fstat(descriptor).st_size, f"{json.dumps(line)}\n".encode()
-            if file.write(text) < len(text):  # the disk is full
+            try:
+                if file.write(text) < len(text):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                os.fsync(descriptor)
+            except OSError:
                 os.ftruncate(descriptor, size)
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            os.fsync(descriptor)
+                raise
 
 
 def _is_writable(path: pathlib.Path) -> bool:

@@ -27,8 +27,8 @@ def predict(
 ) -> int:
     """Writes a line for each image: its file, its label, a probability for each class.
 
-    Square images are resized and cropped to the size that the model was trained on, as
-    `data.image_size` does it; for a model of other images they must have its size.
+    For a model of square images any image is resized and cropped to their size, as
+    `data.image_size` does it; for another model it must have the size of its images.
 
     Args:
       run: workdir of a finished run, or an export.

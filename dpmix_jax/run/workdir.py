@@ -151,11 +151,14 @@ class Workdir:
     def _read_json(self, name: str) -> dict[str, Any] | None:
         path = self.path / name
         try:
-            return json.loads(path.read_text())
+            content = json.loads(path.read_text())
         except FileNotFoundError:
             return None
         except ValueError:
-            raise UserError(f"{path} is damaged: use another --workdir") from None
+            content = None
+        if not isinstance(content, dict):
+            raise UserError(f"{path} is damaged: use another --workdir")
+        return content
 
     def metrics(self) -> list[dict[str, Any]]:
         """Returns the lines of `metrics.jsonl`, but for one that a kill cut off."""
@@ -164,7 +167,7 @@ class Workdir:
         for line in text.splitlines():
             with contextlib.suppress(json.JSONDecodeError):
                 lines.append(json.loads(line))
-        return [line for line in lines if "step" in line]
+        return [line for line in lines if isinstance(line, dict) and "step" in line]
 
     def keep_metrics(self, last_step: int) -> None:
         """Drops the lines after the update that a killed run goes on from."""
