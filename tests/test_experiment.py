@@ -151,7 +151,7 @@ class KilledError(BaseException):
 def kill_at(monkeypatch, method, workdir, **overrides):
     """Runs until a method of `dpmix_jax.run` would be called."""
 
-    def killed(*_):
+    def killed(*_, **__):
         raise KilledError
 
     with monkeypatch.context() as patch:
