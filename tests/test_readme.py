@@ -1,7 +1,9 @@
 """What the README says is run as it stands."""
 
 import re
+import tomllib
 
+import dpmix_jax
 from tests.conftest import ROOT
 
 README = (ROOT / "README.md").read_text()
@@ -37,3 +39,17 @@ def test_programs_and_configs_that_are_named_exist():
     for page in [ROOT / "README.md", *ROOT.glob("docs/**/*.md")]:
         for name in re.findall(r"(?:experiments|configs)/\w+\.py", page.read_text()):
             assert (ROOT / name).exists(), f"{page.name}: {name}"
+
+
+def test_the_version_is_the_same_everywhere():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert dpmix_jax.__version__ == project["version"]
+    citation = (ROOT / "CITATION.cff").read_text()
+    assert re.search(r"^version: (.*)$", citation, re.M)[1] == project["version"]
+
+
+def test_pre_commit_lints_by_the_version_that_ci_has():
+    (pinned,) = re.findall(
+        r"^ruff==(.*)$", (ROOT / "requirements.txt").read_text(), re.M
+    )
+    assert f"rev: v{pinned} " in (ROOT / ".pre-commit-config.yaml").read_text()
