@@ -4,7 +4,6 @@ DPMIX_JAX_KILLS sets how many kills there are of each kind.
 """
 
 import contextlib
-import csv
 import os
 import pathlib
 import shutil
@@ -18,10 +17,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
-from tests import files, runs
+from tests import files, runs, test_sweep
 from tests.conftest import ROOT
 from tests.runs import metrics
-from tests.test_sweep import ROWS, write_config
 
 KILLS = int(os.environ.get("DPMIX_JAX_KILLS", "2"))
 OFTEN = {"logging__checkpoint_every": 1, "logging__eval_every": 2}
@@ -74,19 +72,13 @@ def a_run_with_caches(folder) -> Case:
 
 def a_sweep(folder) -> Case:
     """Four runs in one process, their table, and what is between them."""
-    config = write_config(folder / "grid.py", rows=ROWS)
+    config = test_sweep.write_config(folder / "grid.py", rows=test_sweep.ROWS)
 
     def command(workdir):
         program = f"{ROOT}/experiments/sweep.py"
         return [sys.executable, program, f"--config={config}", f"--workdir={workdir}"]
 
-    def outcome(workdir):
-        timed = ("seconds", "nonprivate/images_per_second")
-        rows = csv.DictReader((workdir / "runs.csv").read_text().splitlines())
-        untimed = [{k: v for k, v in row.items() if k not in timed} for row in rows]
-        return (workdir / "table.md").read_text(), untimed
-
-    return Case(command, outcome)
+    return Case(command, test_sweep.outcome)
 
 
 def start(case, workdir):

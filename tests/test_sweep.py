@@ -522,6 +522,16 @@ def test_a_mistake_is_one_line(tmp_path):
     assert not (tmp_path / "sweep").exists()
 
 
+def outcome(workdir):
+    """What must not depend on how often a sweep was killed."""
+    timed = ("seconds", "nonprivate/images_per_second")
+    untimed = [
+        {key: value for key, value in line.items() if key not in timed}
+        for line in read_csv(workdir)
+    ]
+    return (workdir / "table.md").read_text(), untimed
+
+
 @pytest.mark.slow
 def test_killed_and_stopped_half_way_it_gives_the_same_table(tmp_path):
     """As users run it: three processes, of which the first two end early."""
@@ -537,15 +547,6 @@ def test_killed_and_stopped_half_way_it_gives_the_same_table(tmp_path):
             stderr=subprocess.PIPE,
             text=True,
         )
-
-    def outcome(workdir):
-        """What must not depend on how often a sweep was killed."""
-        timed = ("seconds", "nonprivate/images_per_second")
-        untimed = [
-            {key: value for key, value in line.items() if key not in timed}
-            for line in read_csv(workdir)
-        ]
-        return (workdir / "table.md").read_text(), untimed
 
     whole, workdir = tmp_path / "whole", tmp_path / "sweep"
     process = start(whole)
