@@ -46,7 +46,7 @@ def get_config(epsilon: str = "3") -> ml_collections.ConfigDict:
             "epsilon": 1e-2,
         },
         public={"name": "rendered_clothes"},
-        finetune={"embeddings": "kept", "whitening": 0.03},
+        finetune={"embeddings": "kept", "whitening": 0.01},
         method={"name": "dp_sgd"},
         # Of methods with views; tried once only, see the page of results.
         augmentation={"flip": False, "max_shift": 1.0},

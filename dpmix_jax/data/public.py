@@ -185,7 +185,7 @@ def describe(
         )
     if whitened_by:
         uses.append(
-            f"of which the embeddings of {whitened_by:,} set the mean and the scales by"
+            f"of which the embeddings of {whitened_by:,} set the mean and the axes by"
             " which all embeddings are whitened"
         )
     origin = (

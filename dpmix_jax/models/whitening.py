@@ -1,11 +1,10 @@
-"""ZCA whitening: embeddings in the axes and scales of those of public images.
+"""PCA whitening: embeddings in the axes and scales of those of public images.
 
 Noise is as large in every direction, while embeddings vary in few. A linear classifier
 of whitened embeddings therefore learns under the same noise what it would otherwise
-learn in many more updates.
+learn in many more updates, and from fewer numbers of each record.
 """
 
-import functools
 from typing import Any
 
 import jax
@@ -13,36 +12,28 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from dpmix_jax.errors import UserError
+from dpmix_jax.errors import require
 
 PyTree = Any
 
-_MOST_IMAGES, _LARGEST, _RANK = 2048, 2**17, 256  # which bound time and memory
+_MOST_IMAGES, _LARGEST, _AXES = 2048, 2**17, 1024  # which bound time and memory
 
 
 class Whitening(nn.Module):
-    """Takes a mean out of embeddings, and scales some of their directions.
+    """Takes a mean out of embeddings, and puts the rest into a few scaled axes.
 
-    Parameters are the `mean` [E], orthonormal `directions` [E, R] with their `gains`
-    [R], and one `scale` [1]. With x' = x - mean, x becomes
-    scale (x' + directions (gains * directions^T x')). The parameters start as the
-    identity, come from `fit`, and are never trained.
+    Parameters are the `mean` [E] and `axes` [E, A], A at most 1,024. They come from
+    `fit` and are never trained.
     """
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Embeddings [B, ...] -> embeddings [B, ...], each of its own alone."""
+        """Embeddings [B, ...] -> embeddings [B, A], each of its own alone."""
         flat = x.reshape(x.shape[0], -1)
         size = flat.shape[1]
-        rank = min(_RANK, size)
         mean = self.param("mean", nn.initializers.zeros, (size,))
-        directions = self.param("directions", nn.initializers.zeros, (size, rank))
-        gains = self.param("gains", nn.initializers.zeros, (rank,))
-        scale = self.param("scale", nn.initializers.ones, (1,))
-        flat = flat - mean[None]
-        product = functools.partial(jnp.matmul, precision="highest")
-        along = product(flat, directions) * gains[None]
-        return (scale[None] * (flat + product(along, directions.T))).reshape(x.shape)
+        axes = self.param("axes", nn.initializers.zeros, (size, min(_AXES, size)))
+        return jnp.matmul(flat - mean[None], axes, precision="highest")
 
 
 def chosen(count: int) -> np.ndarray:
@@ -53,44 +44,41 @@ def chosen(count: int) -> np.ndarray:
 def fit(embeddings: np.ndarray, regularization: float) -> PyTree:
     """Returns parameters with which `Whitening` whitens embeddings like these.
 
-    Directions are eigenvectors of the covariance, and an eigenvalue a is scaled by
-    sqrt(r / (a + r)), r `regularization` times the greatest (Krizhevsky, 2009; Coates
-    and Ng, 2012). All but the first 256 are left as they are. The scale then gives
-    these embeddings the mean squared norm that they had.
+    Axes are the first eigenvectors of the covariance, and that of the eigenvalue a is
+    divided by sqrt(a + r), r `regularization` times the greatest (Krizhevsky, 2009;
+    Coates and Ng, 2012). All are then scaled as one, so that these embeddings keep
+    their mean squared norm.
 
     Args:
-      embeddings: [n, ...], of public images; where they hardly vary, nothing but their
-        mean is taken out.
+      embeddings: [n, ...], of public images.
       regularization: at least 1e-4, for which float32 is enough.
 
     Raises:
-      UserError: for embeddings that are not finite, or of more than 131,072 numbers.
+      UserError: for embeddings that are not finite, hardly differ, or have more than
+        131,072 numbers.
     """
     flat = embeddings.reshape(len(embeddings), -1)
     size = flat.shape[1]
-    if size > _LARGEST:
-        raise UserError(
-            f"finetune.whitening is {regularization}: it must be None for embeddings of"
-            f" {size:,} numbers, more than {_LARGEST:,}"
-        )
-    if not np.isfinite(flat).all():
-        raise UserError(
-            f"finetune.whitening is {regularization}: it must be None for an encoder"
-            " whose embeddings of public images are not finite"
-        )
+    for fine, what in (
+        (size <= _LARGEST, f"embeddings of {size:,} numbers, more than {_LARGEST:,}"),
+        (np.isfinite(flat).all(), "embeddings of public images that are not finite"),
+    ):
+        require(fine, "finetune.whitening", regularization, f"None for {what}")
     flat = flat.astype(np.float64)
-    before, mean, rank = np.square(flat).sum(), flat.mean(0), min(_RANK, size)
+    before, mean = np.square(flat).sum(), flat.mean(0)
     flat -= mean
-    after = np.square(flat).sum()
-    directions, gains, scale = np.zeros((size, rank)), np.zeros(rank), np.ones(1)
-    if after > 1e-10 * before:
-        values, axes = _principal_axes(flat, rank)
-        ratios = regularization / (values / values[0] + regularization)
-        directions[:, : len(axes)] = axes.T
-        gains[: len(axes)] = np.sqrt(ratios) - 1
-        scale *= np.sqrt(before / (after - (values * (1 - ratios)).sum()))
-    found = dict(mean=mean, directions=directions, gains=gains, scale=scale)
-    return {name: np.asarray(value, np.float32) for name, value in found.items()}
+    require(
+        np.square(flat).sum() > 1e-10 * before,
+        "finetune.whitening",
+        regularization,
+        "None for embeddings of public images that hardly differ",
+    )
+    values, found = _principal_axes(flat, min(_AXES, size))
+    scales = 1 / np.sqrt(values / values[0] + regularization)
+    scales *= np.sqrt(before / np.square(scales).dot(values))
+    axes = np.zeros((size, min(_AXES, size)))
+    axes[:, : len(found)] = found.T * scales
+    return {"mean": mean.astype(np.float32), "axes": axes.astype(np.float32)}
 
 
 def _principal_axes(centred: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:

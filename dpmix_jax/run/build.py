@@ -146,8 +146,15 @@ def num_bytes(compiled: jax.stages.Compiled) -> int:
     return memory.temp_size_in_bytes + memory.argument_size_in_bytes
 
 
-def classifier(config: ExperimentConfig, records: Records) -> Classifier:
+def classifier(
+    config: ExperimentConfig, records: Records, *, whitened: bool = True
+) -> Classifier:
     """Builds the model of a config for images like these records.
+
+    Args:
+      config: of the experiment.
+      records: of which nothing but public constants is taken.
+      whitened: whether its embeddings are whitened if the config asks for it.
 
     Raises:
       UserError: for a model that does not fit the images.
@@ -157,7 +164,7 @@ def classifier(config: ExperimentConfig, records: Records) -> Classifier:
         config.model.options,
         image_shape=records.image_shape,
         num_classes=records.num_classes,
-        whitening=config.finetune.whitening is not None,
+        whitening=whitened and config.finetune.whitening is not None,
         dtype=config.performance.dtype,
         matmul_precision=config.performance.matmul_precision,
     )

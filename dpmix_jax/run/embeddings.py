@@ -18,6 +18,7 @@ from dpmix_jax.run.build import (
     Indices,
     Parts,
     accumulate,
+    classifier,
     head_gradient,
     initial_params,
 )
@@ -59,10 +60,11 @@ def whitened(
     if workdir.kept() is not None and workdir.whitening.exists():
         fitted = safetensors.numpy.load_file(workdir.whitening)
     else:
-        assert model.encode is not None  # the config has seen to both
+        plain = classifier(config, records, whitened=False)
+        assert plain.encode is not None  # the config has seen to both
         assert public is not None
         _, frozen = initial_params(config.finetune, model, given, seed=0)
-        encode = jax.jit(model.encode)
+        encode = jax.jit(plain.encode)
         chosen = public.images[whitening.chosen(len(public))]
         found = [
             np.asarray(encode(frozen, records.normalize(jnp.asarray(part))))
