@@ -2,6 +2,7 @@
 
     dpmix train digits:8 --config.seed=1     trains, or goes on; digits is a config
     dpmix sweep table11:digits               many runs, and their table
+    dpmix report table11:digits runs.csv to  its tables and plots again, from its CSV
     dpmix predict runs/digits-8 photos/      labels and probabilities of images, as CSV
     dpmix export runs/digits-8 my-model      what may be released, as one folder
     dpmix audit digits:8                     how much do its outputs give away?
@@ -29,6 +30,7 @@ from dpmix_jax.run import cli
 COMMANDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "train": ("run", ("config",)),
     "sweep": ("sweep", ("config",)),
+    "report": ("report", ("config", "runs", "to")),
     "predict": ("predict", ("run", "images")),
     "export": ("export", ("run", "to")),
     "audit": ("audit", ("config",)),

@@ -1,4 +1,4 @@
-"""Sweeps: which runs there are, what their tables say, and that they survive.
+"""Sweeps: which runs there are, and that they survive.
 
 Most runs here are pretended: they write what a run writes. Real ones, in processes
 that are killed, are in the slow test at the end.
@@ -8,7 +8,6 @@ import csv
 import json
 import os
 import pathlib
-import re
 import signal
 import subprocess
 import sys
@@ -18,13 +17,11 @@ import time
 import jax
 import ml_collections
 import pytest
-import scipy.stats
 
 from dpmix_jax import UserError, sweeps
 from dpmix_jax.run import experiment
 from dpmix_jax.run.config import to_dict
 from dpmix_jax.run.workdir import Workdir
-from dpmix_jax.sweeps import tables
 from tests.conftest import ROOT
 from tests.programs import call
 
@@ -142,112 +139,6 @@ def test_refuses_what_is_missing_or_no_setting():
         sweeps.from_config_dict(ml_collections.ConfigDict(values))
     with pytest.raises(UserError, match="--set is seed: it must be <key>=<value>"):
         config("seed")
-
-
-# The tables.
-
-
-def record(row, epsilon, seed, value):
-    keys = {"row": row, "epsilon": epsilon, "seed": seed, "test_accuracy_ema": value}
-    return {**keys, "device": "2 x GPU", "jax": "0.10"}
-
-
-def test_table_by_hand():
-    values = {"DP-SGD": (0.50, 0.52, 0.57), "K = 1, half": (0.51, 0.55)}
-    grid = config(seeds=3, columns={"epsilon": ("3", "8")})
-    records = [
-        record(row, "3", seed, value)
-        for row, line in values.items()
-        for seed, value in enumerate(line)
-    ]
-    text = tables.to_markdown(grid, records)
-    assert text.startswith(
-        """# Tiny
-
-`test_accuracy_ema` in %, at the last update: median (standard deviation) over 3 paired\
- seeds.
-
-**5 of 12 runs have finished.**
-
-| | epsilon = 3, ours | paper | epsilon = 8, ours | paper |
-| --- | --- | --- | --- | --- |
-| DP-SGD | 52.00 (3.61) | 50.0 (.1) | - | - |
-| K = 1, half | 53.00 (2.83), n = 2 | - | - | - |
-
-- ours: run here, on 2 x GPU, jax 0.10.
-- paper: as printed, not run here. A paper.
-"""
-    )
-    assert "| DP-SGD | epsilon = 3 | 3 | 52.00 | 3.61 | 50.00 | 57.00 |\n" in text
-    assert "| DP-SGD | epsilon = 8 | 0 | - | - | - | - |\n" in text
-    # Differences of the seeds that both have: 1 and 3 points.
-    p = scipy.stats.ttest_rel([0.51, 0.55], [0.50, 0.52]).pvalue
-    names = "| K = 1, half less DP-SGD | epsilon = 3 |"
-    assert f"{names} 2 | +2.00 | 1.41 | {p:.2g} | 1.4 |" in text  # d = 2 / sqrt(2)
-    assert "best" not in text
-
-
-def test_a_baseline_is_what_all_others_are_compared_with():
-    rows = (*ROWS, ("Third", {}))
-    records = [record(row, "3", seed, 0.5) for row, _ in rows for seed in (0, 1)]
-
-    def compared(**changes):
-        text = tables.to_markdown(config(rows=rows, **changes), records)
-        return re.findall(r"^\| (.* less .*?) \|", text, flags=re.MULTILINE)
-
-    assert compared(baseline="K = 1, half") == [
-        "DP-SGD less K = 1, half",
-        "Third less K = 1, half",
-    ]
-    assert compared() == [
-        "K = 1, half less DP-SGD",
-        "Third less DP-SGD",
-        "Third less K = 1, half",
-    ]
-
-
-def test_settings_are_chosen_by_the_median_on_validation_records():
-    columns = {"epsilon": ("1", "8"), "optimizer": {"learning_rate": (0.5, 1.0, 2.0)}}
-    grid = config(metric=VALIDATED, seeds=3, columns=columns, rows=ROWS[:1], paper=None)
-    values = {0.5: (0.5, 0.5, 0.5), 1.0: (0.9, 0.1, 0.2), 2.0: (0.5, 0.6, 0.1)}
-    records = [
-        {
-            **{"row": "DP-SGD", "epsilon": epsilon, "optimizer.learning_rate": rate},
-            **{"seed": seed, VALIDATED: value + (epsilon == "8" and rate == 2.0)},
-        }
-        for epsilon in ("1", "8")
-        for rate, line in values.items()
-        for seed, value in enumerate(line)
-    ]
-    first, second = tables.choices(grid, records)
-    assert first == {
-        "row": "DP-SGD",
-        "given": {"epsilon": "1"},
-        "settings": {"method.name": "dp_sgd", "optimizer.learning_rate": 0.5},
-        "median": 0.5,  # of equal ones the first, and not the best of all runs
-    }
-    assert second["settings"]["optimizer.learning_rate"] == 2.0
-    chosen = "epsilon = 1, method.name = dp_sgd, optimizer.learning_rate = 0.5"
-    text = tables.to_markdown(grid, records)
-    assert f"| DP-SGD | {chosen} | 50.00 |\n" in text.split("## Chosen")[1]
-    assert tables.choices(grid, records[1:]) == []  # nor before all have finished
-    tested = config(seeds=1, columns={"epsilon": ("3",)})
-    results = [record(row, "3", 0, 0.5) for row in tested.rows]
-    assert tables.choices(tested, results) == []
-    assert "Chosen" not in tables.to_markdown(tested, results)
-
-
-def test_a_metric_that_is_no_accuracy_is_no_percentage():
-    grid = config(metric="nonprivate/loss", paper=None)
-    records = [{"row": "DP-SGD", "epsilon": "3", "seed": 0, "nonprivate/loss": 0.01234}]
-    text = tables.to_markdown(grid, records)
-    assert "`nonprivate/loss`, at the last update" in text
-    assert "| DP-SGD | 0.0123 (-), n = 1 |" in text
-    assert "paper" not in text
-
-
-def test_differences_that_no_test_can_judge():
-    assert tables.paired_test([0.01]) == tables.paired_test([0.01] * 3) == (None, None)
 
 
 # Whole sweeps, of runs that are pretended.

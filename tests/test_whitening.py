@@ -214,7 +214,7 @@ def test_a_run_goes_on_with_its_whitening_and_releases_it(tmp_path, monkeypatch,
         ({"public": None}, "public.name is None: it must be the name of a public"),
         (
             {"model": {"name": "cnn", "features": "4,8", "groups": 2}},
-            "finetune.whitening is True: it must be None for a model without an encoder",
+            "finetune.whitening is True: it must be None for a model without an",
         ),
         (
             {"model": {"name": "scattering_cnn", "scales": 1}},

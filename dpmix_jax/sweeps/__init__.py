@@ -4,6 +4,7 @@ grid        a sweep's config: which runs there are
 launch      does them one after another, and goes on after a stop
 worker      in a process that may die with a run
 tables      what came out: CSV, tables, settings chosen
+plots       and drawn
 """
 
 from dpmix_jax.sweeps.grid import from_config_dict

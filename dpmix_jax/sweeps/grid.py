@@ -25,7 +25,7 @@ import functools
 import itertools
 import pathlib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from dpmix_jax.errors import UserError
@@ -33,6 +33,7 @@ from dpmix_jax.run import config as run_config
 from dpmix_jax.run.cli import load_experiment
 
 Point = tuple[Any, ...]  # a value of each column
+Record = Mapping[str, Any]  # a finished run: one line of the CSV
 # Of what a run writes into `results.json` and the last line of `metrics.jsonl`.
 METRICS = (
     "test_accuracy",
@@ -93,7 +94,7 @@ class SweepConfig:
       baseline: the row that the others are compared with in pairs of the same seed;
         None compares every two rows.
       paper: `source`, and `cells` (row, value of each column, text) to print beside
-        ours; or None.
+        ours, or below where we have no such row; or None.
     """
 
     title: str
@@ -147,6 +148,14 @@ class SweepConfig:
         return self.metric.startswith("nonprivate/validation/")
 
     @property
+    def published(self) -> dict[str, dict[Point, str]]:
+        """What the paper prints, by row and point, of which all values are text."""
+        rows: dict[str, dict[Point, str]] = {}
+        for row, *point, text in (self.paper or {}).get("cells", ()):
+            rows.setdefault(row, {})[tuple(map(str, point))] = text
+        return rows
+
+    @property
     def unit(self) -> str:
         return " %" if "accuracy" in self.metric else ""
 
@@ -157,6 +166,10 @@ class SweepConfig:
     def label(self, point: Point) -> str:
         named = zip(self.columns, point, strict=True)
         return ", ".join(f"{key} = {value}" for key, value in named)
+
+    def point_of(self, record: Record) -> Point:
+        """Returns the point of a finished run."""
+        return tuple(record[key] for key in self.columns)
 
     def runs(self) -> list[Run]:
         """Lists the runs, seed by seed: a part of a sweep is a fair comparison too."""

@@ -19,8 +19,8 @@ from dpmix_jax.run.config import ExperimentConfig, differences, to_dict
 from dpmix_jax.run.experiment import caught_signals, data_digest
 from dpmix_jax.run.release import final_line
 from dpmix_jax.run.workdir import Workdir
-from dpmix_jax.sweeps import tables
-from dpmix_jax.sweeps.grid import Run, SweepConfig
+from dpmix_jax.sweeps import plots, tables
+from dpmix_jax.sweeps.grid import Record, Run, SweepConfig
 
 # Does a run in a folder, or goes on with it; returns why it failed, or None.
 Attempt = Callable[[Run, Workdir], str | None]
@@ -125,7 +125,7 @@ def _sweep(
     config: SweepConfig, runs: Sequence[Run], folder: Workdir, attempt: Attempt
 ) -> int:
     """Does the runs that have not ended and prints the table; returns the status."""
-    records: dict[Run, tables.Record] = {}
+    records: dict[Run, Record] = {}
     failures: dict[Run, str] = {}
     workdirs = {run: Workdir(folder.path / run.folder) for run in runs}
 
@@ -159,6 +159,7 @@ def _sweep(
         eta = _eta(started, done, len(left))
         say(f"run {number}  {run.name}: {outcome}; ETA {eta}")
     print(write(), end="", flush=True)
+    plots.write(config, folder, list(records.values()))
     for run, why in failures.items():
         say(f"failed: {run.name}: {why}")
     return 1 if failures else 0

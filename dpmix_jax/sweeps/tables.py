@@ -1,8 +1,11 @@
-"""What came out of a sweep: a tidy CSV, the table, and the settings that it chooses."""
+"""What came out of a sweep: a tidy CSV, tables of it, and the settings it chooses."""
 
+import contextlib
 import csv
 import io
 import itertools
+import pathlib
+import re
 import statistics
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -11,9 +14,8 @@ import scipy.stats
 
 from dpmix_jax.errors import UserError
 from dpmix_jax.run.workdir import Workdir
-from dpmix_jax.sweeps.grid import Point, Run, SweepConfig
+from dpmix_jax.sweeps.grid import Point, Record, Run, SweepConfig
 
-Record = Mapping[str, Any]  # a finished run: one line of the CSV
 Cells = Mapping[tuple[str, Point], Mapping[int, float]]  # the values by seed
 
 NOT_COVERED = {
@@ -46,7 +48,7 @@ def read_record(sweep: SweepConfig, run: Run, workdir: Workdir) -> Record:
 
 
 def write(sweep: SweepConfig, folder: Workdir, records: Sequence[Record]) -> str:
-    """Writes CSV, table and choice, as far as runs have ended; returns the table."""
+    """Writes CSV, tables and choice, as far as runs have ended; returns the table."""
     names = dict.fromkeys(key for record in records for key in record)
     lines = io.StringIO()
     writer = csv.DictWriter(lines, list(names), lineterminator="\n")
@@ -55,11 +57,49 @@ def write(sweep: SweepConfig, folder: Workdir, records: Sequence[Record]) -> str
     folder.write("runs.csv", lines.getvalue())
     table = to_markdown(sweep, records)
     folder.write("table.md", table)
+    folder.write("table.tex", to_latex(sweep, records))
     if chosen := choices(sweep, records):
         folder.write_json("choice.json", {"choices": chosen, **NOT_COVERED})
     else:
         (folder.path / "choice.json").unlink(missing_ok=True)
     return table
+
+
+def read(sweep: SweepConfig, path: pathlib.Path) -> list[Record]:
+    """Returns the runs in a CSV that `write` has written.
+
+    Raises:
+      UserError: for a file that is none, or of another sweep.
+    """
+    points = {tuple(map(str, point)): point for point in sweep.points}
+    records: list[Record] = []
+    try:
+        lines = csv.DictReader(io.StringIO(path.read_text()))
+        for line in lines:
+            point = points[tuple(line[key] for key in sweep.columns)]
+            values: dict[str, Any] = {k: _number(v) for k, v in line.items() if v}
+            values |= dict(zip(sweep.columns, point, strict=True))
+            values[sweep.metric] = float(values[sweep.metric])
+            if line["row"] not in sweep.rows or not isinstance(values["seed"], int):
+                raise ValueError
+            records.append(values)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    except (KeyError, TypeError, ValueError, csv.Error):
+        raise UserError(
+            f"{path}, line {len(records) + 2}: it must be a run of {sweep.title!r}, as"
+            " its sweep has written it into runs.csv"
+        ) from None
+    return records
+
+
+def _number(text: str) -> int | float | str:
+    """Reads what `str` has written of a number; other text stays text."""
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            if str(kind(text)) == text:
+                return kind(text)
+    return text
 
 
 def choices(sweep: SweepConfig, records: Iterable[Record]) -> list[dict[str, Any]]:
@@ -124,13 +164,25 @@ def to_markdown(sweep: SweepConfig, records: Sequence[Record]) -> str:
     return "\n\n".join(filter(None, blocks)) + "\n"
 
 
+def to_latex(sweep: SweepConfig, records: Sequence[Record]) -> str:
+    """Returns the first of these tables for LaTeX with the package booktabs."""
+    header, rows = _summary(sweep, _cells(sweep, records))
+    first, *others = (
+        " & ".join(re.sub(r"([&%$#_{}])", r"\\\1", cell) for cell in row) + r" \\"
+        for row in (header, *rows)
+    )
+    start = rf"\begin{{tabular}}{{l{'r' * (len(header) - 1)}}}"
+    lines = [start, r"\toprule", first, r"\midrule", *others, r"\bottomrule"]
+    return "\n".join([*lines, r"\end{tabular}"]) + "\n"
+
+
 def _cells(sweep: SweepConfig, records: Iterable[Record]) -> Cells:
     cells: dict[tuple[str, Point], dict[int, float]] = {
         (row, point): {} for row in sweep.rows for point in sweep.points
     }
     for record in records:
-        point = tuple(record[key] for key in sweep.columns)
-        cells[record["row"], point][record["seed"]] = record[sweep.metric]
+        point = record["row"], sweep.point_of(record)
+        cells[point][record["seed"]] = record[sweep.metric]
     return cells
 
 
@@ -142,21 +194,27 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def _summary(sweep: SweepConfig, cells: Cells) -> tuple[list[str], list[list[str]]]:
-    """Returns the table as a paper prints it, the paper's numbers beside ours."""
-    cited = (sweep.paper or {}).get("cells", ())
-    theirs = {tuple(map(str, cell[:-1])): cell[-1] for cell in cited}
-    header, rows = [""], [[row] for row in sweep.rows]
+    """Returns the table as a paper prints it, the paper's numbers beside ours.
+
+    Rows that the paper alone has stand below.
+    """
+    theirs = sweep.published
+    ours = [row for row in sweep.rows if row in theirs]
+    header = [""]
+    lines = {row: [row] for row in sweep.rows}
+    lines |= {row: [f"published: {row}"] for row in theirs if row not in sweep.rows}
     for point in sweep.points:
-        header.append(", ".join(filter(None, (sweep.label(point), "ours"))))
-        if theirs:
-            header.append("paper")
-        for line in rows:
-            n, median, sd, *_ = _spread(sweep, cells[line[0], point].values())
+        name = sweep.label(point), "ours" if ours or not theirs else ""
+        header.append(", ".join(filter(None, name)))
+        header += ["paper"] if ours else []
+        for row, line in lines.items():
+            cited = theirs.get(row, {}).get(tuple(map(str, point)))
+            values = cells[row, point].values() if row in sweep.rows else []
+            n, median, sd, *_ = _spread(sweep, values)
             cell = "-" if n == "0" else f"{median} ({sd})"
-            line.append(cell if n in ("0", str(sweep.seeds)) else f"{cell}, n = {n}")
-            if theirs:
-                line.append(theirs.get((line[0], *map(str, point)), "-"))
-    return header, rows
+            cell = cell if n in ("0", str(sweep.seeds)) else f"{cell}, n = {n}"
+            line += [cell, cited or "-"] if ours else [cited or cell]
+    return header, list(lines.values())
 
 
 def _notes(sweep: SweepConfig, records: Iterable[Record]) -> str:
