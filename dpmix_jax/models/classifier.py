@@ -95,11 +95,17 @@ def make_classifier(
         )
     cpu_images = getattr(module, "CPU_IMAGES", None)
 
-    def embedding(params, image):
-        return apply(params, image[None], method="encode")[0]
+    def of_one(method):
+        return lambda params, x: apply(params, x[None], method=method)[0]
 
-    encodes = hasattr(module, "encode")
-    shape = jax.eval_shape(embedding, shapes, blank[0]).shape if encodes else ()
+    def encode(params, images):
+        embed = _in_chunks(of_one(lambda model, x: model.encoder(x)), cpu_images)
+        # Whitening has no need of small chunks, which would make it slow.
+        whiten = _in_chunks(of_one(lambda model, x: model.whiten(x)), None)
+        return whiten(params, embed(params, images))
+
+    encodes = hasattr(module, "encoder")
+    shape = jax.eval_shape(encode, shapes, blank).shape[1:] if encodes else ()
 
     def classify(params, embeddings):
         embeddings = embeddings.reshape(len(embeddings), *shape)
@@ -109,7 +115,7 @@ def make_classifier(
         shapes=shapes,
         init=init,
         logits=apply,
-        encode=_in_chunks(embedding, cpu_images) if encodes else None,
+        encode=encode if encodes else None,
         classify=classify,
         cpu_images=cpu_images,
     )

@@ -182,12 +182,11 @@ class EncoderAndHead(nn.Module):
 
     def __call__(self, images: jax.Array) -> jax.Array:
         """[B, H, W, C] -> logits [B, O], or embeddings [B, ...] without a head."""
-        embedding = self.encode(images)
+        embedding = self.whiten(self.encoder(images))
         return embedding if self.head is None else self.head(embedding)
 
-    def encode(self, images: jax.Array) -> jax.Array:
-        """[B, H, W, C] -> embeddings [B, ...], whitened if they are to be."""
-        embedding = self.encoder(images)
+    def whiten(self, embedding: jax.Array) -> jax.Array:
+        """Embeddings [B, ...] -> embeddings [B, ...], whitened if they are to be."""
         return embedding if self.whitening is None else self.whitening(embedding)
 
     @property
