@@ -18,6 +18,7 @@ from dpmix_jax.run.workdir import Workdir
 
 PyTree = Any
 Confusions = dict[str, Callable[[PyTree], np.ndarray]]
+Counts = dict[str, np.ndarray]  # confusion matrices by the name of their accuracy
 
 
 def make_confusion(
@@ -123,25 +124,32 @@ def averaged_over_views(
     return averaged
 
 
+def count(confusions: Confusions, parts: Parts, state: training.TrainState) -> Counts:
+    """Evaluates raw and EMA weights, the latter under names that end in `_ema`."""
+    weights = {"": state.params, "_ema": state.ema_params}
+    return {
+        f"{name}/accuracy{suffix}": confusion(parts.all_params(params))
+        for name, confusion in confusions.items()
+        for suffix, params in weights.items()
+    }
+
+
 def make_log(
     config: ExperimentConfig,
     mechanism: privacy.Mechanism,
-    parts: Parts,
-    confusions: Confusions,
     workdir: Workdir,
     started: float,
-) -> Callable[[training.TrainState, dict[str, jax.Array], Progress, bool], None]:
+) -> Callable[[training.TrainState, dict[str, jax.Array], Progress, Counts], None]:
     """Returns the function that writes a line of metrics and one of progress.
 
     Returns:
-      `log(state, sums, progress, evaluated)`; `sums` are the nonprivate ones of the
-      update that led to `state`, `evaluated` asks for accuracies.
+      `log(state, sums, progress, counts)`; `sums` are the nonprivate ones of the update
+      that led to `state`, `counts` from `count`, or none.
     """
 
-    def log(state, sums, progress, evaluated):
-        line = _measured(
-            config.privacy, mechanism, parts, confusions, state, sums, evaluated
-        )
+    def log(state, sums, progress, counts):
+        line = _measured(config.privacy, mechanism, int(state.step), sums)
+        line |= {name: accuracy(confusion) for name, confusion in counts.items()}
         speed = progress.records_per_second() * config.method.set_size
         seconds = time.monotonic() - started
         workdir.add_metrics(
@@ -155,26 +163,17 @@ def make_log(
 def _measured(
     config: privacy.PrivacyConfig,
     mechanism: privacy.Mechanism,
-    parts: Parts,
-    confusions: Confusions,
-    state: training.TrainState,
+    step: int,
     sums: dict[str, jax.Array],
-    evaluated: bool,
 ) -> dict[str, float]:
-    """Returns a line of metrics about the update that led to this state."""
-    step, records = int(state.step), max(float(sums["records"]), 1.0)
-    line = {
+    """Returns a line of metrics about an update."""
+    records = max(float(sums["records"]), 1.0)
+    return {
         "step": step,
         "epsilon": privacy.epsilon_after(mechanism, step, config.delta),
         "nonprivate/loss": float(sums["loss"]) / records,
         "nonprivate/clipped_fraction": float(sums["clipped"]) / records,
     }
-    if evaluated:
-        for name, confusion in confusions.items():
-            for suffix, params in (("", state.params), ("_ema", state.ema_params)):
-                counts = confusion(parts.all_params(params))
-                line[f"{name}/accuracy{suffix}"] = accuracy(counts)
-    return line
 
 
 def _progress_line(line: dict[str, float], progress: Progress, speed: float) -> str:

@@ -138,7 +138,7 @@ def train(
         num_views=config.evaluate.views,
         augmentation=config.augmentation,
     )
-    log = evaluate.make_log(config, mechanism, parts, confusions, workdir, started)
+    log = evaluate.make_log(config, mechanism, workdir, started)
 
     # From the last checkpoint, or from the initial weights.
     checkpoints = Checkpoints(workdir.path / "checkpoints")
@@ -178,6 +178,7 @@ def train(
         parts = embeddings.on_kept(parts, config, model, rows, seed)
 
     every, progress = config.logging, Progress(first, num_updates, started)
+    counts: evaluate.Counts = {}
     with performance.explained_out_of_memory(config.performance):
         size = parts.microbatch_size(config.performance)
         if config.performance.microbatch_size == "auto":
@@ -197,8 +198,9 @@ def train(
             last = step == num_updates
             progress.add(sums["records"])
             evaluated = step % every.eval_every == 0 or last
+            counts = evaluate.count(confusions, parts, state) if evaluated else {}
             if evaluated or step % every.log_every == 0:
-                log(state, sums, progress, evaluated)
+                log(state, sums, progress, counts)
             if step % every.checkpoint_every == 0 or last:
                 checkpoints.save(state)
     if int(state.step) < num_updates:
@@ -218,7 +220,7 @@ def train(
         workdir,
         dataset,
         state,
-        confusions,
+        counts or evaluate.count(confusions, parts, state),
         mechanism=mechanism,
         public_data=public_data_used(config, public, weights),
         started=started,

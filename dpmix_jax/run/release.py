@@ -25,7 +25,7 @@ def release(
     workdir: Workdir,
     dataset: data.Dataset,
     state: training.TrainState,
-    confusions: evaluate.Confusions,
+    counts: evaluate.Counts,
     *,
     mechanism: privacy.Mechanism,
     public_data: str,
@@ -39,7 +39,7 @@ def release(
       workdir: receives the files.
       dataset: whose test records are evaluated and shown.
       state: after the last update.
-      confusions: by split, from `evaluate.make_confusions`.
+      counts: of this state, from `evaluate.count`.
       mechanism: of the run.
       public_data: from `public_data_used`.
       started: when the run began.
@@ -65,10 +65,7 @@ def release(
     workdir.write_json("model.json", export.describe(config, test))
     workdir.write_json("privacy.json", facts)
     workdir.write("PRIVACY.md", text)
-    raw, ema = (
-        confusions["test"](parts.all_params(params))
-        for params in (state.params, state.ema_params)
-    )
+    raw, ema = counts["test/accuracy"], counts["test/accuracy_ema"]
     results = {
         "test_accuracy": evaluate.accuracy(raw),
         "test_accuracy_ema": evaluate.accuracy(ema),
@@ -81,15 +78,13 @@ def release(
         "jax": jax.__version__,
         "seconds": time.monotonic() - started,
     }
-    if "test_views" in confusions:
-        for name, params in (("", state.params), ("_ema", state.ema_params)):
-            counts = confusions["test_views"](parts.all_params(params))
-            results[f"test_accuracy{name}_views"] = evaluate.accuracy(counts)
+    for suffix in ("", "_ema"):
+        if (of_views := counts.get(f"test_views/accuracy{suffix}")) is not None:
+            results[f"test_accuracy{suffix}_views"] = evaluate.accuracy(of_views)
     if raw[:, -1].any() or ema[:, -1].any():
         results["diverged"] = True
     if facts["selection"]:
-        params = parts.all_params(state.ema_params)
-        correct = int(np.trace(confusions["nonprivate/validation"](params)))
+        correct = int(np.trace(counts["nonprivate/validation/accuracy_ema"]))
         results["score"] = score(correct, facts["selection"]["score_noise"], config)
     try:
         page = report.render(
