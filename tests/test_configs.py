@@ -13,7 +13,13 @@ from dpmix_jax.data import blank
 from dpmix_jax.mixup import METHODS
 from dpmix_jax.privacy import Mechanism
 from dpmix_jax.run.cli import default_workdir, load_experiment, parse
-from dpmix_jax.run.config import check_flags, flatten, from_config_dict, to_dict
+from dpmix_jax.run.config import (
+    check_flags,
+    differences,
+    flatten,
+    from_config_dict,
+    to_dict,
+)
 from tests.conftest import ROOT
 
 EPSILONS = ("1", "2", "3", "4", "6", "8")
@@ -50,7 +56,14 @@ NOISE_MULTIPLIERS["wrn28_10"] = {
     **{"cifar100-4": 11.255, "cifar100-8": 8.8385},
 }
 RUNS = (*NOISE_MULTIPLIERS, "convnext_base")
-SWEEPS = ("baselines", "rates", "scattering_ladder", "table10", "table11")
+SWEEPS = (
+    "baselines",
+    "rates",
+    "scattering_ablation",
+    "scattering_ladder",
+    "table10",
+    "table11",
+)
 
 
 def module(name):
@@ -169,6 +182,20 @@ def test_a_ladder_compares_methods_on_as_many_images():
         *(("dp_mix_self", 4), ("dp_mix_diff", 4)),
     }
     assert {b.finetune.embeddings for b in plain + built} == {"kept"}
+
+
+def test_an_ablation_changes_one_part_in_each_row():
+    built = grid("scattering_ablation")
+    baseline, *others = built.runs()[: len(built.rows)]
+    changed = [differences(to_dict(baseline.config), to_dict(o.config)) for o in others]
+    assert all(changed)
+    assert {run.config.data.validation_size for run in built.runs()} == {5000}
+    distance = {"T = 140", "T = 560", "C = 1", "no momentum"}
+    for run in (run for run in others if run.row in distance):
+        config = run.config
+        gone = config.optimizer.learning_rate * config.privacy.l2_clip_norm
+        gone *= config.privacy.num_updates / (1 - config.optimizer.momentum)
+        assert gone == pytest.approx(8 * 0.1 * 280 / 0.1)
 
 
 @pytest.mark.parametrize("data", ["", "cifar10", "digits", "fashion_mnist"])

@@ -63,10 +63,9 @@ def test_a_bank_is_scaled_as_the_training_set(tmp_path):
     assert blank.images.shape == bank.images.shape
 
 
-def test_rendered_digits_are_those_of_a_bank(tmp_path, monkeypatch):
+def test_rendered_digits_are_those_of_a_bank(tmp_path):
     """Of seed 0; drawn for the private classes, their order and their shape."""
-    monkeypatch.setattr("dpmix_jax.data.public._NUM_RENDERED", 30)
-    config, dataset = PublicConfig(name="rendered_digits"), data.load(DIGITS)
+    config, dataset = PublicConfig(name="rendered_digits", count=30), data.load(DIGITS)
     pool = load_public(config, DIGITS, dataset)
     plan = Plan(class_names=CLASSES, count=30, seed=0, image_shape=(8, 8, 1))
     render = Render(class_names=CLASSES, image_shape=(8, 8, 1))
@@ -80,10 +79,9 @@ def test_rendered_digits_are_those_of_a_bank(tmp_path, monkeypatch):
         load_public(config, DIGITS, dataset._replace(train=other))
 
 
-def test_rendered_clothes_are_of_no_photograph(monkeypatch):
+def test_rendered_clothes_are_of_no_photograph():
     """Their classes are those of Fashion-MNIST; the statement says what they are."""
-    monkeypatch.setattr("dpmix_jax.data.public._NUM_RENDERED", 20)
-    config = PublicConfig(name="rendered_clothes")
+    config = PublicConfig(name="rendered_clothes", count=20)
     private = data.DataConfig(name="fashion_mnist")
     pool = blank_public(config, private, data.blank(private))
     assert pool.images.shape == (20, 28, 28, 1)
@@ -138,6 +136,8 @@ def test_what_cannot_be_read_is_named_public(tmp_path):
         ({"name": "cifar10", "image_size": -1}, "image_size is -1: it must be in"),
         ({"name": "cifar10", "half": 3}, "half is 3: it must be 0 for all"),
         ({"name": "rendered_digits", "path": "x"}, "path is 'x': it must be None for"),
+        ({"name": "rendered_digits", "count": 0}, "count is 0: it must be at least 1"),
+        ({"name": "cifar10", "count": 9}, "count is 9: it must be None for public.na"),
     ):
         with pytest.raises(UserError, match=f"^public.{message}"):
             PublicConfig(**options)

@@ -85,7 +85,7 @@ def test_embeddings_that_hardly_differ_are_refused(x):
 def test_many_public_images_are_thinned_out():
     np.testing.assert_array_equal(whitening.chosen(9), np.arange(9))
     some = whitening.chosen(100_000)
-    assert len(np.unique(some)) == len(some) == 2048
+    assert len(np.unique(some)) == len(some) == 4096
     assert some[[0, -1]].tolist() == [0, 99_999]
 
 

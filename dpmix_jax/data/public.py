@@ -31,13 +31,14 @@ class PublicConfig:
     Attributes:
       name: as for `DataConfig`, or `bank` for a folder of class folders of which all
         images are taken, such as `experiments/generate.py` writes, or
-        `rendered_digits` for 1,500 digits drawn from fonts, or `rendered_clothes` for
-        1,500 images of the classes of Fashion-MNIST, drawn from what their names mean.
+        `rendered_digits` for digits drawn from fonts, or `rendered_clothes` for images
+        of the classes of Fashion-MNIST, drawn from what their names mean.
       path: as for `DataConfig`.
       image_size: as for `DataConfig`; None takes that of the private data.
       half: as for `DataConfig`, or None for all. The other half of the private dataset
         is what may be declared public of it.
       download: as for `DataConfig`.
+      count: how many images are drawn, None for 1,500; for the last two names alone.
     """
 
     name: str
@@ -45,8 +46,10 @@ class PublicConfig:
     image_size: int | None = None
     half: int | None = None
     download: bool = False
+    count: int | None = None
 
     def __post_init__(self):
+        self._check_count()
         of_rendered = dict.fromkeys(RENDERED, ("path", "image_size", "half"))
         refused = {**of_rendered, "bank": ("half",)}
         for key in refused.get(self.name, ()):
@@ -65,6 +68,12 @@ class PublicConfig:
                 image_size=self.size(0),
                 half=self.half or 0,
             )
+
+    def _check_count(self) -> None:
+        if self.count is not None:
+            drawn, enough = self.name in RENDERED, self.count >= 1
+            allowed = "at least 1" if drawn else f"None for public.name {self.name!r}"
+            require(drawn and enough, "public.count", self.count, allowed)
 
     @property
     def is_bank(self) -> bool:
@@ -212,7 +221,7 @@ def describe(
 def _read(config: PublicConfig, private: DataConfig, train: Records) -> Records:
     """Returns all images of a bank, or the training split of another dataset."""
     if config.name in RENDERED:
-        return _rendered(config.name, train)
+        return _rendered(config, train)
     channels, size = train.images.shape[-1], config.size(private.image_size)
     with _named_public():
         if config.is_bank:
@@ -226,8 +235,9 @@ def _read(config: PublicConfig, private: DataConfig, train: Records) -> Records:
     return half(public, config.half or 0)
 
 
-def _rendered(name: str, train: Records) -> Records:
+def _rendered(config: PublicConfig, train: Records) -> Records:
     """Draws images of the classes and the shape of the private ones."""
+    name, count = config.name, config.count or _NUM_RENDERED
     height, width, channels = train.images.shape[1:]
     if height != width or not {*train.class_names} <= {*RENDERED[name]}:
         digits = name == "rendered_digits"
@@ -237,7 +247,7 @@ def _rendered(name: str, train: Records) -> Records:
             " images"
         )
     shape = (height, width, channels)
-    images, labels = rendered(train.class_names, shape, _NUM_RENDERED)
+    images, labels = rendered(train.class_names, shape, count)
     return dataclasses.replace(train, images=images, labels=labels)  # as many of both
 
 

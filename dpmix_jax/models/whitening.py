@@ -16,7 +16,7 @@ from dpmix_jax.errors import require
 
 PyTree = Any
 
-_MOST_IMAGES, _LARGEST, _AXES = 2048, 2**17, 1024  # which bound time and memory
+_MOST_IMAGES, _LARGEST, _AXES = 4096, 2**17, 1024  # which bound time and memory
 
 
 class Whitening(nn.Module):
@@ -37,7 +37,7 @@ class Whitening(nn.Module):
 
 
 def chosen(count: int) -> np.ndarray:
-    """Returns which of so many public images are embedded: all, or 2,048 of them."""
+    """Returns which of so many public images are embedded: all, or 4,096 of them."""
     return np.linspace(0, count - 1, min(count, _MOST_IMAGES)).astype(int)
 
 
