@@ -1,6 +1,9 @@
 """The command `dpmix`: the programs of `experiments/` by name, from any folder.
 
     dpmix train digits:8 --config.seed=1     trains, or goes on; digits is a config
+    dpmix train photos/ --epsilon=4          proposes a config for a folder of images of
+                                             one's own, and trains it
+    dpmix propose photos/ --epsilon=4        the same, without training
     dpmix sweep table11:digits               many runs, and their table
     dpmix report table11:digits runs.csv to  its tables and plots again, from its CSV
     dpmix predict runs/digits-8 photos/      labels and probabilities of images, as CSV
@@ -20,6 +23,7 @@ follows a colon is its argument.
 """
 
 import itertools
+import pathlib
 import runpy
 import sys
 from typing import NoReturn
@@ -33,6 +37,7 @@ COMMANDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "report": ("report", ("config", "runs", "to")),
     "predict": ("predict", ("run", "images")),
     "export": ("export", ("run", "to")),
+    "propose": ("propose", ("images",)),
     "audit": ("audit", ("config",)),
     "budget": ("budget", ("config",)),
     "calibrate": ("calibrate", ()),
@@ -53,6 +58,8 @@ def main() -> NoReturn:
     elif name == "completion":
         words = " ".join([*COMMANDS, "configs", *cli.config_names()])
         print(f'complete -o default -W "{words}" dpmix')
+    elif name == "train" and rest and pathlib.Path(rest[0]).is_dir():
+        _run(*COMMANDS["propose"], [*rest, "--train"])
     elif name in COMMANDS:
         _run(*COMMANDS[name], rest)
     else:

@@ -54,6 +54,8 @@ class PrivacyConfig:
         number of candidates, see `Selection`: then epsilon is what all of them and the
         choice spend together, and the noise of each is larger.
       expected_candidates: mean of that number; None without selection.
+      uncovered: what else of this run was chosen by looking at the private records, in
+        words, such as "the learning rate"; the statement tells it.
     """
 
     epsilon: float
@@ -64,6 +66,7 @@ class PrivacyConfig:
     neighboring_relation: str = "add_or_remove_one"
     selection: str | None = None
     expected_candidates: float | None = None
+    uncovered: str = ""
 
     def __post_init__(self):
         batch, selection = self.expected_batch_size, self.selection

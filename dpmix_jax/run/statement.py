@@ -80,6 +80,7 @@ def privacy_report(
         "secret_seed": secret_seed,
         "accountant": accountant_version(),
         **({"kept_sets": kept_sets} if kept_sets else {}),
+        **({"uncovered": config.uncovered} if config.uncovered else {}),
     }
 
 
@@ -202,6 +203,11 @@ def statement(report: dict[str, Any]) -> str:
         ),
         "What is released": _RELEASED[selection is not None],
         "What is covered": _COVERED[selection is not None],
+        "Chosen by looking at private records": (
+            f"{report['uncovered']}. No epsilon covers that"
+            if report.get("uncovered")
+            else ""
+        ),
         "Selection": (
             selection
             and (
