@@ -6,7 +6,6 @@ import sys
 import numpy as np
 import pytest
 
-from dpmix_jax import UserError
 from dpmix_jax.data.images import encode
 from dpmix_jax.run import proposal
 from dpmix_jax.run.cli import load_experiment

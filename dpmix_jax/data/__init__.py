@@ -5,6 +5,7 @@ download    where files are looked for; official ones are fetched and verified
 arrays      digits, npz, CIFAR, IDX: read into memory
 folder      image files, labelled by the folder they are in; banks
 tfds        prepared TensorFlow Datasets, read and written without TensorFlow
+hf          Parquet files of the Hugging Face hub
 rendered    digits drawn from fonts, and clothes
 clothes     clothes, shoes and bags drawn from what their names mean
 public      images declared public, for DP-Mix_diff
@@ -16,7 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dpmix_jax.data import datasets, images, tfds
+from dpmix_jax.data import datasets, hf, images, tfds
 from dpmix_jax.data.folder import load_bank
 from dpmix_jax.data.records import Records, is_unicode
 from dpmix_jax.errors import UserError, require
@@ -35,11 +36,14 @@ class DataConfig:
         `npz` (arrays of your own, see `arrays.npz`), `folder` (images of your own, a
         folder for each class, see `folder.class_folders`), `cifar10`, `cifar100`,
         `eurosat`, `caltech256`, `sun397`, `oxford_iiit_pet`, `fashion_mnist`, `mnist`
-        (their official files), or `tfds:<builder>[/<config>][:<version>]` (prepared
-        TensorFlow Datasets).
+        (their official files), `tfds:<builder>[/<config>][:<version>]` (prepared
+        TensorFlow Datasets), or `hf:<repository>[:<config>]` (Parquet files of the
+        Hugging Face hub).
       path: of the file or folder, which `npz` and `folder` need. For the others None
         looks below `DPMIX_JAX_DATA`, by default `~/dpmix_data`, for their official
-        names; for `tfds:` in `TFDS_DATA_DIR`, by default `~/tensorflow_datasets`.
+        names; for `tfds:` in `TFDS_DATA_DIR`, by default `~/tensorflow_datasets`; for
+        `hf:` in the hub's cache.
+      columns: of `hf:`, `<image>,<label>`; "" where there is one of each kind.
       image_size: 0 keeps images as they are, which must then be of one size; else they
         become RGB, their shortest side becomes this (bicubic), and the centre is
         cropped, as CLIP does it.
@@ -56,11 +60,12 @@ class DataConfig:
         selection, not covered by the guarantee, so what is measured on them is named
         `nonprivate/...`.
       download: whether official files that are missing, where `path` is None, may be
-        fetched into `DPMIX_JAX_DATA`.
+        fetched into `DPMIX_JAX_DATA`, or by the hub into its cache.
     """
 
     name: str = "digits"
     path: str | None = None
+    columns: str = ""
     image_size: int = 0
     resize: int = 0
     normalization: str = "dataset"
@@ -69,13 +74,16 @@ class DataConfig:
     download: bool = False
 
     def __post_init__(self):
-        known = self.name in datasets.NAMES or tfds.builder_of(self.name)
+        of_hub = hf.repository_of(self.name)
+        known = self.name in datasets.NAMES or tfds.builder_of(self.name) or of_hub
         own = {"npz": "a file", "folder": "a folder or archive"}.get(self.name)
-        names = f"one of {', '.join(datasets.NAMES)}, or tfds:<builder>"
+        names = f"one of {', '.join(datasets.NAMES)}, tfds:<builder> or hf:<repository>"
         require(bool(known), "data.name", self.name, names)
         path, given = self.path, self.path is not None
         if self.name == "digits":
             require(not given, "data.path", path, "None for data.name 'digits'")
+        columns, allowed = self.columns, "empty unless data.name is hf:<repository>"
+        require(bool(of_hub) or not columns, "data.columns", columns, allowed)
         if own:
             allowed = f"the path of {own} for data.name {self.name!r}"
             require(given, "data.path", path, allowed)
@@ -105,7 +113,11 @@ def load(config: DataConfig) -> Dataset:
       UserError: if the data cannot be read, or are too few.
     """
     train, test = datasets.read(
-        config.name, config.path, config.image_size, download=config.download
+        config.name,
+        config.path,
+        config.image_size,
+        download=config.download,
+        columns=config.columns,
     )
     for split, records in (("training", train), ("test", test)):
         if len(records) == 0:

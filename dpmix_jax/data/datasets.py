@@ -12,7 +12,7 @@ from collections.abc import Callable
 import numpy as np
 from PIL import Image
 
-from dpmix_jax.data import arrays, folder, images, tfds
+from dpmix_jax.data import arrays, folder, hf, images, tfds
 from dpmix_jax.data.cache import Arrays, Listing, decoded
 from dpmix_jax.data.download import advice, locate
 from dpmix_jax.data.records import Records
@@ -150,20 +150,30 @@ NAMES = tuple(SOURCES)
 
 
 def read(
-    name: str, path: str | None, image_size: int, *, download: bool = False
+    name: str,
+    path: str | None,
+    image_size: int,
+    *,
+    download: bool = False,
+    columns: str = "",
 ) -> tuple[Records, Records]:
     """Returns training and test records of a dataset, in canonical order.
 
     Args:
-      name: of `SOURCES`, or `tfds:<builder>`.
+      name: of `SOURCES`, `tfds:<builder>` or `hf:<repository>`.
       path: of its files; None for where they are by default.
       image_size: 0 for images as they are, all of one size; else what `images.fit`
         brings them to, in RGB.
       download: whether official files that are missing may be fetched.
+      columns: of `hf:`, see `hf.read`.
 
     Raises:
       UserError: if files are missing or damaged.
     """
+    if hf.repository_of(name):
+        place = hf.find(name, path, download=download)
+        with reading(f"data.path is {place}"):
+            return _records(hf.read(name, place, image_size, columns), None)
     if tfds.builder_of(name):
         known, version = public_source(name), tfds.find_version(name, path)
         with reading(f"data.path is {version}"):
@@ -226,6 +236,8 @@ def location(
     """
     if tfds.builder_of(name):
         return tfds.find_version(name, path).resolve()
+    if hf.repository_of(name):
+        return hf.find(name, path, download=download).resolve()
     source = SOURCES[name]
     parts = locate(name, source.parts, path, source.elsewhere, download=download)
     if len(parts) > 1:
