@@ -55,7 +55,35 @@ class Measured(NamedTuple):
     without_noise: float
 
 
-_MEASURED = (Measured(300, 0.3, 50, {1.0: 0.25}, {1.0: 48.6}, 80.0),)
+# Scattering coefficients (J = 2, roots, 27 groups), a linear classifier, C = 0.1,
+# momentum 0.9, sigma by RDP; the best of T = 50 and 150, and of rates in steps of four.
+# Those images are public, so that this choice costs nothing.
+_MEASURED = (
+    Measured(
+        *(300, 0.3, 50),
+        learning_rates={1.0: 0.25, 4.0: 1.0, 8.0: 1.0},
+        accuracies={1.0: 48.6, 4.0: 68.5, 8.0: 71.7},
+        without_noise=82.0,
+    ),
+    Measured(
+        *(1000, 0.3, 150),
+        learning_rates={1.0: 0.25, 4.0: 1.0, 8.0: 1.0},
+        accuracies={1.0: 68.0, 4.0: 79.8, 8.0: 81.1},
+        without_noise=84.7,
+    ),
+    Measured(
+        *(3000, 0.3, 150),
+        learning_rates={1.0: 1.0, 4.0: 4.0, 8.0: 4.0},
+        accuracies={1.0: 79.6, 4.0: 83.9, 8.0: 85.3},
+        without_noise=86.6,
+    ),
+    Measured(
+        *(10_000, 0.3, 150),
+        learning_rates={1.0: 4.0, 4.0: 4.0, 8.0: 4.0},
+        accuracies={1.0: 84.1, 4.0: 86.3, 8.0: 86.2},
+        without_noise=87.3,
+    ),
+)
 
 
 def look(path: pathlib.Path) -> Found:
