@@ -36,11 +36,17 @@ _WORKDIR = flags.DEFINE_string(
 _SET = flags.DEFINE_multi_string(
     "set", [], "A setting of every run, as in --set=privacy.num_updates=3; repeatable."
 )
+_DRY_RUN = flags.DEFINE_bool(
+    "dry_run", False, "Tells what the runs would take, and which files are missing."
+)
 
 
 def main() -> int:
     named = cli.config_file()
     config = sweeps.from_config_dict(_CONFIG.value, _SET.value)
+    if _DRY_RUN.value:
+        print(sweeps.sheet(config), end="")
+        return 0
     path = pathlib.Path(_WORKDIR.value or cli.default_workdir(*named))
     with sweeps.Worker(path / ".jax_cache") as worker:
         return sweeps.launch(config, path, worker.run)

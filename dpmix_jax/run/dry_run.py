@@ -6,8 +6,9 @@ import time
 import jax
 import numpy as np
 
-from dpmix_jax import data, training
+from dpmix_jax import data, privacy, training
 from dpmix_jax.data.public import blank_public
+from dpmix_jax.models.classifier import Classifier
 from dpmix_jax.progress import duration, say
 from dpmix_jax.run import build, embeddings, performance, targets
 from dpmix_jax.run.config import ExperimentConfig
@@ -33,12 +34,10 @@ def dry_run(config: ExperimentConfig, target: str | None = None) -> str:
     if target is not None:
         mesh = targets.TARGETS[target].mesh()
     records = data.blank(config.data)
-    public = blank_public(config.public, config.data, records)
     config.augmentation.check_images(records.image_shape)
     config.performance.check_devices(jax.device_count())
     q = config.privacy.sampling_prob(len(records))
     model = build.classifier(config, records)
-    given = config.finetune.load(model.shapes)
     say("calibrating the noise")
     mechanism = config.privacy.calibrate(q)
     built = config
@@ -46,12 +45,7 @@ def dry_run(config: ExperimentConfig, target: str | None = None) -> str:
         config = targets.for_target(config, model, targets.TARGETS[target])
         on_host = dataclasses.replace(config.performance, dataset_on="host")
         built = dataclasses.replace(config, performance=on_host)
-    parts = build.build(
-        built, model, given, records, mechanism=mechanism, seed=0, public=public
-    )
-    if config.finetune.embeddings == "kept":
-        rows = embeddings.blank_rows(parts, built, model, len(records))
-        parts = embeddings.on_kept(parts, built, model, rows, seed=0)
+    parts = _parts(built, model, records, mechanism)
     if target is None:
         cost = _cost_here(parts, config, q * len(records))
     else:
@@ -71,6 +65,43 @@ def dry_run(config: ExperimentConfig, target: str | None = None) -> str:
         **cost,
     }
     return "\n".join(f"{name:<11} {text}" for name, text in facts.items())
+
+
+def seconds_an_update(config: ExperimentConfig) -> float:
+    """Times a microbatch of blank images on this device, and estimates an update.
+
+    Raises:
+      UserError: for a config that cannot run here.
+    """
+    records = data.blank(config.data)
+    config.augmentation.check_images(records.image_shape)
+    mechanism = privacy.Mechanism(
+        sampling_prob=config.privacy.sampling_prob(len(records)),
+        num_updates=config.privacy.num_updates,
+        noise_multiplier=1.0,  # of no account for the time
+    )
+    parts = _parts(config, build.classifier(config, records), records, mechanism)
+    with performance.explained_out_of_memory(config.performance):
+        size = parts.microbatch_size(config.performance)
+        return _seconds_of_update(parts, size, config.privacy.expected_batch_size)
+
+
+def _parts(
+    config: ExperimentConfig,
+    model: Classifier,
+    records: data.Records,
+    mechanism: privacy.Mechanism,
+) -> build.Parts:
+    """Returns the parts of a run on blank records, embedded ones if it keeps them."""
+    given = config.finetune.load(model.shapes)
+    public = blank_public(config.public, config.data, records)
+    parts = build.build(
+        config, model, given, records, mechanism=mechanism, seed=0, public=public
+    )
+    if config.finetune.embeddings != "kept":
+        return parts
+    rows = embeddings.blank_rows(parts, config, model, len(records))
+    return embeddings.on_kept(parts, config, model, rows, seed=0)
 
 
 def _cost_here(

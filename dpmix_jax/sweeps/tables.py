@@ -149,14 +149,16 @@ def to_markdown(sweep: SweepConfig, records: Sequence[Record]) -> str:
         f"`{sweep.metric}`{sweep.unit and ' in' + sweep.unit}, at the last update:"
         f" median (standard deviation) over {sweep.seeds} paired seeds.",
         missing if len(records) < total else "",
-        _table(*_summary(sweep, cells)),
+        markdown(*_summary(sweep, cells)),
         _notes(sweep, records),
         "## Chosen" if chosen else "",
-        _table(("row", "settings", "median"), _chosen(sweep, chosen)),
+        markdown(("row", "settings", "median"), _chosen(sweep, chosen)),
         "## Each cell",
-        _table(("row", "column", "n", "median", "sd", "least", "greatest"), spreads),
+        markdown(("row", "column", "n", "median", "sd", "least", "greatest"), spreads),
         "## Paired differences",
-        _table(("", "column", "n", "mean", "sd", "p", "d"), _differences(sweep, cells)),
+        markdown(
+            ("", "column", "n", "mean", "sd", "p", "d"), _differences(sweep, cells)
+        ),
         "Over runs of the same seed, which share initial weights and batches. p: of"
         " the two-sided paired t-test, not corrected for the number of differences."
         " d: Cohen's, mean over standard deviation of the differences.",
@@ -186,7 +188,7 @@ def _cells(sweep: SweepConfig, records: Iterable[Record]) -> Cells:
     return cells
 
 
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Returns a table, or nothing for one without rows."""
     lines = [header, ["---"] * len(header), *rows]
     text = ["| " + " | ".join(line).strip() + " |" for line in lines]

@@ -1,0 +1,63 @@
+"""What a sweep would cost, before anything starts."""
+
+import re
+
+from configs._base import method
+from dpmix_jax.sweeps import costs, sheet
+from tests.programs import call
+from tests.test_sweep import ROOT, config
+
+
+def test_a_sheet_tells_updates_images_and_hours(monkeypatch):
+    """Cells whose updates take the same time are timed once."""
+    timed = []
+
+    def seconds(of):
+        timed.append(of.method.name)
+        return 3.6
+
+    monkeypatch.setattr(costs, "seconds_an_update", seconds)
+    rows = (
+        ("DP-SGD", method("dp_sgd")),
+        ("Views", method("self_aug", k_base=2)),
+    )
+    common = {"privacy": {"expected_batch_size": 100}}
+    grid = config(rows=rows, columns={"epsilon": ("3", "8")}, common=common, paper=None)
+    assert (
+        sheet(grid)
+        == """\
+| row | column | runs | updates | images a run | hours a run |
+| --- | --- | --- | --- | --- | --- |
+| DP-SGD | epsilon = 3 | 2 | 100 | 10,000 | 0.1 |
+| DP-SGD | epsilon = 8 | 2 | 160 | 16,000 | 0.16 |
+| Views | epsilon = 3 | 2 | 100 | 20,000 | 0.1 |
+| Views | epsilon = 8 | 2 | 160 | 32,000 | 0.16 |
+
+8 runs, 1 hours of updates
+"""
+    )
+    assert timed == ["dp_sgd", "self_aug"]
+
+
+def test_what_is_missing_is_told_with_what_gets_it(monkeypatch, tmp_path):
+    monkeypatch.setenv("DPMIX_JAX_DATA", str(tmp_path))
+    monkeypatch.setattr(costs, "seconds_an_update", lambda config: 1.0)
+    common = {"data": {"name": "cifar10"}, "finetune": {"weights": "w.safetensors"}}
+    grid = config(common=common, rows=(("DP-SGD", {}),), paper=None)
+    *_, data, weights = sheet(grid).splitlines()
+    assert re.match(
+        "missing: .*cifar10 is not in .*; data.download=True fetches it", data
+    )
+    assert weights.startswith("missing: finetune.weights is w.safetensors: there is no")
+
+
+def test_the_program_times_and_writes_nothing(tmp_path):
+    flags = [f"--config={ROOT}/configs/table11.py:digits", f"--workdir={tmp_path}/runs"]
+    tiny = ["model.features=4,8", "model.groups=2", "performance.microbatch_size=8"]
+    done = call(
+        "experiments/sweep.py", [*flags, "--dry_run", *(f"--set={t}" for t in tiny)]
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(re.findall(r"\| epsilon = [18] \| 5 \|", done.stdout)) == 6
+    assert re.search(r"^30 runs, [\d.e-]+ hours of updates$", done.stdout, re.M)
+    assert not [*tmp_path.iterdir()]
