@@ -3,7 +3,10 @@
 import re
 
 from configs._base import method
+from dpmix_jax.run.config import from_config_dict, to_dict
+from dpmix_jax.run.dry_run import seconds_an_update
 from dpmix_jax.sweeps import costs, sheet
+from tests import runs
 from tests.programs import call
 from tests.test_sweep import ROOT, config
 
@@ -51,13 +54,22 @@ def test_what_is_missing_is_told_with_what_gets_it(monkeypatch, tmp_path):
     assert weights.startswith("missing: finetune.weights is w.safetensors: there is no")
 
 
-def test_the_program_times_and_writes_nothing(tmp_path):
+def test_the_program_writes_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(costs, "seconds_an_update", lambda config: 1.0)
     flags = [f"--config={ROOT}/configs/table11.py:digits", f"--workdir={tmp_path}/runs"]
-    tiny = ["model.features=4,8", "model.groups=2", "performance.microbatch_size=8"]
-    done = call(
-        "experiments/sweep.py", [*flags, "--dry_run", *(f"--set={t}" for t in tiny)]
-    )
+    done = call("experiments/sweep.py", [*flags, "--dry_run"])
     assert done.returncode == 0, done.stderr
     assert len(re.findall(r"\| epsilon = [18] \| 5 \|", done.stdout)) == 6
-    assert re.search(r"^30 runs, [\d.e-]+ hours of updates$", done.stdout, re.M)
+    assert re.search(r"^30 runs, [\d.]+ hours of updates$", done.stdout, re.MULTILINE)
     assert not [*tmp_path.iterdir()]
+
+
+def test_an_update_is_timed_on_blank_images(monkeypatch):
+    """Of a run on kept embeddings the update is what comes after the embedding."""
+    values = to_dict(runs.config()) | {
+        "model": {"name": "scattering_linear", "scales": 1},
+        "finetune": {"embeddings": "kept"},
+        "method": {"name": "dp_sgd"},
+    }
+    monkeypatch.setattr("dpmix_jax.models.kept.keep", None)  # nothing is embedded
+    assert 1e-5 < seconds_an_update(from_config_dict(values)) < 60
