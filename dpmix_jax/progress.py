@@ -1,15 +1,22 @@
 """What a run says while it goes on."""
 
+import contextlib
 import sys
 import time
 from typing import TextIO
 
 import jax
+from tqdm import tqdm
 
 
 def say(text: str, file: TextIO | None = None) -> None:
-    """Prints a line at once, to the standard error stream unless told otherwise."""
-    print(text, file=file or sys.stderr, flush=True)
+    """Prints a line at once, to the standard error stream unless told otherwise.
+
+    On a terminal, a bar that is there moves below it.
+    """
+    stream = file or sys.stderr
+    tqdm.write(text, file=stream)
+    stream.flush()
 
 
 def duration(seconds: float) -> str:
@@ -18,13 +25,27 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600}:{whole // 60 % 60:02}:{whole % 60:02}"
 
 
-class Progress:
-    """Speed and remaining time, compilation of the first update left out."""
+class Progress(contextlib.AbstractContextManager):
+    """Speed and remaining time, compilation of the first update left out.
+
+    On a terminal a bar shows how far it is; elsewhere there is none.
+    """
 
     def __init__(self, first: int, last: int, started: float):
         self.last, self._started = last, started
         self._first, self._done, self._records = first, first, 0.0
         self._start: float | None = None
+        self._bar = tqdm(
+            initial=first,
+            total=last,
+            disable=None,  # unless it is a terminal
+            leave=False,
+            dynamic_ncols=True,
+            bar_format="{percentage:3.0f}% {bar:30} {n_fmt}/{total_fmt}{postfix}",
+        )
+
+    def __exit__(self, *error: object) -> None:
+        self._bar.close()
 
     def add(self, records: jax.Array | int) -> None:
         """Counts an update and the records it drew."""
@@ -35,6 +56,11 @@ class Progress:
         else:
             self._records += count
         self._done += 1
+        self._bar.update()
+
+    def show(self, text: str) -> None:
+        """Shows a text beside the bar, and the time that is left."""
+        self._bar.set_postfix_str(f"{text}  ETA {self.eta()}")
 
     def records_per_second(self) -> float:
         assert self._start is not None

@@ -156,6 +156,11 @@ def make_log(
             {**line, "nonprivate/images_per_second": speed, "seconds": seconds}
         )
         say(_progress_line(line, progress, speed))
+        progress.show(
+            f"nonprivate loss {line['nonprivate/loss']:.3f}"
+            f"  epsilon {line['epsilon']:.2f} of {config.privacy.epsilon:g}"
+            f"  {speed:,.0f} images/s"
+        )
 
     return log
 

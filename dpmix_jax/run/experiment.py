@@ -177,9 +177,11 @@ def train(
             return False
         parts = embeddings.on_kept(parts, config, model, rows, seed)
 
-    every, progress = config.logging, Progress(first, num_updates, started)
-    counts: evaluate.Counts = {}
-    with performance.explained_out_of_memory(config.performance):
+    every, counts = config.logging, evaluate.Counts()
+    with (
+        performance.explained_out_of_memory(config.performance),
+        Progress(first, num_updates, started) as progress,
+    ):
         size = parts.microbatch_size(config.performance)
         if config.performance.microbatch_size == "auto":
             say(f"microbatches of {size} records")
@@ -242,23 +244,24 @@ def pretrain(
     checkpoints = Checkpoints(workdir.path / "pretraining")
     like = training.init_state(parts.state.params, pretraining.build())
     state = checkpoints.restore(like) or like
-    progress = Progress(int(state.step), pretraining.num_updates, started)
     updates = build.pretrain(parts, state, config, train_set, seed=seed)
-    for state, loss in updates:
-        step = int(state.step)
-        last = step == pretraining.num_updates
-        progress.add(pretraining.batch_size)
-        if step % every.log_every == 0 or last:
-            say(
-                f"pre-training {step}/{pretraining.num_updates}  loss {loss:.4f}"
-                f"  ETA {progress.eta()}"
-            )
-        stopped = bool(signals) and not last
-        if step % every.checkpoint_every == 0 or stopped:
-            checkpoints.save(state)
-        if stopped:
-            say("stopped: the same command goes on from there")
-            return None
+    first = int(state.step)
+    with Progress(first, pretraining.num_updates, started) as progress:
+        for state, loss in updates:
+            step = int(state.step)
+            last = step == pretraining.num_updates
+            progress.add(pretraining.batch_size)
+            if step % every.log_every == 0 or last:
+                say(
+                    f"pre-training {step}/{pretraining.num_updates}  loss {loss:.4f}"
+                    f"  ETA {progress.eta()}"
+                )
+            stopped = bool(signals) and not last
+            if step % every.checkpoint_every == 0 or stopped:
+                checkpoints.save(state)
+            if stopped:
+                say("stopped: the same command goes on from there")
+                return None
     params = jax.tree.map(jnp.copy, state.params)
     return parts.state._replace(params=params, ema_params=state.params)
 
