@@ -8,6 +8,7 @@
     dpmix report table11:digits runs.csv to  its tables and plots again, from its CSV
     dpmix predict runs/digits-8 photos/      labels and probabilities of images, as CSV
     dpmix export runs/digits-8 my-model      what may be released, as one folder
+    dpmix metrics runs/digits-8 --csv=m.csv  its metrics as CSV, or for TensorBoard
     dpmix audit digits:8                     how much do its outputs give away?
     dpmix budget digits                      what all runs on these records have spent
     dpmix calibrate --epsilon=3 --n=60000 --batch=4096 --updates=1000
@@ -38,6 +39,7 @@ COMMANDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "predict": ("predict", ("run", "images")),
     "export": ("export", ("run", "to")),
     "propose": ("propose", ("images",)),
+    "metrics": ("metrics", ("run",)),
     "audit": ("audit", ("config",)),
     "budget": ("budget", ("config",)),
     "calibrate": ("calibrate", ()),

@@ -1,0 +1,73 @@
+"""Writes the metrics of a run as CSV, for TensorBoard, or to Weights & Biases.
+
+    python experiments/metrics.py --run=runs/digits --csv=digits.csv
+    python experiments/metrics.py --run=runs/digits --tensorboard=logs   # tensorboardX
+    python experiments/metrics.py --run=runs/digits --wandb=my-project   # wandb
+
+It may be called while the run goes on. What is named nonprivate/... is no part of what
+the run's epsilon covers: a service that gets it is told of private records.
+"""
+
+import signal
+
+if __name__ == "__main__":  # Ctrl-C while JAX is imported: no traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+import csv
+import importlib
+import io
+import pathlib
+from typing import Any
+
+from absl import flags
+
+from dpmix_jax.errors import UserError
+from dpmix_jax.files import write_atomically
+from dpmix_jax.run import cli
+from dpmix_jax.run.workdir import Workdir
+
+_RUN = flags.DEFINE_string("run", None, "Workdir of the run.", required=True)
+_CSV = flags.DEFINE_string("csv", None, "CSV file to write.")
+_TENSORBOARD = flags.DEFINE_string("tensorboard", None, "Folder for TensorBoard.")
+_WANDB = flags.DEFINE_string("wandb", None, "Project of Weights & Biases.")
+
+
+def main() -> None:
+    path = pathlib.Path(_RUN.value)
+    lines = Workdir(path).metrics() if path.is_dir() else []
+    if not lines:
+        raise UserError(f"--run is {path}: it must be a workdir with metrics.jsonl")
+    if _CSV.value is None and _TENSORBOARD.value is None and _WANDB.value is None:
+        raise UserError("give one of --csv, --tensorboard and --wandb")
+    if _CSV.value is not None:
+        write_atomically(pathlib.Path(_CSV.value), _as_csv(lines), mode=0o600)
+    if _TENSORBOARD.value is not None:
+        with _package("tensorboardX").SummaryWriter(_TENSORBOARD.value) as writer:
+            for line in lines:
+                for name, value in line.items():
+                    writer.add_scalar(name, value, line["step"])
+    if _WANDB.value is not None:
+        with _package("wandb").init(project=_WANDB.value, name=path.name) as run:
+            for line in lines:
+                run.log(line, step=line["step"])
+    print(f"{len(lines)} lines of metrics")
+
+
+def _as_csv(lines: list[dict[str, Any]]) -> str:
+    file = io.StringIO()
+    names = dict.fromkeys(name for line in lines for name in line)
+    writer = csv.DictWriter(file, list(names), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
+    return file.getvalue()
+
+
+def _package(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise UserError(f"{error}: pip install {name}") from None
+
+
+if __name__ == "__main__":
+    cli.start(main)
