@@ -60,13 +60,19 @@ def main() -> NoReturn:
     elif name == "completion":
         words = " ".join([*COMMANDS, "configs", *cli.config_names()])
         print(f'complete -o default -W "{words}" dpmix')
-    elif name == "train" and rest and pathlib.Path(rest[0]).is_dir():
+    elif name == "train" and rest and _is_folder(rest[0]):
         _run(*COMMANDS["propose"], [*rest, "--train"])
     elif name in COMMANDS:
         _run(*COMMANDS[name], rest)
     else:
         cli.fail(f"dpmix {name} is no command: it must be one of {', '.join(COMMANDS)}")
     sys.exit(0)
+
+
+def _is_folder(word: str) -> bool:
+    """Whether a folder is meant, and not the config of its name."""
+    known = word.partition(":")[0] in cli.config_names()
+    return not known and pathlib.Path(word).is_dir()
 
 
 def _run(program: str, named: tuple[str, ...], argv: list[str]) -> None:

@@ -14,12 +14,13 @@ import signal
 if __name__ == "__main__":  # Ctrl-C while JAX is imported: no traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
+import re
 import time
 
 from absl import flags
 
 from dpmix_jax import data
-from dpmix_jax.data import tfds
+from dpmix_jax.data import datasets, tfds
 from dpmix_jax.errors import UserError
 from dpmix_jax.run import cli
 
@@ -44,7 +45,7 @@ def main() -> None:
             download=_DOWNLOAD.value,
         )
     )
-    public = _NAME.value not in ("npz", "folder")
+    public = datasets.public_source(_NAME.value) is not None
     for split, records in (("train", dataset.train), ("test", dataset.test)):
         print(
             f"{_NAME.value} {split}: {len(records):,} images of"
@@ -54,7 +55,7 @@ def main() -> None:
         )
     print(f"{time.monotonic() - started:.1f} s")
     if _TFDS_DIR.value is not None:
-        name = tfds.builder_of(_NAME.value) or _NAME.value
+        name = tfds.builder_of(_NAME.value) or re.findall(r"\w+", _NAME.value)[-1]
         folder = tfds.write(name, dataset.train, dataset.test, _TFDS_DIR.value)
         print(f"{folder}: read it by data.name tfds:{name}")
 

@@ -17,7 +17,7 @@ import sys
 
 from absl import flags
 
-from dpmix_jax.errors import UserError
+from dpmix_jax.errors import UserError, require
 from dpmix_jax.files import write_atomically
 from dpmix_jax.progress import say
 from dpmix_jax.run import cli, proposal
@@ -31,7 +31,14 @@ _TRAIN = flags.DEFINE_bool("train", False, "Whether to train it at once.")
 
 def main() -> None:
     folder = pathlib.Path(_IMAGES.value)
+    if pathlib.Path.cwd().is_relative_to(folder.resolve()):
+        raise UserError(
+            f"--images is {folder}: it must not hold the present folder, into which the"
+            " config and the run are written"
+        )
     out = pathlib.Path(_OUT.value or f"{folder.resolve().name}.py")
+    fits = out.suffix == ".py" and ":" not in str(out)
+    require(fits, "--out", str(out), "a name that ends in .py, without a colon")
     found = proposal.look(folder)
     text = proposal.propose(folder, found, epsilon=_EPSILON.value, delta=_DELTA.value)
     if out.exists() and out.read_text() != text:
@@ -41,7 +48,10 @@ def main() -> None:
         )
     write_atomically(out, text)
     print(text)
-    say(f"{out} is a config: change what you know better")
+    say(
+        f"{out} is a config: change what you know better, and train it again with"
+        f" --config={out} and another --workdir"
+    )
     if _TRAIN.value:
         run = pathlib.Path(__file__).with_name("run.py")
         sys.stdout.flush()

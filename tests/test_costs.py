@@ -2,7 +2,10 @@
 
 import re
 
+import pytest
+
 from configs._base import method
+from dpmix_jax import UserError
 from dpmix_jax.run.config import from_config_dict, to_dict
 from dpmix_jax.run.dry_run import seconds_an_update
 from dpmix_jax.sweeps import costs, sheet
@@ -43,15 +46,28 @@ def test_a_sheet_tells_updates_images_and_hours(monkeypatch):
 
 
 def test_what_is_missing_is_told_with_what_gets_it(monkeypatch, tmp_path):
+    """And the rest is told all the same: nothing of those cells is timed."""
     monkeypatch.setenv("DPMIX_JAX_DATA", str(tmp_path))
-    monkeypatch.setattr(costs, "seconds_an_update", lambda config: 1.0)
-    common = {"data": {"name": "cifar10"}, "finetune": {"weights": "w.safetensors"}}
-    grid = config(common=common, rows=(("DP-SGD", {}),), paper=None)
-    *_, data, weights = sheet(grid).splitlines()
-    assert re.match(
-        "missing: .*cifar10 is not in .*; data.download=True fetches it", data
-    )
+    common = {
+        "data": {"name": "cifar10"},
+        "finetune": {"weights": "w.safetensors"},
+        "public": {"name": "bank", "path": "no-bank"},
+        "method": {"name": "dp_mix_diff"},
+    }
+    grid = config(common=common, rows=(("Mixed", {}),), paper=None)
+    *_, cell, _, total, data, public, weights = sheet(grid).splitlines()
+    assert cell == "| Mixed | epsilon = 3 | 2 | 100 | 256,000 | - |"
+    assert total == "2 runs, 0 hours of updates, without the cells that lack files"
+    assert re.match("missing: data.path is None: cifar10 is not in .* fetches it", data)
+    assert public.startswith("missing: public.path is no-bank: cannot be read")
     assert weights.startswith("missing: finetune.weights is w.safetensors: there is no")
+
+
+def test_a_private_selection_has_no_sheet():
+    selection = {"selection": "geometric", "expected_candidates": 4.0}
+    common = {"privacy": selection, "data": {"validation_size": 100}}
+    with pytest.raises(UserError, match="nothing of a private selection"):
+        sheet(config(common=common, rows=(("One", {}),), paper=None))
 
 
 def test_the_program_writes_nothing(tmp_path, monkeypatch):

@@ -56,7 +56,7 @@ def examples(count, seed=0):
             "data/test-00000-of-00001.parquet",
         ),
         ("train/0000.parquet", "train/0001.parquet", "test/0000.parquet"),
-        ("a.parquet", "b.parquet", "validation.parquet"),
+        ("train-a.parquet", "train-b.parquet", "validation.parquet"),
     ],
 )
 def test_splits_are_read_in_the_order_of_files_and_rows(tmp_path, first, second, test):
@@ -87,28 +87,60 @@ def test_without_a_test_set_a_fifth_of_each_class_is_split_off(tmp_path):
 
 @pytest.mark.parametrize("plain", [False, True])
 def test_columns_are_named_by_the_config(tmp_path, plain):
-    """Of a file that says nothing, too: labels are numbers, or names in their order."""
+    """Classes are those that the files declare, also those that no image has."""
     images, labels = examples(30)
-    words = [("x", "z", "y")[label] for label in labels]
+    fine = {"names": ["x", "y", "z", "none"], "_type": "ClassLabel"}
+    coarse = {"names": ["one", "other"], "_type": "ClassLabel"}
+    features = {"img": {"_type": "Image"}, "label": fine, "coarse": coarse, "id": [{}]}
     for split in ("train", "test"):
         path = tmp_path / f"{split}.parquet"
-        write(path, images, labels, features={}, plain=plain, word=words)
-    by_number, by_word = (
-        load(tmp_path, columns=f"img,{label}") for label in ("label", "word")
+        half = [int(label > 1) for label in labels]
+        write(path, images, labels, features=features, plain=plain, coarse=half)
+    by_fine, by_coarse = (
+        load(tmp_path, columns=f"img,{label}") for label in ("label", "coarse")
     )
-    np.testing.assert_array_equal(by_number.train.images, images)
-    assert by_number.train.class_names == ("0", "1", "2")
-    assert by_word.train.class_names == ("x", "y", "z")
-    named = np.array(by_word.train.class_names)[by_word.train.labels]
-    assert named.tolist() == words
+    np.testing.assert_array_equal(by_fine.train.images, images)
+    assert by_fine.train.class_names == ("x", "y", "z", "none")
+    assert by_coarse.train.class_names == ("one", "other")
+    np.testing.assert_array_equal(by_coarse.train.labels, half)
+    with pytest.raises(UserError, match=r"data.columns is '': it must be <image>,<la"):
+        load(tmp_path)
 
 
-def test_grey_images_stay_grey_unless_they_are_resized(tmp_path):
+def test_what_images_hold_decides_nothing_of_others(tmp_path):
+    """Grey are those that are declared so: one image of colour changes no other."""
     images, labels = examples(12)
+    grey = [*images[:1], *images[1:, ..., 0]]
+    declared = {
+        "img": {"_type": "Image", "mode": "L"},
+        "label": {"names": list(NAMES), "_type": "ClassLabel"},
+    }
     for split in ("train", "test"):
-        write(tmp_path / f"{split}.parquet", images[..., 0], labels)
-    np.testing.assert_array_equal(load(tmp_path).train.images, images[..., :1])
-    assert load(tmp_path, image_size=4).train.images.shape == (12, 4, 4, 3)
+        write(tmp_path / "any" / f"{split}.parquet", grey, labels)
+        write(tmp_path / "grey" / f"{split}.parquet", grey, labels, features=declared)
+    for first in (grey[0], grey[1]):
+        write(tmp_path / "any/train.parquet", [first, *grey[1:]], labels)
+        found = load(tmp_path / "any").train.images
+        np.testing.assert_array_equal(found[1:], np.repeat(images[1:, ..., :1], 3, 3))
+    np.testing.assert_array_equal(
+        load(tmp_path / "grey").train.images[1:], images[1:, ..., :1]
+    )
+    assert load(tmp_path / "grey", image_size=4).train.images.shape == (12, 4, 4, 3)
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["train-00000-of-00002", "test"], "not its part 00001-of-00002"),
+        (["train-00001-of-00002", "test"], "not its part 00000-of-00002"),
+        (["train", "test", "extra"], r"extra.parquet names none of the splits train,"),
+    ],
+)
+def test_what_is_not_whole_is_refused(tmp_path, names, message):
+    for name in names:
+        write(tmp_path / f"{name}.parquet", *examples(12))
+    with pytest.raises(UserError, match=message):
+        load(tmp_path)
 
 
 def test_a_config_is_a_folder(tmp_path):
@@ -117,7 +149,7 @@ def test_a_config_is_a_folder(tmp_path):
             write(tmp_path / config / f"{split}.parquet", *examples(count))
     small = data.DataConfig(name="hf:pets:small", path=str(tmp_path))
     assert len(data.load(small).train) == 6
-    with pytest.raises(UserError, match=r"it has the configs full, small: name one"):
+    with pytest.raises(UserError, match=r"it has the folders full, small: name one"):
         load(tmp_path)
 
 
@@ -127,13 +159,10 @@ def test_the_hub_is_asked_only_if_the_config_allows_it(tmp_path, monkeypatch):
     def snapshot_download(repository, **options):
         asked.append((repository, options))
         if options["local_files_only"]:
-            raise OSError("not in the cache")
+            raise RuntimeError("not in the cache")
         return str(tmp_path)
 
-    hub = types.SimpleNamespace(
-        snapshot_download=snapshot_download,
-        errors=types.SimpleNamespace(HfHubHTTPError=RuntimeError),
-    )
+    hub = types.SimpleNamespace(snapshot_download=snapshot_download)
     monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
     write(tmp_path / "train.parquet", *examples(12))
     write(tmp_path / "test.parquet", *examples(12))
@@ -166,17 +195,22 @@ def test_what_cannot_be_read_is_one_line(tmp_path):
     refused("it must be a folder of Parquet files", tmp_path / "none")
     refused("it has no Parquet files")
     write(tmp_path / "train.parquet", images, labels, features={})
-    refused("data.columns is '': it must be <image>,<label>, two of img, label")
-    refused("data.columns is 'img,kind': it must be", columns="img,kind")
+    refused("data.columns is '': it must be <image>,<label>: of the declared Image")
+    write(tmp_path / "train.parquet", images, labels)
+    refused("columns img and of label of ClassLabel", columns="img,kind")
     refused("data.columns is 'img': it must be", columns="img")
+    refused("data.columns is 'label,img': it must be", columns="label,img")
     (tmp_path / "train.parquet").write_bytes(b"PAR1 and no more")
     refused("cannot be read")
     with pytest.raises(UserError, match=r"data.columns is 'a,b': it must be empty unl"):
         data.DataConfig(name="digits", columns="a,b")
-    empty = pa.table({"img": [{"bytes": None, "path": "x"}], "label": [0]})
-    for split in ("train", "test"):
-        pyarrow.parquet.write_table(empty, tmp_path / f"{split}.parquet")
-    refused(r"row 0: it has no bytes of an image", columns="img,label")
+    write(tmp_path / "test.parquet", images, labels)
+    table = pyarrow.parquet.read_table(tmp_path / "test.parquet")
+    nothing = pa.array([{"bytes": None, "path": "x"}] * 12)
+    pyarrow.parquet.write_table(
+        table.set_column(0, "img", nothing), tmp_path / "train.parquet"
+    )
+    refused(r"row 0: it has no bytes of an image")
 
 
 @pytest.mark.parametrize("name", ["hf:", "hf:a/b/c", "hf:a b", "hf"])

@@ -172,6 +172,7 @@ def test_a_csv_gives_the_same_records_and_tables(tmp_path):
     records = [
         record(row, "3", seed, 0.1 + seed / 3)
         | {"optimizer.learning_rate": rate, "note": "no number, with a comma"}
+        | {"seconds": 9.5}
         for row in grid.rows
         for rate in (0.5, 1.0)
         for seed in (0, 1)
@@ -241,6 +242,9 @@ def test_report_writes_what_the_sweep_wrote(tmp_path):
     assert (tmp_path / "again/plot.pdf").read_bytes()[:4] == b"%PDF"
 
 
+HEADER = "row,epsilon,seed,test_accuracy_ema,seconds\n"
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -251,6 +255,11 @@ def test_report_writes_what_the_sweep_wrote(tmp_path):
         ("row,epsilon,seed,test_accuracy_ema\nDP-SGD,3,x,0.5\n", "line 2"),
         ("row,epsilon,seed,test_accuracy_ema\nDP-SGD,3,0,high\n", "line 2"),
         ("row,epsilon,seed,test_accuracy_ema\nDP-SGD\n", "line 2"),
+        ("row,epsilon,seed,test_accuracy_ema\nDP-SGD,3,0,0.5\n", "line 2"),  # seconds
+        (f"{HEADER}DP-SGD,3,0,0.5,9\nDP-SGD,3,2,0.5,9\n", "line 3"),  # of 2 seeds
+        (f"{HEADER}DP-SGD,3,0,0.5,9\nDP-SGD,3,0,0.5,9\n", "line 3"),  # twice
+        (HEADER, "it has no runs"),
+        ("", "it has no runs"),
         (b"row,epsilon\n\xff\n", "line 2"),
     ],
 )

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 
 from dpmix_jax import Mechanism, UserError, data
 from dpmix_jax.data.public import load_public
@@ -41,7 +42,10 @@ def test_it_is_the_inverse_root_of_the_covariance(n, rank, regularization):
     expected = (x - x.mean(0)) @ (axes * scales)
     expected *= np.sqrt(np.square(x).sum() / np.square(expected).sum())
     found = np.asarray(apply(fit(x, regularization), x))
-    # Axes have no sign of their own.
+    # Axes have no sign of their own, and are not correlated.
+    covariance = np.cov(found.T)
+    off_diagonal = covariance - np.diag(np.diag(covariance))
+    np.testing.assert_allclose(off_diagonal, 0.0, atol=1e-3 * covariance.max())
     products = found @ found.T
     np.testing.assert_allclose(products, expected @ expected.T, rtol=1e-3, atol=1e-2)
 
@@ -169,6 +173,10 @@ def test_a_run_that_goes_on_is_not_whitened_again(tmp_path, monkeypatch):
     monkeypatch.setattr(whitening, "fit", lambda *_: pytest.fail("fitted again"))
     _, found, *_ = whitened(config, tmp_path)
     jax.tree.map(np.testing.assert_array_equal, found, given)
+    other = {"mean": np.zeros(3, np.float32), "directions": np.ones(3, np.float32)}
+    workdir.write("whitening.safetensors", safetensors.numpy.save(other))
+    with pytest.raises(UserError, match="began with another kind of whitening"):
+        whitened(config, tmp_path)
     workdir.clean_up()
     with pytest.raises(pytest.fail.Exception, match="fitted again"):
         whitened(config, tmp_path)
@@ -214,7 +222,7 @@ def test_a_run_goes_on_with_its_whitening_and_releases_it(tmp_path, monkeypatch,
         ({"public": None}, "public.name is None: it must be the name of a public"),
         (
             {"model": {"name": "cnn", "features": "4,8", "groups": 2}},
-            "finetune.whitening is True: it must be None for a model without an",
+            "finetune.whitening is set: it must be None for a model without an",
         ),
         (
             {"model": {"name": "scattering_cnn", "scales": 1}},

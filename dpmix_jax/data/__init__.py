@@ -138,7 +138,8 @@ def load(config: DataConfig) -> Dataset:
 def blank(config: DataConfig) -> Records:
     """Returns black training records, as many as there are and of their shape.
 
-    Files of the user's own are read for that; of other datasets it is known.
+    Files of the user's own, and those of `hf:`, are read for that; of other datasets
+    it is known.
 
     Raises:
       UserError: for what `load` refuses, or a size that is not known.

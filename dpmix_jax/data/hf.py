@@ -5,14 +5,11 @@ says of itself, as the names of classes, is what `datasets` has written into it.
 """
 
 import functools
-import io
 import json
 import pathlib
 import re
 from collections.abc import Collection, Iterator
 from typing import Any
-
-from PIL import Image
 
 from dpmix_jax.data import images
 from dpmix_jax.data.cache import Arrays, Listing, decoded
@@ -74,7 +71,7 @@ def _snapshot(repository: str, download: bool) -> pathlib.Path:
                 local_files_only=not download,
             )
         )
-    except (OSError, ValueError, hub.errors.HfHubHTTPError) as error:
+    except Exception as error:  # of the network, too, and each client has its own
         ask = "" if download else "data.download=True fetches it, or "
         reason = " ".join(str(error).split())[:200]
         raise UserError(
@@ -87,8 +84,8 @@ def read(name: str, folder: pathlib.Path, image_size: int, columns: str) -> Arra
     """Reads the Parquet files of a folder, through the cache of decoded images.
 
     Splits: `train` (with `validation`, where there is a `test` too) and `test`, or else
-    `validation`, by the names of files and folders; a file that names none is for
-    training. Without either, the training set is split as `folder` is (EuroSAT).
+    `validation`, by the names of files and folders. Without either, the training set is
+    split as `folder` is (EuroSAT). Files are all for training where none names a split.
 
     Args:
       name: `hf:<repository>`.
@@ -97,20 +94,20 @@ def read(name: str, folder: pathlib.Path, image_size: int, columns: str) -> Arra
       columns: `<image>,<label>`, or "" where there is one of each kind.
 
     Returns:
-      Images that are RGB, or grey if those that come first in the files are and
-      `image_size` is 0.
+      Images that are RGB, or grey if the files declare them so and `image_size` is 0.
+      Nothing that images or labels hold decides it, nor which classes there are.
 
     Raises:
-      UserError: for files without images and labels.
+      UserError: for files without images, or labels with declared classes.
     """
     files = _files(folder)
-    first = next(iter(files))
-    image, label = _columns(_parquet().read_schema(first), columns)
-    grey = not image_size and all(_is_grey(file, image) for file in files)
+    features = _features(_parquet().read_schema(next(iter(files))))
+    image, label = _columns(features, columns)
+    grey = not image_size and features[image].get("mode") == "L"
     return decoded(
         re.sub(r"\W", "-", name),
         [identity(folder), image_size, image, label],
-        functools.partial(_listing, files, image, label),
+        functools.partial(_listing, files, image, label, features[label]["names"]),
         functools.partial(
             images.decode, image_size=image_size, channels=1 if grey else 3
         ),
@@ -131,19 +128,36 @@ def _parquet() -> Any:
 
 def _files(folder: pathlib.Path) -> dict[pathlib.Path, str]:
     """Returns the split of each Parquet file below a folder, in their order."""
-    found = {
-        path: _split(path.relative_to(folder)) for path in folder.rglob("*.parquet")
-    }
-    if not found:
+    paths = {path.relative_to(folder): path for path in folder.rglob("*.parquet")}
+    if not paths:
         raise UserError("it has no Parquet files")
-    configs = sorted({path.relative_to(folder).parts[0] for path in found})
-    folders = [name for name in configs if (folder / name).is_dir()]
-    if len(folders) > 1 and not {*folders} <= {"data", *_words()}:
+    splits = {name: _split(name) for name in sorted(paths)}
+    folders = sorted({n.parts[0] for n in splits if len(n.parts) > 1} - {"data"})
+    if len(folders) > 1 and not {*folders} <= {*_words()}:
         raise UserError(
-            f"it has the configs {', '.join(folders)}: name one, as in"
+            f"it has the folders {', '.join(folders)}: name one, as in"
             f" hf:<repository>:{folders[0]}"
         )
-    return dict(sorted(found.items()))
+    for name, split in splits.items():
+        if split is None and any(splits.values()):
+            raise UserError(
+                f"{name} names none of the splits {', '.join(_SPLITS)}, which others"
+                " do: move it away, or rename it"
+            )
+        _check_whole(name, paths.keys())
+    return {paths[name]: split or "train" for name, split in splits.items()}
+
+
+def _check_whole(name: pathlib.Path, there: Collection[pathlib.Path]) -> None:
+    """Raises `UserError` if a file is one of several, and another of them is not there.
+
+    So a download that was cut off is no smaller dataset.
+    """
+    if numbers := re.search(r"-(\d{5})-of-(\d{5})", name.name):
+        for number in range(int(numbers[2])):
+            part = numbers[0].replace(numbers[1], f"{number:05}", 1)
+            if name.with_name(name.name.replace(numbers[0], part)) not in there:
+                raise UserError(f"{name} is there, but not its part {part[1:]}")
 
 
 def _words() -> dict[str, str]:
@@ -151,55 +165,49 @@ def _words() -> dict[str, str]:
     return {word: split for split, words in _SPLITS.items() for word in words.split()}
 
 
-def _split(path: pathlib.PurePath) -> str:
+def _split(path: pathlib.PurePath) -> str | None:
     known = _words()
     words = re.split(r"[^a-z]+", str(path).lower())
-    return next((known[word] for word in words if word in known), "train")
+    return next((known[word] for word in words if word in known), None)
 
 
-def _columns(schema: Any, columns: str) -> tuple[str, str]:
+def _columns(features: dict[str, dict], columns: str) -> tuple[str, str]:
     """Returns the columns of images and of labels."""
-    features = _features(schema)
-    kinds = {name: feature.get("_type") for name, feature in features.items()}
-    found = [
-        [name for name, kind in kinds.items() if kind == wanted]
-        for wanted in ("Image", "ClassLabel")
-    ]
-    names = columns.split(",") if columns else [c[0] for c in found if len(c) == 1]
-    have = f"<image>,<label>, two of {', '.join(schema.names)}"
-    ok = len(names) == 2 and {*names} <= {*schema.names}
-    require(ok, "data.columns", columns, have)
+    kinds = {
+        kind: [name for name, x in features.items() if x.get("_type") == kind]
+        for kind in ("Image", "ClassLabel")
+    }
+    names = (
+        columns.split(",") if columns else [c[0] for c in kinds.values() if len(c) == 1]
+    )
+    ok = len(names) == 2 and all(
+        n in c for n, c in zip(names, kinds.values(), strict=True)
+    )
+    have = " and of ".join(", ".join(c) or "none" for c in kinds.values())
+    allowed = f"<image>,<label>: of the declared Image columns {have} of ClassLabel"
+    require(ok, "data.columns", columns, allowed)
     return names[0], names[1]
 
 
-def _features(schema: Any) -> dict[str, Any]:
-    """Returns what `datasets` has written of the columns, {} for other files."""
-    written = (schema.metadata or {}).get(b"huggingface", b"{}")
-    return json.loads(written).get("info", {}).get("features", {})
+def _features(schema: Any) -> dict[str, dict]:
+    """Returns what `datasets` has declared of the columns, {} for other files."""
+    written = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+    found = written.get("info", {}).get("features", {})
+    return {name: x for name, x in found.items() if isinstance(x, dict)}
 
 
-def _listing(files: dict[pathlib.Path, str], image: str, label: str) -> Listing:
-    labels = {
-        path: _parquet().read_table(path, columns=[label]).column(0).to_pylist()
-        for path in files
-    }
-    names = _features(_parquet().read_schema(next(iter(files)))).get(label, {})
-    values = sorted({value for part in labels.values() for value in part})
-    class_names = names.get("names") or values
-    # Integers are numbers of classes; anything else is the name of one.
-    number = {
-        value: value if names.get("names") else i for i, value in enumerate(values)
-    }
+def _listing(
+    files: dict[pathlib.Path, str], image: str, label: str, class_names: list[str]
+) -> Listing:
     parts: dict[str, list] = {split: [] for split in _SPLITS}
     for path, split in files.items():
-        parts[split] += [
-            ((str(path), row), number[value]) for row, value in enumerate(labels[path])
-        ]
+        labels = _parquet().read_table(path, columns=[label]).column(0).to_pylist()
+        parts[split] += [((str(path), row), value) for row, value in enumerate(labels)]
     train, validation, test = parts.values()
     if test:
         train += validation
     listing = Listing(
-        tuple(map(str, class_names)),
+        tuple(class_names),
         train,
         test or validation,
         functools.partial(_contents, image),
@@ -222,8 +230,3 @@ def _images(path: str | pathlib.Path, image: str) -> Iterator[bytes | None]:
     for batch in _parquet().ParquetFile(path).iter_batches(_ROWS, columns=[image]):
         for value in batch.column(0).to_pylist():
             yield value["bytes"] if isinstance(value, dict) else value
-
-
-def _is_grey(path: pathlib.Path, image: str) -> bool:
-    content = next(_images(path, image), None)
-    return content is None or Image.open(io.BytesIO(content)).mode in ("1", "L", "I;16")

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
+from dpmix_jax.errors import UserError
+
 _FORMATS = ("JPEG", "PNG", "GIF", "BMP", "PPM", "TIFF", "WEBP")  # none runs a program
 SUFFIXES = (
     *(".jpg", ".jpeg", ".png", ".gif", ".bmp"),
@@ -40,15 +42,31 @@ def decode(content: bytes, *, image_size: int = 0, channels: int = 3) -> np.ndar
       Exception: of any type, if it is truncated, damaged, of another format, or too
         large; the message says why, not which.
     """
-    try:
-        image = Image.open(io.BytesIO(content), formats=_FORMATS)
-    except UnidentifiedImageError:
-        formats = ", ".join(_FORMATS)
-        raise ValueError(f"its {len(content)} bytes are none of {formats}") from None
-    with image:
+    with _opened(content) as image:
         _check_size(*image.size)
         pixels = fit(_converted(image, "RGB" if channels == 3 else "L"), image_size)
     return pixels.reshape(*pixels.shape[:2], channels)
+
+
+def size(content: bytes, name: str) -> tuple[int, int]:
+    """Returns the width and height of an image file, without decoding it.
+
+    Raises:
+      UserError: naming the file, if it is none.
+    """
+    try:
+        with _opened(content) as image:
+            return image.size
+    except Exception as error:  # damage can make decoders raise anything
+        raise UserError(f"{name} cannot be read: {error}") from None
+
+
+def _opened(content: bytes) -> Image.Image:
+    try:
+        return Image.open(io.BytesIO(content), formats=_FORMATS)
+    except UnidentifiedImageError:
+        formats = ", ".join(_FORMATS)
+        raise ValueError(f"its {len(content)} bytes are none of {formats}") from None
 
 
 def fit(image: Image.Image, image_size: int) -> np.ndarray:

@@ -38,6 +38,7 @@ class PublicConfig:
       half: as for `DataConfig`, or None for all. The other half of the private dataset
         is what may be declared public of it.
       download: as for `DataConfig`.
+      columns: as for `DataConfig`.
       count: how many images are drawn, None for 1,500; for the last two names alone.
     """
 
@@ -46,11 +47,12 @@ class PublicConfig:
     image_size: int | None = None
     half: int | None = None
     download: bool = False
+    columns: str = ""
     count: int | None = None
 
     def __post_init__(self):
         self._check_count()
-        of_rendered = dict.fromkeys(RENDERED, ("path", "image_size", "half"))
+        of_rendered = dict.fromkeys(RENDERED, ("path", "image_size", "half", "columns"))
         refused = {**of_rendered, "bank": ("half",)}
         for key in refused.get(self.name, ()):
             value = getattr(self, key)
@@ -65,6 +67,7 @@ class PublicConfig:
             DataConfig(
                 name=self.files,
                 path=self.path,
+                columns=self.columns,
                 image_size=self.size(0),
                 half=self.half or 0,
             )
@@ -100,7 +103,7 @@ def _named_public() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        keys = r"\bdata\.(?=(name|path|image_size|half|download)\b)"
+        keys = r"\bdata\.(?=(name|path|columns|image_size|half|download)\b)"
         raise UserError(re.sub(keys, "public.", str(error))) from None
 
 
@@ -228,7 +231,11 @@ def _read(config: PublicConfig, private: DataConfig, train: Records) -> Records:
             path, names = str(config.path), train.class_names
             return load_bank(path, names, size, channels=channels)
         public, _ = datasets.read(
-            config.name, config.path, size, download=config.download
+            config.name,
+            config.path,
+            size,
+            download=config.download,
+            columns=config.columns,
         )
     if len(public) == 0:
         raise UserError(f"public.name is {config.name!r}: it has no training records")

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from flax import linen as nn
 
-from dpmix_jax.errors import UserError, require
+from dpmix_jax.errors import UserError
 from dpmix_jax.models.cnn import CNN
 from dpmix_jax.models.convnext import ConvNeXt
 from dpmix_jax.models.layers import EncoderAndHead, LinearHead
@@ -51,12 +51,11 @@ def create(
         an encoder, or with a head that needs the encoder's grid.
     """
     model = _model(name)
-    require(
-        not whitening or not ("num_classes" in _fields(model) or name in HEADS),
-        "finetune.whitening",
-        whitening,
-        f"None for a model without an encoder and a linear head, such as {name}",
-    )
+    if whitening and ("num_classes" in _fields(model) or name in HEADS):
+        raise UserError(
+            "finetune.whitening is set: it must be None for a model without an encoder"
+            f" and a linear head, such as {name}"
+        )
     if "num_classes" in _fields(model):
         return model(num_classes=num_classes, **kwargs)
     names = _fields(HEADS[name]) if name in HEADS else ()

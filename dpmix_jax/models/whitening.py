@@ -65,10 +65,10 @@ def fit(embeddings: np.ndarray, regularization: float) -> PyTree:
     ):
         require(fine, "finetune.whitening", regularization, f"None for {what}")
     flat = flat.astype(np.float64)
-    before, mean = np.square(flat).sum(), flat.mean(0)
+    before, mean = np.vdot(flat, flat), flat.mean(0)
     flat -= mean
     require(
-        np.square(flat).sum() > 1e-10 * before,
+        np.vdot(flat, flat) > 1e-10 * before,
         "finetune.whitening",
         regularization,
         "None for embeddings of public images that hardly differ",

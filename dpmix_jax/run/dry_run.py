@@ -18,8 +18,8 @@ def dry_run(config: ExperimentConfig, target: str | None = None) -> str:
     """Calibrates, compiles, and times a microbatch of blank images on this device.
 
     Args:
-      config: of a run. Files of the user's own (`npz`, `folder`) are read as a run
-        reads them, to learn how many they are; of other datasets that is known.
+      config: of a run. Files of the user's own (`npz`, `folder`, `hf:`) are read as a
+        run reads them, to learn how many they are; of other datasets that is known.
       target: one of `targets.TARGETS`, to compile for such a device, which need not be
         here. Nothing is timed then.
 
@@ -75,6 +75,7 @@ def seconds_an_update(config: ExperimentConfig) -> float:
     """
     records = data.blank(config.data)
     config.augmentation.check_images(records.image_shape)
+    config.performance.check_devices(jax.device_count())
     mechanism = privacy.Mechanism(
         sampling_prob=config.privacy.sampling_prob(len(records)),
         num_updates=config.privacy.num_updates,

@@ -12,6 +12,7 @@ import safetensors.numpy
 
 from dpmix_jax import devices
 from dpmix_jax.data import Records
+from dpmix_jax.errors import UserError
 from dpmix_jax.models import kept, whitening
 from dpmix_jax.models.classifier import Classifier
 from dpmix_jax.run.build import (
@@ -53,12 +54,20 @@ def whitened(
       workdir: of the run.
 
     Raises:
-      UserError: for public images whose embeddings cannot be whitened.
+      UserError: for public images whose embeddings cannot be whitened, or a run that
+        began with a whitening of another version.
     """
     if config.finetune.whitening is None:
         return given
     if workdir.kept() is not None and workdir.whitening.exists():
         fitted = safetensors.numpy.load_file(workdir.whitening)
+        wanted = model.shapes["params"]["whitening"]
+        shapes = {name: array.shape for name, array in fitted.items()}
+        if shapes != {name: leaf.shape for name, leaf in wanted.items()}:
+            raise UserError(
+                f"workdir {workdir.path} began with another kind of whitening: use"
+                " another --workdir"
+            )
     else:
         plain = classifier(config, records, whitened=False)
         assert plain.encode is not None  # the config has seen to both

@@ -1,6 +1,5 @@
 """A config for a folder of one's own images, and what to expect of it."""
 
-import io
 import json
 import math
 import pathlib
@@ -9,9 +8,8 @@ import textwrap
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image
 
-from dpmix_jax.data import folder
+from dpmix_jax.data import folder, images
 from dpmix_jax.data.trees import reading, scan
 from dpmix_jax.errors import require
 
@@ -97,14 +95,13 @@ def look(path: pathlib.Path) -> Found:
         keys = [key for key, _ in listing.train]
         some = np.linspace(0, len(keys) - 1, min(len(keys), _LOOKED_AT)).astype(int)
         read = listing.contents([keys[i] for i in some])
-        sizes = [Image.open(io.BytesIO(content)).size for _, content in read]
-    shorter = statistics.median(min(size) for size in sizes)
+        sides = [min(images.size(content, str(key))) for key, content in read]
     held_out = len(keys) // 10
     return Found(
         num_records=len(keys) - held_out,
         num_validation=held_out,
         num_classes=len(listing.class_names),
-        side=64 if shorter >= _LARGE else 32,
+        side=64 if statistics.median(sides) >= _LARGE else 32,
     )
 
 
@@ -149,7 +146,8 @@ def propose(
             "expected_batch_size": max(round(like.sampling_prob * records), 1),
             "num_updates": like.num_updates,
             "l2_clip_norm": 0.1,
-            "uncovered": "how many images there are, and their median size",
+            "uncovered": "image size, scales, batch, updates, learning rate and delta,"
+            " by the number of images and their median size",
         },
         "optimizer": {
             "learning_rate": like.learning_rates[near],
@@ -158,9 +156,7 @@ def propose(
         },
         "logging": {"log_every": 10, "eval_every": 50, "checkpoint_every": 50},
     }
-    lines = [
-        f'"""Images of {found.num_classes} classes in {path.name}, epsilon {epsilon:g}.'
-    ]
+    lines = [f'"""Images of {found.num_classes} classes at epsilon {epsilon:g}.']
     lines += ["", *textwrap.wrap(expect(found, epsilon), 88), '"""', ""]
     lines += ["from configs._base import experiment", "", "", "def get_config():"]
     lines += ["    return experiment("]

@@ -17,33 +17,36 @@ def sheet(sweep: SweepConfig) -> str:
     """Returns a table of updates, images and hours by cell, and what is missing.
 
     Hours are of updates alone, from a few microbatches of blank images: evaluations,
-    and embeddings that are kept, come on top. Of official datasets no file is read.
+    and embeddings that are kept, come on top. Of official datasets no file is read;
+    files of the user's own are, to learn how many they are.
 
     Args:
       sweep: its config.
+
+    Raises:
+      UserError: for a private selection, or a config that cannot run here.
     """
-    lines, seconds, lacks = [], 0.0, dict[str, None]()
+    runs = sweep.runs()[: len(sweep.rows) * len(sweep.points)]
+    if any(run.config.privacy.selection for run in runs):
+        raise UserError("--dry_run tells nothing of a private selection: leave it out")
+    lines, hours, lacks = [], 0.0, dict[str, None]()
     timed: dict[str, float] = {}
-    for run in sweep.runs()[: len(sweep.rows) * len(sweep.points)]:
-        config, privacy = run.config, run.config.privacy
-        lacks |= dict.fromkeys(_missing(config))
-        kind = _kind(config)
-        if kind not in timed:
+    for run in runs:
+        config, updates = run.config, run.config.privacy.num_updates
+        missing, kind = list(_missing(config)), _kind(config)
+        lacks |= dict.fromkeys(missing)
+        if not missing and kind not in timed:
             say(f"timing {run.row}, {sweep.label(run.point)}")
             timed[kind] = seconds_an_update(config)
-        updates = privacy.num_updates
-        images = updates * privacy.expected_batch_size * config.method.set_size
-        of_run = updates * timed[kind]
-        seconds += of_run * sweep.seeds
-        numbers = (
-            f"{sweep.seeds}",
-            f"{updates:,}",
-            f"{images:,}",
-            f"{of_run / 3600:.2g}",
-        )
+        images = updates * config.privacy.expected_batch_size * config.method.set_size
+        of_run = updates * timed.get(kind, 0.0) / 3600
+        hours += of_run * sweep.seeds
+        told = "-" if missing else f"{of_run:.2g}"
+        numbers = f"{sweep.seeds}", f"{updates:,}", f"{images:,}", told
         lines.append([run.row, sweep.label(run.point), *numbers])
     header = "row", "column", "runs", "updates", "images a run", "hours a run"
-    total = f"{len(lines) * sweep.seeds} runs, {seconds / 3600:.2g} hours of updates"
+    total = f"{len(lines) * sweep.seeds} runs, {hours:.2g} hours of updates"
+    total += ", without the cells that lack files" if lacks else ""
     return "\n".join([tables.markdown(header, lines), "", total, *lacks]) + "\n"
 
 
@@ -63,11 +66,11 @@ def _missing(config: ExperimentConfig) -> Iterator[str]:
     places, public = [(config.data.name, config.data.path)], config.public
     if public is not None and public.name not in RENDERED:
         places.append((public.files, public.path))
-    for name, path in places:
+    for group, (name, path) in zip(("data", "public"), places, strict=False):
         try:
             datasets.location(name, path)
         except UserError as error:
-            yield f"missing: {error}"
+            yield f"missing: {str(error).replace('data.', f'{group}.')}"
     for key in ("encoder", "weights"):
         path = getattr(config.finetune, key)
         if path is not None and not pathlib.Path(path).exists():

@@ -159,9 +159,12 @@ def _sweep(
         eta = _eta(started, done, len(left))
         say(f"run {number}  {run.name}: {outcome}; ETA {eta}")
     print(write(), end="", flush=True)
-    plots.write(config, folder, list(records.values()))
     for run, why in failures.items():
         say(f"failed: {run.name}: {why}")
+    try:
+        plots.write(config, folder, list(records.values()))
+    except Exception as error:  # a picture is not worth the sweep
+        say(f"no plot.png: {type(error).__name__}: {error}")
     return 1 if failures else 0
 
 

@@ -108,7 +108,7 @@ def _line(
 def _published(axes: matplotlib.axes.Axes, sweep: SweepConfig) -> None:
     """Draws rows of others, each with its name at its last value."""
     for row, cells in sweep.published.items():
-        if row in sweep.rows:
+        if row in sweep.rows or "accuracy" not in sweep.metric:
             continue
         numbers = [(float(p[0]), float(text.split()[0])) for p, text in cells.items()]
         places, values = zip(*numbers, strict=True)

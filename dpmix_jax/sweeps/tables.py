@@ -72,25 +72,30 @@ def read(sweep: SweepConfig, path: pathlib.Path) -> list[Record]:
       UserError: for a file that is none, or of another sweep.
     """
     points = {tuple(map(str, point)): point for point in sweep.points}
-    records: list[Record] = []
+    records: dict[tuple, Record] = {}
     try:
-        lines = csv.DictReader(io.StringIO(path.read_text()))
-        for line in lines:
+        for line in csv.DictReader(io.StringIO(path.read_text())):
             point = points[tuple(line[key] for key in sweep.columns)]
             values: dict[str, Any] = {k: _number(v) for k, v in line.items() if v}
             values |= dict(zip(sweep.columns, point, strict=True))
-            values[sweep.metric] = float(values[sweep.metric])
-            if line["row"] not in sweep.rows or not isinstance(values["seed"], int):
+            for key in (sweep.metric, "seconds"):
+                values[key] = float(values[key])
+            run = values["row"], point, values["seed"]
+            if run[0] not in sweep.rows or run[2] not in range(sweep.seeds):
                 raise ValueError
-            records.append(values)
+            if run in records:
+                raise ValueError
+            records[run] = values
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
     except (KeyError, TypeError, ValueError, csv.Error):
         raise UserError(
             f"{path}, line {len(records) + 2}: it must be a run of {sweep.title!r}, as"
-            " its sweep has written it into runs.csv"
+            " its sweep has written it into runs.csv, and no other line the same run"
         ) from None
-    return records
+    if not records:
+        raise UserError(f"{path}: it has no runs")
+    return list(records.values())
 
 
 def _number(text: str) -> int | float | str:
