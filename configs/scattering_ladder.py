@@ -4,8 +4,9 @@ python experiments/sweep.py --config=configs/scattering_ladder.py
 
 With the argument methods, in the place of plain, what views and mixups are worth at
 epsilon 3: DP-SGD on one image a record, Self-Aug on two and four, DP-Mix_self and, with
-drawn clothes as public images, DP-Mix_diff on four. On 5,000 validation records the learning rate 16 did
-as well as 8 or better for each of them, DP-SGD included, so that all rows have it.
+drawn clothes as public images, DP-Mix_diff on four. On 5,000 validation records the
+learning rate 16 did as well as 8 or better for each of them, DP-SGD included, so that
+all rows have it.
 
 Hardware: two CPU cores. Hours: 0.6 for plain, 1.2 for methods.
 

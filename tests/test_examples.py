@@ -1,5 +1,6 @@
 """Examples run as they stand, and learn."""
 
+import json
 import re
 import runpy
 import warnings
@@ -35,3 +36,27 @@ def test_an_example_is_short():
     assert len(NAMES) >= 7
     for name in NAMES:
         assert len((FOLDER / f"{name}.py").read_text().splitlines()) <= 60
+
+
+@pytest.mark.slow
+def test_the_notebook_runs(tmp_path, monkeypatch, capsys):
+    """Its code as it stands; what was printed when it was made is in it."""
+    notebook = json.loads((FOLDER / "quickstart.ipynb").read_text())
+    cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    lines = [line for cell in cells for line in [*cell["source"], "\n"]]
+    code = "".join(line for line in lines if not line.startswith("%"))
+    code = code.replace("from IPython.display import Markdown\n", "Markdown = print\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    with (
+        jax.numpy_dtype_promotion("standard"),  # as users have it
+        jax.numpy_rank_promotion("allow"),
+    ):
+        exec(compile(code, "quickstart", "exec"), {})
+    said = capsys.readouterr().out
+    assert "3.000-DP" in said
+    assert "differentially private" in " ".join(said.split())
+    accuracies = re.findall(r"([\d.]+)% of test images", said)
+    assert len(accuracies) == 2
+    assert min(map(float, accuracies)) > 80
+    assert all(cell["outputs"] for cell in cells[1:])

@@ -55,7 +55,7 @@ def whitened(
 
     Raises:
       UserError: for public images whose embeddings cannot be whitened, or a run that
-        began with a whitening of another version.
+        has lost the whitening it began with, or has one of another version.
     """
     if config.finetune.whitening is None:
         return given
@@ -69,6 +69,12 @@ def whitened(
                 " another --workdir"
             )
     else:
+        begun = (workdir.path / "checkpoints").exists() or workdir.embeddings.exists()
+        if workdir.kept() is not None and begun:
+            raise UserError(
+                f"workdir {workdir.path} has lost {workdir.whitening.name}: use another"
+                " --workdir"
+            )
         plain = classifier(config, records, whitened=False)
         assert plain.encode is not None  # the config has seen to both
         assert public is not None
