@@ -59,7 +59,7 @@ def draw(sweep: SweepConfig, records: Sequence[Record]) -> matplotlib.figure.Fig
     for axes, label in zip(panels, labels, strict=True):
         axes.set_xlabel(label)
         axes.grid(alpha=0.3)
-    panels[-1].set_xscale("log")
+    panels[-1].set_xlim(left=0)
     panels[-1].legend(fontsize=8)
     return figure
 
