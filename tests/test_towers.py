@@ -34,7 +34,7 @@ def test_the_head_is_linear_in_the_embedding():
     @jax.jit
     def compute(params):
         alone = {"params": {"encoder": params["encoder"]}}
-        embedding = module.apply(alone, images, method="encode")
+        embedding = module.apply(alone, images, method=lambda m, x: m.encoder(x))
         return embedding, module.apply({"params": params}, images)
 
     embedding, logits = compute(params)
