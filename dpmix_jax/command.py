@@ -70,9 +70,9 @@ def main() -> NoReturn:
 
 
 def _is_folder(word: str) -> bool:
-    """Whether a folder is meant, and not the config of its name."""
+    """Whether a folder is meant, there or not, and not the config of its name."""
     known = word.partition(":")[0] in cli.config_names()
-    return not known and pathlib.Path(word).is_dir()
+    return word.endswith("/") or (not known and pathlib.Path(word).is_dir())
 
 
 def _run(program: str, named: tuple[str, ...], argv: list[str]) -> None:

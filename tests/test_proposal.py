@@ -141,6 +141,8 @@ def test_train_of_a_folder_trains_the_proposal(tmp_path, monkeypatch):
     assert "Unknown command line flag 'no_such_flag'" in said
     assert dpmix("train", "digits/", "--epsilon=4")[0] == 0
     assert started[-1][1][-1] == "--config=digits.py"
+    said = dpmix("train", "no-photos/", "--epsilon=4")[2]
+    assert said.startswith("error: --images is no-photos: it must be a folder")
 
 
 @pytest.mark.slow
