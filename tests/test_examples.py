@@ -46,6 +46,10 @@ def test_the_notebook_runs(tmp_path, monkeypatch, capsys):
     lines = [line for cell in cells for line in [*cell["source"], "\n"]]
     code = "".join(line for line in lines if not line.startswith("%"))
     code = code.replace("from IPython.display import Markdown\n", "Markdown = print\n")
+    every = '"--config.logging.log_every=40"'
+    assert every in code
+    fewer = f'{every}, "--config.privacy.num_updates=30"'  # of 160, for the time
+    code = code.replace(every, fewer)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MPLBACKEND", "agg")
     with (
