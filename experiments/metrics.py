@@ -13,9 +13,7 @@ import signal
 if __name__ == "__main__":  # Ctrl-C while JAX is imported: no traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-import csv
 import importlib
-import io
 import pathlib
 from typing import Any
 
@@ -25,6 +23,7 @@ from dpmix_jax.errors import UserError
 from dpmix_jax.files import write_atomically
 from dpmix_jax.run import cli
 from dpmix_jax.run.workdir import Workdir
+from dpmix_jax.sweeps.tables import to_csv
 
 _RUN = flags.DEFINE_string("run", None, "Workdir of the run.", required=True)
 _CSV = flags.DEFINE_string("csv", None, "CSV file to write.")
@@ -40,7 +39,7 @@ def main() -> None:
     if _CSV.value is None and _TENSORBOARD.value is None and _WANDB.value is None:
         raise UserError("give one of --csv, --tensorboard and --wandb")
     if _CSV.value is not None:
-        write_atomically(pathlib.Path(_CSV.value), _as_csv(lines), mode=0o600)
+        write_atomically(pathlib.Path(_CSV.value), to_csv(lines), mode=0o600)
     if _TENSORBOARD.value is not None:
         with _package("tensorboardX").SummaryWriter(_TENSORBOARD.value) as writer:
             for line in lines:
@@ -51,15 +50,6 @@ def main() -> None:
             for line in lines:
                 run.log(line, step=line["step"])
     print(f"{len(lines)} lines of metrics")
-
-
-def _as_csv(lines: list[dict[str, Any]]) -> str:
-    file = io.StringIO()
-    names = dict.fromkeys(name for line in lines for name in line)
-    writer = csv.DictWriter(file, list(names), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(lines)
-    return file.getvalue()
 
 
 def _package(name: str) -> Any:

@@ -31,6 +31,8 @@ def exported(run, *flags):
 def test_csv_has_a_line_for_each_and_a_column_for_all(run, tmp_path):
     done = exported(run, f"--csv={tmp_path}/metrics.csv")
     assert done.stdout == "2 lines of metrics\n"
+    # As private as the metrics of the workdir.
+    assert (tmp_path / "metrics.csv").stat().st_mode & 0o777 == 0o600
     with open(tmp_path / "metrics.csv", newline="") as file:
         first, second = csv.DictReader(file)
     assert list(second) == [*LINES[1]]

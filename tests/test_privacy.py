@@ -225,7 +225,9 @@ def test_a_state_cannot_draw_noise_again():
     [(relation, relation != "replace_one") for relation in privacy.RELATIONS],
 )
 def test_the_statement_says_everything(relation, secret):
-    config = PrivacyConfig(**GOOD[PrivacyConfig], neighboring_relation=relation)
+    config = PrivacyConfig(
+        **GOOD[PrivacyConfig], neighboring_relation=relation, uncovered="the rate"
+    )
     mechanism = Mechanism(
         sampling_prob=config.sampling_prob(1437),
         num_updates=config.num_updates,
@@ -249,6 +251,7 @@ def test_the_statement_says_everything(relation, secret):
         relation,
         "the final weights, raw and EMA",
         "hyperparameters chosen by looking at them",
+        "Chosen by looking at private records:** the rate. No epsilon covers that.",
         "clipped to C = 1;",
         "sigma = 2.69 times",
         "times the sensitivity of that sum, 0.75; T = 100 updates",

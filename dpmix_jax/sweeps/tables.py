@@ -49,12 +49,7 @@ def read_record(sweep: SweepConfig, run: Run, workdir: Workdir) -> Record:
 
 def write(sweep: SweepConfig, folder: Workdir, records: Sequence[Record]) -> str:
     """Writes CSV, tables and choice, as far as runs have ended; returns the table."""
-    names = dict.fromkeys(key for record in records for key in record)
-    lines = io.StringIO()
-    writer = csv.DictWriter(lines, list(names), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(records)
-    folder.write("runs.csv", lines.getvalue())
+    folder.write("runs.csv", to_csv(records))
     table = to_markdown(sweep, records)
     folder.write("table.md", table)
     folder.write("table.tex", to_latex(sweep, records))
@@ -63,6 +58,16 @@ def write(sweep: SweepConfig, folder: Workdir, records: Sequence[Record]) -> str
     else:
         (folder.path / "choice.json").unlink(missing_ok=True)
     return table
+
+
+def to_csv(records: Sequence[Record]) -> str:
+    """Returns a line for each record, with a column for each key of any."""
+    lines = io.StringIO()
+    names = dict.fromkeys(key for record in records for key in record)
+    writer = csv.DictWriter(lines, list(names), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(records)
+    return lines.getvalue()
 
 
 def read(sweep: SweepConfig, path: pathlib.Path) -> list[Record]:
