@@ -38,6 +38,7 @@ def experiment(**groups: dict[str, Any]) -> ml_collections.ConfigDict:
             "performance": {"microbatch_size": "auto", "precision": "float32"},
             "logging": {},
             "evaluate": {},
+            "diagnostics": {},
         }
     )
     config.update(groups)

@@ -18,6 +18,7 @@ def clipped_gradient(
     *,
     l2_clip_norm: float,
     convolutions: str = "auto",
+    magnitudes: bool = False,
 ) -> clipping.BoundedSensitivityCallable:
     """Transforms a loss into the clipped sum of its per-record gradients.
 
@@ -35,8 +36,7 @@ def clipped_gradient(
         that are not finite count as 0.
       - Padding contributes exactly 0.
       - The sum is formed in float32.
-    The second output, per-record losses and gradient norms before the clip, is not
-    private.
+    The second output, losses, norms and magnitudes before the clip, is not private.
 
     Args:
       loss_fn: `loss_fn(params, *record) -> scalar` of one record, for instance
@@ -44,12 +44,15 @@ def clipped_gradient(
       l2_clip_norm: C, in [1e-10, 1e10].
       convolutions: how per-record gradients of convolutions are computed, see
         `conv.fast_convolutions`; changes speed and float rounding only.
+      magnitudes: whether to add up, before the clip, the absolute values of each
+        component of the gradients (DP-Mix, Figure 2).
 
     Returns:
       `f(params, *records, is_padding_example=None, constants=()) -> (sum, aux)`: each
       leaf of `records` has a leading axis B of records (0 is allowed),
       `is_padding_example` is [B] bool (see `sampling.batches`; None: all are records),
-      `sum` is a pytree like `params`, `aux.values` and `aux.grad_norms` are [B].
+      `sum` is a pytree like `params`, `aux.values` and `aux.grad_norms` are [B],
+      `aux.aux` is the sum of magnitudes over the records, like `params`, or None.
       `constants`, public values such as the weights of a pretrained encoder, are given
       to the loss after the record, as in `loss_fn(params, *record, *constants)`, and
       not differentiated. `f` carries `.sensitivity(neighboring_relation)`.
@@ -66,7 +69,8 @@ def clipped_gradient(
         value, gradient = value_and_gradient(params, *record, *constants)
         # As vectors, for XLA adds up records of several axes hundreds of times slower
         # on CPUs where the same loop scales them (jax 0.10 and 0.12).
-        return jax.tree.map(jnp.ravel, gradient), value
+        gradient = jax.tree.map(jnp.ravel, gradient)
+        return gradient, (value, _magnitudes(gradient) if magnitudes else None)
 
     # It sets components that are not finite to 0, then measures the norm, then scales
     # by min(1, C / norm), then sums over the records that are no padding.
@@ -88,21 +92,40 @@ def clipped_gradient(
     ):
         size = jax.tree.leaves(records)[0].shape[0]
         if size == 0:  # jax_privacy refuses it, yet Poisson sampling draws it
-            return sum_of_no_records(params)
+            total, aux = sum_of_no_records(params)
+            return total, aux._replace(aux=total if magnitudes else None)
         if is_padding_example is None:
             is_padding_example = jnp.zeros((size,), bool)
-        total, (values, norms) = inner(
+        total, ((values, before), norms) = inner(
             params,
             tuple(constants),
             records,
             is_padding_example=is_padding_example,
         )
-        total = jax.tree.map(lambda p, x: x.reshape(jnp.shape(p)), params, total)
-        return total, clipping.AuxiliaryOutput(values, norms, None)
+        total = _like(params, total)
+        if magnitudes:
+            drawn = ~is_padding_example[:, None]
+            before = _like(
+                params, jax.tree.map(lambda x: jnp.sum(x, axis=0, where=drawn), before)
+            )
+        return total, clipping.AuxiliaryOutput(values, norms, before)
 
     return clipping.BoundedSensitivityCallable(
         sum_of_clipped_gradients, inner.l2_norm_bound, has_aux=True
     )
+
+
+def _magnitudes(gradient: PyTree) -> PyTree:
+    """Returns absolute values in float32; of what is not finite, as of the clip, 0."""
+    return jax.tree.map(
+        lambda x: jnp.abs(jnp.where(jnp.isfinite(x), x, 0)).astype(jnp.float32),
+        gradient,
+    )
+
+
+def _like(params: PyTree, vectors: PyTree) -> PyTree:
+    """Gives vectors the shapes of the parameters."""
+    return jax.tree.map(lambda p, x: x.reshape(jnp.shape(p)), params, vectors)
 
 
 def check_clip_norm(l2_clip_norm: float) -> None:

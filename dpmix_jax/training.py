@@ -77,12 +77,13 @@ class Sums(NamedTuple):
 
     Attributes:
       gradients: the clipped sum, float32 pytree like the parameters.
-      nonprivate: scalar float32 sums over the drawn records: `loss`, `clipped` (how
-        many are) and `records` (how many there are).
+      nonprivate: float32 sums over the drawn records: `loss`, `clipped` (how many are),
+        `records` (how many there are) and, if asked for, `magnitudes` (see
+        `gradients.clipped_gradient`), like the parameters.
     """
 
     gradients: PyTree
-    nonprivate: dict[str, jax.Array]
+    nonprivate: dict[str, Any]
 
 
 class Sets(NamedTuple):
@@ -185,6 +186,8 @@ def make_clipped_sum(
             "clipped": jnp.sum(records, where=aux.grad_norms > l2_clip_norm),
             "records": jnp.sum(records),
         }
+        if aux.aux is not None:
+            nonprivate["magnitudes"] = aux.aux
         return Sums(gradients, nonprivate)
 
     return clipped_sum
@@ -278,8 +281,9 @@ def train(
     mesh: jax.sharding.Mesh,
     batches: Callable[[int], Iterable[Batch]],
     num_updates: int,
+    magnitudes: bool = False,
     stop: Callable[[], bool] = lambda: False,
-) -> Iterator[tuple[TrainState, dict[str, jax.Array]]]:
+) -> Iterator[tuple[TrainState, dict[str, Any]]]:
     """Yields (state, nonprivate sums of its batch) after each update still to be done.
 
     Microbatches accumulate from Python: convolutions inside `lax.scan` are many times
@@ -293,12 +297,13 @@ def train(
       mesh: from `devices.make_mesh`.
       batches: returns the microbatches of an update, none for an empty batch.
       num_updates: T.
+      magnitudes: whether `accumulate` adds them up too.
       stop: asked before each microbatch; once true, the update under way is dropped
         and the iterator ends.
     """
     state = jax.device_put(state, devices.everywhere(mesh))
     for step in range(int(state.step), num_updates):
-        sums = init_sums(state.params, mesh)
+        sums = init_sums(state.params, mesh, magnitudes=magnitudes)
         for batch in batches(step):
             if stop():
                 return
@@ -319,14 +324,20 @@ def init_state(params: PyTree, optimizer: optax.GradientTransformation) -> Train
     )
 
 
-def init_sums(params: PyTree, mesh: jax.sharding.Mesh) -> Sums:
+def init_sums(
+    params: PyTree, mesh: jax.sharding.Mesh, *, magnitudes: bool = False
+) -> Sums:
     """Returns float32 zeros to accumulate into."""
-    names = ("loss", "clipped", "records")
-    zeros = Sums(
-        jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params),
-        {name: jnp.float32(0) for name in names},
-    )
-    return jax.device_put(zeros, devices.everywhere(mesh))
+
+    def zeros() -> PyTree:  # anew, for `accumulate` donates them
+        return jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
+
+    nonprivate: dict[str, Any] = {
+        name: jnp.float32(0) for name in ("loss", "clipped", "records")
+    }
+    if magnitudes:
+        nonprivate["magnitudes"] = zeros()
+    return jax.device_put(Sums(zeros(), nonprivate), devices.everywhere(mesh))
 
 
 def put_inputs(

@@ -24,7 +24,7 @@ import numpy as np
 import timing
 from absl import flags
 
-from dpmix_jax import data, privacy, training
+from dpmix_jax import data, privacy
 from dpmix_jax.data.public import PublicConfig
 from dpmix_jax.mixup import METHODS, MethodConfig
 from dpmix_jax.models import finetune
@@ -88,7 +88,7 @@ def rows_of(
     state, batch = parts.state, parts.put(np.arange(len(records)))
 
     def update() -> Any:
-        sums = training.init_sums(state.params, parts.mesh)
+        sums = parts.init_sums()
         return parts.accumulate(sums, state.params, state.step, batch, parts.inputs)
 
     shape = (len(records) * k, *records.image_shape)

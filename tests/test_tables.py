@@ -107,7 +107,7 @@ def test_a_metric_that_is_no_accuracy_is_no_percentage():
     records = [{"row": "DP-SGD", "epsilon": "3", "seed": 0, "nonprivate/loss": 0.01234}]
     text = tables.to_markdown(grid, records)
     assert "`nonprivate/loss`, at the last update" in text
-    assert "| DP-SGD | 0.0123 (-), n = 1 |" in text
+    assert "| DP-SGD | 0.01234 (-), n = 1 |" in text
     assert "paper" not in text
 
 

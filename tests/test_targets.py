@@ -65,7 +65,7 @@ def programs(config, platform):
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), model.shapes)
     model = dataclasses.replace(model, init=lambda key: zeros)
     clipping = config.performance.clipping_of(
-        build.has_linear_head(config, model), platform
+        build.suits_ghost(config, model), platform
     )
     config = with_performance(config, clipping=clipping)
     parts = build.build(

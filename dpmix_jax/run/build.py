@@ -79,6 +79,7 @@ class Parts:
       loss_fn: `f(params, images, labels, *inputs.constants)`, for public images.
       expected_records: of a batch; a larger microbatch would be padding.
       clipping: what `performance.clipping` comes to.
+      magnitudes: whether those of gradients are added up too.
     """
 
     mesh: jax.sharding.Mesh
@@ -93,6 +94,7 @@ class Parts:
     loss_fn: Callable[..., jax.Array]
     expected_records: float
     clipping: str
+    magnitudes: bool
 
     def all_params(self, trained: PyTree) -> PyTree:
         """Returns parameters of the whole model, with what is frozen."""
@@ -106,6 +108,12 @@ class Parts:
     def put(self, indices: np.ndarray) -> training.Batch:
         return training.put_batch(indices, self.mesh, self.host_records)
 
+    def init_sums(self) -> training.Sums:
+        """Returns zeros for `accumulate` to add to."""
+        return training.init_sums(
+            self.state.params, self.mesh, magnitudes=self.magnitudes
+        )
+
     def batches(
         self, microbatch_size: int
     ) -> Callable[[int], Iterable[training.Batch]]:
@@ -116,7 +124,7 @@ class Parts:
     def arguments(self, microbatch_size: int) -> tuple[Any, ...]:
         """Returns what `accumulate` takes, with a microbatch of padding."""
         return (
-            training.init_sums(self.state.params, self.mesh),
+            self.init_sums(),
             self.state.params,
             self.state.step,
             self.put(self.terms.padding(microbatch_size)),
@@ -254,9 +262,8 @@ def build(
         expected_records=max(1, _MOST_IMAGES // config.method.set_size)
         if in_chunks
         else config.privacy.expected_batch_size,
-        clipping=config.performance.clipping_of(
-            has_linear_head(config, model), platform
-        ),
+        clipping=config.performance.clipping_of(suits_ghost(config, model), platform),
+        magnitudes=config.diagnostics.gradients,
     )
 
 
@@ -288,18 +295,25 @@ def _gradient(
     config, loss_fn, platform: str, *, linear_head: bool = False
 ) -> clipping.BoundedSensitivityCallable:
     name = config.performance.clipping_of(linear_head, platform)
-    always = {"keep": ghost.always} if linear_head and name == "ghost" else {}
-    return CLIPPED_GRADIENTS[name](
+    options: dict[str, Any] = {}
+    if linear_head and name == "ghost":
+        options["keep"] = ghost.always
+    if config.diagnostics.gradients:  # the config has seen to it that it is not ghost
+        options["magnitudes"] = True
+    clipped_gradient: Any = CLIPPED_GRADIENTS[name]
+    return clipped_gradient(
         loss_fn,
         l2_clip_norm=config.privacy.l2_clip_norm,
         convolutions=config.performance.convolutions,
-        **always,
+        **options,
     )
 
 
-def has_linear_head(config, model: Classifier) -> bool:
+def suits_ghost(config, model: Classifier) -> bool:
+    """Whether a linear head is trained whose gradients nobody asks to see."""
     is_linear = finetune.is_linear_head(*config.finetune.split(model.shapes))
-    return is_linear and model.encode is not None
+    seen = config.diagnostics.gradients
+    return is_linear and model.encode is not None and not seen
 
 
 def head_gradient(
@@ -312,7 +326,7 @@ def head_gradient(
         logits = model.classify(params, embeddings)
         return optax.softmax_cross_entropy(logits, labels).mean()
 
-    linear_head = has_linear_head(config, model)
+    linear_head = suits_ghost(config, model)
     return _gradient(config, loss_fn, platform, linear_head=linear_head)
 
 

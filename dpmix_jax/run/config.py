@@ -103,6 +103,18 @@ class EvaluateConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class DiagnosticsConfig:
+    """What is measured of private records beside the training, for research alone.
+
+    Attributes:
+      gradients: whether to keep how large each parameter's gradient is before the clip
+        (DP-Mix, Figure 2); see `run.diagnostics`.
+    """
+
+    gradients: bool = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ExperimentConfig:
     """One training run.
 
@@ -129,6 +141,9 @@ class ExperimentConfig:
     )
     logging: LoggingConfig = dataclasses.field(default_factory=LoggingConfig)
     evaluate: EvaluateConfig = dataclasses.field(default_factory=EvaluateConfig)
+    diagnostics: DiagnosticsConfig = dataclasses.field(
+        default_factory=DiagnosticsConfig
+    )
 
     def __post_init__(self):
         seed, validation = self.seed, self.data.validation_size
@@ -157,6 +172,12 @@ class ExperimentConfig:
             self.finetune.embeddings,
             f"'fresh' for {method}, whose groups are drawn anew in each update",
         )
+        seen, clipping = self.diagnostics.gradients, self.performance.clipping
+        none = "False for {}, where no record has a gradient of its own".format
+        require(not (seen and groups), "diagnostics.gradients", seen, none(method))
+        ghost = f"performance.clipping {clipping!r}"
+        unseen = seen and clipping == "ghost"
+        require(not unseen, "diagnostics.gradients", seen, none(ghost))
 
     @property
     def draws_public(self) -> bool:

@@ -6,7 +6,7 @@ import time
 import jax
 import numpy as np
 
-from dpmix_jax import data, privacy, training
+from dpmix_jax import data, privacy
 from dpmix_jax.data.public import blank_public
 from dpmix_jax.models.classifier import Classifier
 from dpmix_jax.progress import duration, say
@@ -128,7 +128,7 @@ def _seconds_of_update(parts: build.Parts, size: int, expected: float) -> float:
     batch = parts.put(np.maximum(parts.terms.padding(size), 0))
 
     def once(count: int) -> float:
-        sums = training.init_sums(state.params, parts.mesh)
+        sums = parts.init_sums()
         start = time.perf_counter()
         for _ in range(count):
             sums = parts.accumulate(sums, state.params, state.step, batch, parts.inputs)

@@ -173,12 +173,15 @@ def _measured(
 ) -> dict[str, float]:
     """Returns a line of metrics about an update."""
     records = max(float(sums["records"]), 1.0)
-    return {
+    line = {
         "step": step,
         "epsilon": privacy.epsilon_after(mechanism, step, config.delta),
         "nonprivate/loss": float(sums["loss"]) / records,
         "nonprivate/clipped_fraction": float(sums["clipped"]) / records,
     }
+    if "gradient_stddev" in sums:  # of `diagnostics.observed`
+        line["nonprivate/gradient_stddev"] = float(sums["gradient_stddev"])
+    return line
 
 
 def _progress_line(line: dict[str, float], progress: Progress, speed: float) -> str:

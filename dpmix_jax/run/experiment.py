@@ -14,7 +14,14 @@ from dpmix_jax import data, privacy, training
 from dpmix_jax.data.public import load_public
 from dpmix_jax.errors import UserError
 from dpmix_jax.progress import Progress, say
-from dpmix_jax.run import build, embeddings, evaluate, ledger, performance
+from dpmix_jax.run import (
+    build,
+    diagnostics,
+    embeddings,
+    evaluate,
+    ledger,
+    performance,
+)
 from dpmix_jax.run.checkpoint import Checkpoints
 from dpmix_jax.run.config import ExperimentConfig, to_dict
 from dpmix_jax.run.release import final_line, public_data_used, release
@@ -193,8 +200,17 @@ def train(
             mesh=parts.mesh,
             batches=parts.batches(size),
             num_updates=num_updates,
+            magnitudes=parts.magnitudes,
             stop=lambda: bool(signals),
         )
+        if parts.magnitudes:
+            updates = diagnostics.observed(
+                updates,
+                workdir.path / diagnostics.FOLDER,
+                first=first,
+                num_updates=num_updates,
+                checkpoint_every=every.checkpoint_every,
+            )
         for state, sums in updates:
             step = int(state.step)
             last = step == num_updates

@@ -113,9 +113,7 @@ def for_target(
         performance=dataclasses.replace(
             own,
             memory_gib=own.memory_gib or performance.SHARE * target.num_bytes / 2**30,
-            clipping=own.clipping_of(
-                build.has_linear_head(config, model), target.platform
-            ),
+            clipping=own.clipping_of(build.suits_ghost(config, model), target.platform),
         ),
     )
 

@@ -44,6 +44,7 @@ METRICS = (
     "nonprivate/validation/accuracy_ema",
     "nonprivate/loss",
     "nonprivate/clipped_fraction",
+    "nonprivate/gradient_stddev",
     "noise_multiplier",
     "nonprivate/images_per_second",
     "seconds",
@@ -161,7 +162,7 @@ class SweepConfig:
 
     def show(self, value: float, sign: str = "") -> str:
         """Writes a value of the metric in `unit`."""
-        return f"{100 * value:{sign}.2f}" if self.unit else f"{value:{sign}.4f}"
+        return f"{100 * value:{sign}.2f}" if self.unit else f"{value:{sign}#.4g}"
 
     def label(self, point: Point) -> str:
         named = zip(self.columns, point, strict=True)

@@ -19,7 +19,7 @@ from dpmix_jax.run.config import ExperimentConfig, differences, to_dict
 from dpmix_jax.run.experiment import caught_signals, data_digest
 from dpmix_jax.run.release import final_line
 from dpmix_jax.run.workdir import Workdir
-from dpmix_jax.sweeps import plots, tables
+from dpmix_jax.sweeps import figure2, plots, tables
 from dpmix_jax.sweeps.grid import Record, Run, SweepConfig
 
 # Does a run in a folder, or goes on with it; returns why it failed, or None.
@@ -163,8 +163,9 @@ def _sweep(
         say(f"failed: {run.name}: {why}")
     try:
         plots.write(config, folder, list(records.values()))
+        figure2.write(config, folder, list(records.values()))
     except Exception as error:  # a picture is not worth the sweep
-        say(f"no plot.png: {type(error).__name__}: {error}")
+        say(f"no picture: {type(error).__name__}: {error}")
     return 1 if failures else 0
 
 

@@ -20,13 +20,16 @@ _STYLES = [
 
 def write(sweep: SweepConfig, folder: Workdir, records: Sequence[Record]) -> None:
     """Writes plot.png and plot.pdf of the runs that have finished, if any have."""
-    if not records:
-        return
-    figure = draw(sweep, records)
+    if records:
+        save(draw(sweep, records), folder, "plot")
+
+
+def save(figure: matplotlib.figure.Figure, folder: Workdir, name: str) -> None:
+    """Writes a figure as `<name>.png` and `<name>.pdf`."""
     for kind in ("png", "pdf"):
         file = io.BytesIO()
         figure.savefig(file, format=kind, dpi=200)
-        folder.write(f"plot.{kind}", file.getvalue())
+        folder.write(f"{name}.{kind}", file.getvalue())
 
 
 def draw(sweep: SweepConfig, records: Sequence[Record]) -> matplotlib.figure.Figure:
