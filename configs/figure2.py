@@ -18,20 +18,14 @@ others not measured. Accuracy: docs/results/figure2_digits.md.
 
 import ml_collections
 
+from configs import fine_tuned
 from configs._base import method
 from dpmix_jax.run.config import choose
 
 # By data: config of one run, its synthetic images, k_base, k_diff and k_self.
 BASES = {
-    "digits": ("digits.py:1", {"public.name": "rendered_digits"}, 4, 1, 4),
-    **{
-        data: (
-            f"vit_b16.py:{data}-1",
-            {"public.name": "bank", "public.path": f"banks/{data}"},
-            *(16, 2, 18),
-        )
-        for data in ("cifar10", "caltech256")
-    },
+    "digits": ("digits.py:{epsilon}", *fine_tuned.BASES["digits"][1:]),
+    **{data: fine_tuned.BASES[f"vit_b16-{data}"] for data in ("cifar10", "caltech256")},
 }
 PAPER = {
     "cifar10": ("2.16e-3", "9.76e-4", "9.59e-4"),
@@ -41,18 +35,7 @@ PAPER = {
 
 def get_config(data: str = "cifar10") -> ml_collections.ConfigDict:
     base, synthetic, k_base, k_diff, k_self = choose(BASES, data, "data")
-    of_paper = (
-        (f"Self-Aug, K = {k_base}", method("self_aug", k_base=k_base)),
-        (
-            f"DP-Mix_self, {k_base} + {k_self}",
-            method("dp_mix_self", k_base=k_base, k_self=k_self),
-        ),
-        (
-            f"DP-Mix_diff, {k_base} + {k_diff} + {k_self}",
-            method("dp_mix_diff", k_base=k_base, k_diff=k_diff, k_self=k_self)
-            | synthetic,
-        ),
-    )
+    of_paper = fine_tuned.methods(synthetic, k_base, k_diff, k_self)
     equal = k_base + k_self
     names = [name for name, _ in of_paper]
     paper = {
@@ -62,7 +45,7 @@ def get_config(data: str = "cifar10") -> ml_collections.ConfigDict:
     return ml_collections.ConfigDict(
         {
             "title": f"Figure 2: gradients before the clip, {data}",
-            "base": f"configs/{base}",
+            "base": f"configs/{base}".replace("{epsilon}", "1"),
             "rows": (
                 *of_paper,
                 (f"Self-Aug, K = {equal}", method("self_aug", k_base=equal)),

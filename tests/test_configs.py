@@ -45,6 +45,9 @@ NOISE_MULTIPLIERS |= {
         "scattering_cifar10": (10.3342, 5.5900, 3.9505, 3.6698, 2.4653),
     }.items()
 }
+NOISE_MULTIPLIERS["scattering_digits"] = {
+    epsilon: NOISE_MULTIPLIERS["digits"][epsilon] for epsilon in ("1", "2", "4", "8")
+}
 FROM_SCRATCH = tuple(NOISE_MULTIPLIERS)
 # Heads: batch and updates of a dataset are the same at each epsilon, so one tells.
 HEADS = (1.8786, 2.7388, 2.5852, 1.4943, 6.3973)
@@ -58,11 +61,15 @@ NOISE_MULTIPLIERS["wrn28_10"] = {
 RUNS = (*NOISE_MULTIPLIERS, "convnext_base")
 SWEEPS = (
     "baselines",
+    "figure2",
+    "fine_tuned",
+    "from_scratch",
     "rates",
     "scattering_ablation",
     "scattering_ladder",
     "table10",
     "table11",
+    "table12",
 )
 
 
@@ -198,6 +205,42 @@ def test_an_ablation_changes_one_part_in_each_row():
         gone = config.optimizer.learning_rate * config.privacy.l2_clip_norm
         gone *= config.privacy.num_updates / (1 - config.optimizer.momentum)
         assert gone == pytest.approx(8 * 0.1 * 280 / 0.1)
+
+
+SIX = [
+    f"{encoder}-{data}"
+    for encoder in ("vit_b16", "convnext_base")
+    for data in module("vit_b16").DATASETS
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "argument"),
+    [
+        *(("figure2", data) for data in ("cifar10", "caltech256", "digits")),
+        *(("fine_tuned", point) for point in (*SIX, "digits")),
+        *(("from_scratch", data) for data in module("from_scratch").BASES),
+        *(("table12", data) for data in ("cifar100", "digits")),
+    ],
+)
+def test_a_grid_of_the_paper_has_its_methods_and_one_at_equal_compute(name, argument):
+    found = grid(name, argument)
+    built = {run.row: run.config for run in found.runs()[:: len(found.points)]}
+    for row, config in built.items():
+        sizes = re.findall(r"\d+", row) or ["1"]
+        assert config.method.set_size == sum(map(int, sizes))
+        assert (config.public is not None) == ("_diff" in row)
+    data = argument.split("-")[-1]
+    assert {config.data.name for config in built.values()} == {data}
+    epsilons = {run.config.privacy.epsilon for run in found.runs()}
+    one = name in ("figure2", "table12")
+    assert epsilons == ({1.0} if one else {1.0, 2.0, 4.0, 8.0})
+    (mixed,) = (c.method.set_size for row, c in built.items() if "_self" in row)
+    assert [config.method.set_size for config in built.values()].count(mixed) == 2
+    seen = {config.diagnostics.gradients for config in built.values()}
+    assert seen == {name == "figure2"}
+    cited = {cell[0] for cell in (found.paper or {"cells": ()})["cells"]}
+    assert cited <= set(found.rows)
 
 
 @pytest.mark.parametrize("data", ["", "cifar10", "digits", "fashion_mnist"])
