@@ -65,7 +65,7 @@ def draw(
         axes.set_xlabel("mean magnitude before the clip")
     panels[0].set_ylabel("density over parameters")
     panels[0].set_yscale("log")
-    panels[-1].legend(fontsize=8, title="of the training")
+    panels[-1].legend(fontsize=8, title="of the training", loc="upper right")
     figure.suptitle(sweep.title, fontsize=10)
     return figure
 
