@@ -4,6 +4,7 @@ of the package: of datasets and of caches.
 
 import contextlib
 import fcntl
+import math
 import os
 import pathlib
 import time
@@ -95,14 +96,28 @@ def locked(
         raise UserError(f"{name} is not writable: {error.strerror}") from None
     with lock:
         if not _try_lock(lock):
-            if not wait:
-                raise UserError(f"{name} is in use by another run")
-            say(f"waiting for another process that holds {name}")
+            if wait:
+                say(f"waiting for another process that holds {name}")
+            # `is_locked` lets go at once.
+            until = time.monotonic() + (math.inf if wait else 0.1)
             while not _try_lock(lock):
-                if stop():
+                if stop() or time.monotonic() > until:
                     raise UserError(f"{name} is in use by another run")
                 time.sleep(0.2)
         yield
+
+
+def is_locked(path: pathlib.Path) -> bool:
+    """Whether a process holds a folder."""
+    try:
+        # Looking at it holds it for an instant, which `locked` allows for.
+        with open(path / ".lock") as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # there is none
+        return False
+    return False
 
 
 def _try_lock(file: IO[str]) -> bool:

@@ -23,10 +23,11 @@ if __name__ == "__main__":  # Ctrl-C while JAX is imported: no traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import pathlib
+from typing import Any
 
 from absl import flags
 
-from dpmix_jax import sweeps
+from dpmix_jax import UserError, sweeps
 from dpmix_jax.run import cli
 
 _CONFIG = cli.define_config()
@@ -39,6 +40,34 @@ _SET = flags.DEFINE_multi_string(
 _DRY_RUN = flags.DEFINE_bool(
     "dry_run", False, "Tells what the runs would take, and which files are missing."
 )
+_WATCH = flags.DEFINE_bool(
+    "watch", False, "Shows how far the runs are, from another terminal; reads only."
+)
+_LAUNCHER = flags.DEFINE_enum(
+    "launcher",
+    None,
+    ["local", "slurm"],
+    "Runs as jobs of submitit, on this machine or in the queue of Slurm; by default"
+    " one after another.",
+)
+_OF_JOBS: list[flags.FlagHolder[Any]] = [
+    flags.DEFINE_integer("parallel", None, "Most jobs at once.", lower_bound=1),
+    flags.DEFINE_list(
+        "devices", [], "GPUs of this machine, as 0,1,2,3: a job has one, or none."
+    ),
+    flags.DEFINE_integer(
+        "minutes",
+        None,
+        "Time limit of a job of Slurm, which then goes back to the queue; 240 if not"
+        " given.",
+        lower_bound=5,
+    ),
+    flags.DEFINE_string("partition", None, "Partition of Slurm."),
+    flags.DEFINE_integer("gpus", None, "GPUs of a job of Slurm.", lower_bound=1),
+    flags.DEFINE_multi_string(
+        "sbatch", [], "More options of sbatch, as in --sbatch=account=us; repeatable."
+    ),
+]
 
 
 def main() -> int:
@@ -48,8 +77,25 @@ def main() -> int:
         print(sweeps.sheet(config), end="")
         return 0
     path = pathlib.Path(_WORKDIR.value or cli.default_workdir(*named))
+    if _WATCH.value:
+        sweeps.watch(config, path)
+        return 0
+    if jobs := _jobs():
+        return sweeps.launch(config, path, run_all=jobs.run)
     with sweeps.Worker(path / ".jax_cache") as worker:
         return sweeps.launch(config, path, worker.run)
+
+
+def _jobs():
+    """Returns how runs become jobs, or None where there is no --launcher."""
+    given = {flag.name: flag.value for flag in _OF_JOBS if flag.value}
+    if _LAUNCHER.value is None:
+        for name in given:
+            raise UserError(f"--{name} is for --launcher=local or slurm")
+        return None
+    from dpmix_jax.sweeps import cluster  # needs submitit
+
+    return cluster.Jobs(launcher=_LAUNCHER.value, **given)
 
 
 if __name__ == "__main__":

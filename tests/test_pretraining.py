@@ -183,7 +183,7 @@ def test_a_run_stopped_while_it_pretrains_ends_with_the_same_bits(
     stopped = tmp_path / "stopped"
     with monkeypatch.context() as patch:
         caught = contextlib.nullcontext(After(3))
-        patch.setattr(experiment, "caught_signals", lambda: caught)
+        patch.setattr(experiment, "caught_signals", lambda _: caught)
         assert run(stopped, **OPTIONS).status == 128 + signal.SIGTERM
     assert (stopped / "pretraining").exists()
     assert not (stopped / "results.json").exists()

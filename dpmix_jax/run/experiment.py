@@ -5,7 +5,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -28,9 +28,12 @@ from dpmix_jax.run.release import final_line, public_data_used, release
 from dpmix_jax.run.workdir import Workdir
 
 DIVERGED = 3  # the exit status of a run whose weights are not finite
+STOPPING = signal.SIGTERM, signal.SIGINT  # the latter is Ctrl-C
 
 
-def run(config: ExperimentConfig, workdir: Workdir) -> int:
+def run(
+    config: ExperimentConfig, workdir: Workdir, stopping: Sequence[int] = STOPPING
+) -> int:
     """Runs an experiment, or goes on with it where it stopped.
 
     Args:
@@ -38,6 +41,7 @@ def run(config: ExperimentConfig, workdir: Workdir) -> int:
       workdir: receives `config.json`, `metrics.jsonl`, `checkpoints/`,
         `model.safetensors`, `model.json`, `privacy.json`, `PRIVACY.md`, `report.html`
         and, last of all, `results.json`.
+      stopping: signals at which it saves and stops.
 
     Returns:
       The exit status: 0, 3 if the weights that came out are not finite, or 128 + n
@@ -53,7 +57,7 @@ def run(config: ExperimentConfig, workdir: Workdir) -> int:
     config.augmentation.check_images(dataset.train.image_shape)
     config.performance.check_devices(jax.device_count())
     warn(config.privacy, len(dataset.train))
-    with workdir.locked(), caught_signals() as signals:
+    with workdir.locked(), caught_signals(stopping) as signals:
         performance.keep_compiled_code(workdir.path.parent / ".jax_cache")
         workdir.check(config)
         if workdir.results() is not None:
@@ -333,8 +337,8 @@ def data_digest(
 
 
 @contextlib.contextmanager
-def caught_signals() -> Iterator[list[int]]:
-    """Collects SIGTERM and Ctrl-C, so that the run saves first; a second one kills."""
+def caught_signals(numbers: Sequence[int] = STOPPING) -> Iterator[list[int]]:
+    """Collects signals, so that the run saves first; a second one kills."""
     caught: list[int] = []
 
     def catch(number, frame):
@@ -343,7 +347,7 @@ def caught_signals() -> Iterator[list[int]]:
         signal.signal(number, signal.SIG_DFL)
         say(f"{signal.Signals(number).name}: saving; once more stops at once")
 
-    previous = {n: signal.signal(n, catch) for n in (signal.SIGTERM, signal.SIGINT)}
+    previous = {n: signal.signal(n, catch) for n in numbers}
     try:
         yield caught
     finally:

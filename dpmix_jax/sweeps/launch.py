@@ -1,4 +1,4 @@
-"""Does the runs of a sweep one after another, and goes on with what a stop has left."""
+"""Does the runs of a sweep, and goes on with what a stop has left."""
 
 import json
 import pathlib
@@ -6,7 +6,7 @@ import secrets
 import shutil
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -21,10 +21,13 @@ from dpmix_jax.run.release import final_line
 from dpmix_jax.run.workdir import Workdir
 from dpmix_jax.sweeps import figure2, plots, tables
 from dpmix_jax.sweeps.grid import Record, Run, SweepConfig
+from dpmix_jax.sweeps.worker import last_line, log_of
 
 # Does a run in a folder, or goes on with it; returns why it failed, or None.
 Attempt = Callable[[Run, Workdir], str | None]
 Signals = Sequence[int]
+# As each run ends: the run, why it failed or None, and the seconds that it took.
+Ended = Iterator[tuple[Run, str | None, float]]
 
 
 class _StoppedError(Exception):
@@ -34,24 +37,29 @@ class _StoppedError(Exception):
 def launch(
     config: SweepConfig,
     path: pathlib.Path,
-    run_one: Callable[[ExperimentConfig, Workdir, Signals], str | None],
+    run_one: Callable[[ExperimentConfig, Workdir, Signals], str | None] | None = None,
+    run_all: Callable[[Sequence[Run], pathlib.Path, Signals], Ended] | None = None,
 ) -> int:
     """Does what is left of a sweep, or of a private selection if a run asks for one.
 
     Args:
       config: of the sweep.
       path: its folder.
-      run_one: does one run, as `worker.Worker.run` does.
+      run_one: does one run, as `worker.Worker.run` does, after the other.
+      run_all: does all that are left, as `cluster.Jobs.run` does, instead.
 
     Returns:
       The exit status: 0, 1 if a run failed, or 128 + n after signal n.
 
     Raises:
-      UserError: for a config or data that a run would refuse; nothing has begun then.
+      UserError: for a config or data that a run would refuse, or a private selection
+        by `run_all`; nothing has begun then.
     """
     folder, runs = Workdir(path), config.candidates()
     selects = any(run.config.privacy.selection is not None for run in runs)
     if selects:
+        if run_one is None:
+            raise UserError("--launcher does no private selection: leave it out")
         _check_candidates(runs)
         left = [] if (path / "selected").exists() else runs
     else:
@@ -63,15 +71,28 @@ def launch(
     with folder.locked(), caught_signals() as signals:
 
         def attempt(run: Run, workdir: Workdir) -> str | None:
+            assert run_one is not None
             why = run_one(run.config, workdir, signals)
             if signals:
                 raise _StoppedError
             return why
 
+        def each(runs: Sequence[Run]) -> Ended:
+            for run in runs:
+                began = time.monotonic()
+                why = attempt(run, Workdir(path / run.folder))
+                yield run, why, time.monotonic() - began
+
+        def side_by_side(runs: Sequence[Run]) -> Ended:
+            assert run_all is not None
+            yield from run_all(runs, path, signals)
+            if signals:
+                raise _StoppedError
+
         try:
             if selects:
                 return _select(runs, folder, attempt)
-            return _sweep(config, runs, folder, attempt)
+            return _sweep(config, runs, folder, side_by_side if run_all else each)
         except _StoppedError:
             say("stopped: the same command goes on from there")
             return 128 + signals[0]
@@ -109,7 +130,7 @@ def _read(
     return dataset, public, config.finetune.checksums()
 
 
-def _has_ended(run: Run, workdir: Workdir) -> bool:
+def has_ended(run: Run, workdir: Workdir) -> bool:
     """Whether a folder has results; raises `UserError` if they are of another run."""
     if workdir.results() is None:
         return False
@@ -122,7 +143,10 @@ def _eta(started: float, done: int, total: int) -> str:
 
 
 def _sweep(
-    config: SweepConfig, runs: Sequence[Run], folder: Workdir, attempt: Attempt
+    config: SweepConfig,
+    runs: Sequence[Run],
+    folder: Workdir,
+    do: Callable[[Sequence[Run]], Ended],
 ) -> int:
     """Does the runs that have not ended and prints the table; returns the status."""
     records: dict[Run, Record] = {}
@@ -137,21 +161,21 @@ def _sweep(
 
     for run in runs:
         try:
-            if _has_ended(run, workdirs[run]):
+            if has_ended(run, workdirs[run]):
                 collect(run)
         except UserError as error:
             failures[run] = str(error)
     total, started = len(runs), time.monotonic()
     say(f"{total} runs into {folder.path}, {len(records)} of them finished before")
     left = [run for run in runs if run not in records and run not in failures]
-    for done, run in enumerate(left, 1):
-        began = time.monotonic()
+    for done, (run, why, seconds) in enumerate(do(left), 1):
         try:
-            if why := attempt(run, workdirs[run]):
+            if why:
+                _end_log(workdirs[run], why)
                 raise UserError(why)
             collect(run)
             value = config.show(records[run][config.metric]) + config.unit
-            outcome = f"{config.metric} {value}, {time.monotonic() - began:.0f} s"
+            outcome = f"{config.metric} {value}, {seconds:.0f} s"
         except UserError as error:
             failures[run], outcome = str(error), f"FAILED: {error}"
         write()
@@ -167,6 +191,14 @@ def _sweep(
     except Exception as error:  # a picture is not worth the sweep
         say(f"no picture: {type(error).__name__}: {error}")
     return 1 if failures else 0
+
+
+def _end_log(workdir: Workdir, why: str) -> None:
+    """Ends the log of a run that failed with the reason, which a crash has not told."""
+    log = log_of(workdir)
+    if log.exists() and not last_line(log).startswith("error: "):
+        with open(log, "a") as file:
+            file.write(f"error: {why}\n")
 
 
 # Private selections.
@@ -226,7 +258,7 @@ def _select(points: Sequence[Run], folder: Workdir, attempt: Attempt) -> int:
         candidates.mkdir(mode=0o700, exist_ok=True)
         workdirs = [Workdir(candidates / str(n)) for n in range(len(drawn))]
         pairs = enumerate(zip(drawn, workdirs, strict=True), 1)
-        left = [(n, *pair) for n, pair in pairs if not _has_ended(*pair)]
+        left = [(n, *pair) for n, pair in pairs if not has_ended(*pair)]
         started = time.monotonic()
         for done, (n, run, workdir) in enumerate(left, 1):
             if why := attempt(run, workdir):

@@ -59,15 +59,15 @@ class Worker(contextlib.AbstractContextManager):
             return str(error)
         if signals:
             return None
-        log = path.with_name(f"{path.name}.log")
+        log = log_of(workdir)
         log.touch()
         try:
             pipe = self._pipe or self._start()
-            pipe.send((config, workdir, log))
+            pipe.send((config, workdir))
             self._wait(pipe, log, signals)
             why = pipe.recv()
         except (EOFError, OSError):
-            why = f"{self._end()}: {_last_line(log)}"
+            why = f"{self._end()}: {last_line(log)}"
         return why and f"{why} ({log})"
 
     def __exit__(self, *error: object) -> None:
@@ -106,7 +106,7 @@ class Worker(contextlib.AbstractContextManager):
                 handed_on = True
             if live:
                 columns = os.get_terminal_size(sys.stderr.fileno()).columns
-                line = _last_line(log)[: columns - 1]
+                line = last_line(log)[: columns - 1]
                 print(f"\r\033[K{line}\r", end="", file=sys.stderr)
         print("\r\033[K" if live else "", end="", file=sys.stderr)
 
@@ -123,26 +123,48 @@ def _serve(
     performance.keep_compiled_code(cache.resolve())
     while True:
         try:
-            config, workdir, log = pipe.recv()
+            config, workdir = pipe.recv()
         except (EOFError, OSError):
             return
-        with open(log, "a") as file:
-            os.dup2(file.fileno(), 1)
-            os.dup2(file.fileno(), 2)
-        why = None
-        try:
-            status = run(config, workdir)
-            if status not in (0, experiment.DIVERGED):  # a bad rate is a result too
-                why = f"exit status {status}"
-        except (UserError, OSError) as error:
-            why = " ".join(str(error).split())
-            print("error:", why, flush=True)
+        why = attempt(run, config, workdir)
         jax.clear_caches()  # else memory grows from run to run
         with contextlib.suppress(BrokenPipeError):  # the sweep was killed meanwhile
             pipe.send(why)
 
 
-def _last_line(log: pathlib.Path) -> str:
+def attempt(
+    run: Callable[[Any, Workdir], int], config: Any, workdir: Workdir
+) -> str | None:
+    """Does a run in this process, whose output goes to its log from now on.
+
+    Args:
+      run: does it, and returns its exit status.
+      config: of the run.
+      workdir: of the run.
+
+    Returns:
+      Why it failed, or None if it did not.
+    """
+    with open(log_of(workdir), "a") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    try:
+        status = run(config, workdir)
+    except (UserError, OSError) as error:
+        why = " ".join(str(error).split())
+        print("error:", why, flush=True)
+        return why
+    if status in (0, experiment.DIVERGED):  # a bad rate is a result too
+        return None
+    return f"exit status {status}"
+
+
+def log_of(workdir: Workdir) -> pathlib.Path:
+    """Returns the log of a run, which lies beside its workdir."""
+    return workdir.path.with_name(f"{workdir.path.name}.log")
+
+
+def last_line(log: pathlib.Path) -> str:
     """Returns the last line of a log, of which nothing but the end is read."""
     with open(log, "rb") as file:
         file.seek(max(0, log.stat().st_size - 4096))
