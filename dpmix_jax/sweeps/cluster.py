@@ -149,7 +149,8 @@ class Jobs:
                 free += [slots.pop(run)] if local else []
                 why = _why(jobs.pop(run), workdirs[run])
                 yield run, why, time.monotonic() - began[run]
-            time.sleep(0.2 if local else 5)
+            if left or jobs:
+                time.sleep(0.2 if local else 5)
         if local:
             _stop(jobs.values())
         elif jobs:

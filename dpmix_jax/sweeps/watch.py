@@ -57,7 +57,7 @@ def screen(runs: Sequence[Run], path: pathlib.Path) -> tuple[str, bool]:
     found = [(run, *_state(run, Workdir(path / run.folder))) for run in runs]
     states = [state for _, state, _ in found]
     counts = ", ".join(f"{states.count(state)} {state}" for state in STATES)
-    lines = [f"{len(runs)} runs in {path}: {counts}; ETA {_eta(found, path)}"]
+    lines = [f"{len(runs)} runs: {counts}; ETA {_eta(found, path)}"]
     for shown in ("failed", "running"):
         lines += [f"{s}  {run.name}: {told}" for run, s, told in found if s == shown]
     return "\n".join(lines), not {"running", "queued"} & {*states}
@@ -92,7 +92,7 @@ def _eta(found: Sequence[tuple[Run, str, str]], path: pathlib.Path) -> str:
             seconds = max(0.0, last["seconds"] - first["seconds"])
             pace = seconds / (last["step"] - first["step"])
             whole.append(pace * updates)
-            left.append(pace * (updates - last["step"]))
+            left.append(max(0.0, pace * (updates - last["step"])))
     states = [state for _, state, _ in found]
     running, queued = states.count("running"), states.count("queued")
     if not (running or queued):
