@@ -8,12 +8,22 @@ from typing import TextIO
 import jax
 from tqdm import tqdm
 
+_silent = False
+
+
+def silence(silent: bool) -> None:
+    """Lets this process say nothing, as all but the first of several do."""
+    global _silent
+    _silent = silent
+
 
 def say(text: str, file: TextIO | None = None) -> None:
     """Prints a line at once, to the standard error stream unless told otherwise.
 
     On a terminal, a bar that is there moves below it.
     """
+    if _silent:
+        return
     stream = file or sys.stderr
     tqdm.write(text, file=stream)
     stream.flush()
@@ -38,7 +48,7 @@ class Progress(contextlib.AbstractContextManager):
         self._bar = tqdm(
             initial=first,
             total=last,
-            disable=None,  # unless it is a terminal
+            disable=_silent or None,  # None: unless it is a terminal
             leave=False,
             dynamic_ncols=True,
             bar_format="{percentage:3.0f}% {bar:30} {n_fmt}/{total_fmt}{postfix}",

@@ -328,16 +328,20 @@ def init_sums(
     params: PyTree, mesh: jax.sharding.Mesh, *, magnitudes: bool = False
 ) -> Sums:
     """Returns float32 zeros to accumulate into."""
+    where = devices.everywhere(mesh)
 
     def zeros() -> PyTree:  # anew, for `accumulate` donates them
-        return jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
+        return jax.tree.map(
+            lambda p: jnp.zeros(p.shape, jnp.float32, device=where), params
+        )
 
     nonprivate: dict[str, Any] = {
-        name: jnp.float32(0) for name in ("loss", "clipped", "records")
+        name: jnp.zeros((), jnp.float32, device=where)
+        for name in ("loss", "clipped", "records")
     }
     if magnitudes:
         nonprivate["magnitudes"] = zeros()
-    return jax.device_put(Sums(zeros(), nonprivate), devices.everywhere(mesh))
+    return Sums(zeros(), nonprivate)
 
 
 def put_inputs(

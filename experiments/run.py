@@ -19,12 +19,15 @@ import pathlib
 from absl import flags
 
 from dpmix_jax.errors import UserError
-from dpmix_jax.run import cli, config, dry_run, experiment, targets
+from dpmix_jax.run import cli, config, dry_run, experiment, hosts, targets
 from dpmix_jax.run.workdir import Workdir
 
 _CONFIG = cli.define_config()
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Where to write; by default runs/<config file>[-<its argument>]."
+)
+_DISTRIBUTED = flags.DEFINE_bool(
+    "distributed", False, "Joins the other processes of this run: see docs/scaling.md."
 )
 _DRY_RUN = flags.DEFINE_bool(
     "dry_run", False, "Tells noise, work, memory and hours, without touching data."
@@ -38,6 +41,13 @@ _TARGET = flags.DEFINE_enum(
 
 
 def main() -> int:
+    if _DISTRIBUTED.value:
+        hosts.initialize()
+    with hosts.together():
+        return run()
+
+
+def run() -> int:
     named = cli.config_file()
     experiment_config = config.from_config_dict(_CONFIG.value)
     if _DRY_RUN.value:

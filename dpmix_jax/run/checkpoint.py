@@ -27,7 +27,6 @@ class Checkpoints:
     """
 
     def __init__(self, folder: pathlib.Path):
-        folder.mkdir(mode=0o700, exist_ok=True)
         self._folder = folder
 
     def steps(self) -> list[int]:
@@ -37,6 +36,7 @@ class Checkpoints:
 
     def save(self, state: TrainState) -> None:
         """Saves a state under its step, and forgets all but the last two."""
+        self._folder.mkdir(mode=0o700, exist_ok=True)
         tensors = _tensors(state)
         content = safetensors.numpy.save(tensors, {"sha256": _checksum(tensors)})
         write_atomically(self._path(int(state.step)), content, mode=0o600)

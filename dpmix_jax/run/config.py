@@ -179,6 +179,15 @@ class ExperimentConfig:
         unseen = seen and clipping == "ghost"
         require(not unseen, "diagnostics.gradients", seen, none(ghost))
 
+    def check_processes(self, num_processes: int) -> None:
+        """Raises `UserError` for what one process alone can do."""
+        for key, value, allowed in (
+            ("pretrain.num_updates", self.pretrain.num_updates, 0),
+            ("finetune.embeddings", self.finetune.embeddings, "fresh"),
+        ):
+            valid = num_processes == 1 or value == allowed
+            require(valid, key, value, f"{allowed!r} in a run of several processes")
+
     @property
     def draws_public(self) -> bool:
         """Whether the method or a pre-training draws public images."""

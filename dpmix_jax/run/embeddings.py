@@ -15,6 +15,7 @@ from dpmix_jax.data import Records
 from dpmix_jax.errors import UserError
 from dpmix_jax.models import kept, whitening
 from dpmix_jax.models.classifier import Classifier
+from dpmix_jax.run import hosts
 from dpmix_jax.run.build import (
     Indices,
     Parts,
@@ -59,6 +60,22 @@ def whitened(
     """
     if config.finetune.whitening is None:
         return given
+    fitted = hosts.arrays_of_first(
+        lambda: _fitted(config, model, given, records, public, workdir),
+        like=model.shapes["params"]["whitening"],
+    )
+    return {"params": {**given["params"], "whitening": fitted}}
+
+
+def _fitted(
+    config: ExperimentConfig,
+    model: Classifier,
+    given: PyTree,
+    records: Records,
+    public: Records | None,
+    workdir: Workdir,
+) -> dict[str, np.ndarray]:
+    """Returns the whitening that a run began with, or fits that of a new one."""
     if workdir.kept() is not None and workdir.whitening.exists():
         fitted = safetensors.numpy.load_file(workdir.whitening)
         wanted = model.shapes["params"]["whitening"]
@@ -78,6 +95,7 @@ def whitened(
         plain = classifier(config, records, whitened=False)
         assert plain.encode is not None  # the config has seen to both
         assert public is not None
+        assert config.finetune.whitening is not None
         _, frozen = initial_params(config.finetune, model, given, seed=0)
         encode = jax.jit(plain.encode)
         chosen = public.images[whitening.chosen(len(public))]
@@ -86,7 +104,7 @@ def whitened(
             for part in np.array_split(chosen, -(-len(chosen) // _AT_A_TIME))
         ]
         fitted = whitening.fit(np.concatenate(found), config.finetune.whitening)
-    return {"params": {**given["params"], "whitening": fitted}}
+    return fitted
 
 
 def save_whitening(given: PyTree, workdir: Workdir) -> None:

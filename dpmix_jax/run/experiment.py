@@ -1,6 +1,7 @@
 """One experiment from a config to a workdir: train, survive, evaluate, release."""
 
 import contextlib
+import json
 import shutil
 import signal
 import sys
@@ -19,6 +20,7 @@ from dpmix_jax.run import (
     diagnostics,
     embeddings,
     evaluate,
+    hosts,
     ledger,
     performance,
 )
@@ -56,11 +58,13 @@ def run(
     public = load_public(config.public, config.data, dataset)
     config.augmentation.check_images(dataset.train.image_shape)
     config.performance.check_devices(jax.device_count())
+    config.check_processes(jax.process_count())
     warn(config.privacy, len(dataset.train))
-    with workdir.locked(), caught_signals(stopping) as signals:
-        performance.keep_compiled_code(workdir.path.parent / ".jax_cache")
-        workdir.check(config)
-        if workdir.results() is not None:
+    held = workdir.locked() if hosts.is_first() else contextlib.nullcontext()
+    with held, caught_signals(stopping) as signals:
+        if jax.process_count() == 1:  # or else the cache must be one that all share
+            performance.keep_compiled_code(workdir.path.parent / ".jax_cache")
+        if hosts.of_first(lambda: is_finished(config, workdir)):
             say(f"finished before: {workdir.path}")
         elif not train(
             config,
@@ -69,13 +73,24 @@ def run(
             public,
             signals,
             started,
-            book=ledger.of(dataset),
+            book=ledger.of(dataset) if hosts.is_first() else None,
         ):
-            return 128 + signals[0]
-        results = workdir.results()
-        assert results is not None
-        workdir.clean_up()
-        say(final_line(results), file=sys.stdout)
+            return 128 + hosts.agreed(signals)[0]
+        return hosts.of_first(lambda: conclude(workdir))
+
+
+def is_finished(config: ExperimentConfig, workdir: Workdir) -> bool:
+    """Whether this run has ended before; raises `UserError` if it is another one."""
+    workdir.check(config)
+    return workdir.results() is not None
+
+
+def conclude(workdir: Workdir) -> int:
+    """Tells what came out of a finished run; returns its exit status."""
+    results = workdir.results()
+    assert results is not None
+    workdir.clean_up()
+    say(final_line(results), file=sys.stdout)
     return DIVERGED if results.get("diverged") else 0
 
 
@@ -110,29 +125,22 @@ def train(
     model = build.classifier(config, train_set)
     given = config.finetune.load(model.shapes)
     config.finetune.split(model.shapes)
+    weights = config.finetune.checksums()
+    digest = data_digest(train_set, public, weights)
+    hosts.check_same(config=json.dumps(to_dict(config)), data=digest)
     given = embeddings.whitened(config, model, given, train_set, public, workdir)
-    mechanism = mechanism_of(config.privacy, sampling_prob, workdir)
-    if book is not None and workdir.kept() is None:
-        book.spend(
-            mechanism,
-            epsilon=config.privacy.epsilon,
-            delta=config.privacy.delta,
-            workdir=str(workdir.path.resolve()),
-        )
-    workdir.write_json("config.json", to_dict(config), mode=0o600)
+
+    noise_multiplier, seed = hosts.of_first(
+        lambda: begin(config, workdir, sampling_prob, digest, book=book)
+    )
+    mechanism = made_with(noise_multiplier, config.privacy, sampling_prob)
+    if hosts.is_first():
+        embeddings.save_whitening(given, workdir)
     say(
         f"{config.method.name}, K = {config.method.set_size}: {num_updates} updates of"
         f" {len(train_set)} records at q = {sampling_prob:.4g}, sigma ="
         f" {mechanism.noise_multiplier:.4g}"
     )
-
-    weights = config.finetune.checksums()
-    seed = workdir.begin(
-        config.seed,
-        data=data_digest(train_set, public, weights),
-        noise_multiplier=mechanism.noise_multiplier,
-    )
-    embeddings.save_whitening(given, workdir)
     parts = build.build(
         config,
         model,
@@ -151,24 +159,16 @@ def train(
     )
     log = evaluate.make_log(config, mechanism, workdir, started)
 
-    # From the last checkpoint, or from the initial weights.
     checkpoints = Checkpoints(workdir.path / "checkpoints")
-    state = checkpoints.restore(parts.state)
-    if seed is None and (state is None or int(state.step) < num_updates):
-        raise UserError(
-            f"workdir {workdir.path} has lost the checkpoint of its last update: use"
-            " another --workdir"
-        )
-    if state is None and config.pretrain.num_updates:
-        assert seed is not None
-        state = pretrain(config, parts, workdir, train_set, seed, signals, started)
-        if state is None:
-            return False
-        checkpoints.save(state)
-    state = state or parts.state
-    shutil.rmtree(workdir.path / "pretraining", ignore_errors=True)
+    state = hosts.arrays_of_first(
+        lambda: first_state(
+            config, parts, workdir, checkpoints, train_set, seed, signals, started
+        ),
+        like=parts.state,
+    )
+    if state is None:
+        return False
     first = int(state.step)
-    workdir.keep_metrics(first)
     if first:
         say(f"going on after update {first}")
 
@@ -188,12 +188,12 @@ def train(
             return False
         parts = embeddings.on_kept(parts, config, model, rows, seed)
 
-    every, counts = config.logging, evaluate.Counts()
+    every, counts, stopped = config.logging, evaluate.Counts(), hosts.agreed(signals)
     with (
         performance.explained_out_of_memory(config.performance),
         Progress(first, num_updates, started) as progress,
     ):
-        size = parts.microbatch_size(config.performance)
+        size = min(hosts.gather(parts.microbatch_size(config.performance)))
         if config.performance.microbatch_size == "auto":
             say(f"microbatches of {size} records")
         updates = training.train(
@@ -205,7 +205,7 @@ def train(
             batches=parts.batches(size),
             num_updates=num_updates,
             magnitudes=parts.magnitudes,
-            stop=lambda: bool(signals),
+            stop=lambda: bool(stopped),
         )
         if parts.magnitudes:
             updates = diagnostics.observed(
@@ -215,24 +215,30 @@ def train(
                 num_updates=num_updates,
                 checkpoint_every=every.checkpoint_every,
             )
-        for state, sums in updates:
+        for everywhere, sums in updates:
+            state = hosts.local(everywhere)
             step = int(state.step)
             last = step == num_updates
             progress.add(sums["records"])
-            evaluated = step % every.eval_every == 0 or last
-            counts = evaluate.count(confusions, parts, state) if evaluated else {}
-            if evaluated or step % every.log_every == 0:
-                log(state, sums, progress, counts)
-            if step % every.checkpoint_every == 0 or last:
-                checkpoints.save(state)
+            if hosts.is_first():
+                evaluated = step % every.eval_every == 0 or last
+                counts = evaluate.count(confusions, parts, state) if evaluated else {}
+                if evaluated or step % every.log_every == 0:
+                    log(state, sums, progress, counts)
+                if step % every.checkpoint_every == 0 or last:
+                    checkpoints.save(state)
+            stopped = hosts.agreed(signals)
     if int(state.step) < num_updates:
-        checkpoints.save(state)
+        if hosts.is_first():
+            checkpoints.save(state)
         say(
             f"stopped after update {int(state.step)} of {num_updates}, which is saved:"
             " the same command goes on from there"
         )
         return False
 
+    if not hosts.is_first():
+        return True
     # Nothing is drawn from the seed any more: the secrets go before anything comes out.
     checkpoints.keep_last()
     workdir.forget_secrets()
@@ -248,6 +254,76 @@ def train(
         started=started,
     )
     return True
+
+
+def begin(
+    config: ExperimentConfig,
+    workdir: Workdir,
+    sampling_prob: float,
+    digest: str,
+    *,
+    book: ledger.Ledger | None,
+) -> tuple[float, int | None]:
+    """Writes a run down before it looks at a record, or finds how it began.
+
+    Args:
+      config: of the run.
+      workdir: receives its config and its secret.
+      sampling_prob: q.
+      digest: from `data_digest`.
+      book: see `train`.
+
+    Returns:
+      The noise multiplier and the seed, None once it is forgotten.
+    """
+    mechanism = mechanism_of(config.privacy, sampling_prob, workdir)
+    if book is not None and workdir.kept() is None:
+        book.spend(
+            mechanism,
+            epsilon=config.privacy.epsilon,
+            delta=config.privacy.delta,
+            workdir=str(workdir.path.resolve()),
+        )
+    workdir.write_json("config.json", to_dict(config), mode=0o600)
+    noise_multiplier = mechanism.noise_multiplier
+    seed = workdir.begin(config.seed, data=digest, noise_multiplier=noise_multiplier)
+    return noise_multiplier, seed
+
+
+def first_state(
+    config: ExperimentConfig,
+    parts: build.Parts,
+    workdir: Workdir,
+    checkpoints: Checkpoints,
+    train_set: data.Records,
+    seed: int | None,
+    signals: list[int],
+    started: float,
+) -> training.TrainState | None:
+    """Returns the state of the last checkpoint, or of the initial weights.
+
+    Returns:
+      None if a signal came before the last update of a pre-training.
+
+    Raises:
+      UserError: if updates are left, and the seed is forgotten.
+    """
+    state = checkpoints.restore(parts.state)
+    if seed is None and (state is None or int(state.step) < config.privacy.num_updates):
+        raise UserError(
+            f"workdir {workdir.path} has lost the checkpoint of its last update: use"
+            " another --workdir"
+        )
+    if state is None and config.pretrain.num_updates:
+        assert seed is not None
+        state = pretrain(config, parts, workdir, train_set, seed, signals, started)
+        if state is None:
+            return None
+        checkpoints.save(state)
+    state = state or parts.state
+    shutil.rmtree(workdir.path / "pretraining", ignore_errors=True)
+    workdir.keep_metrics(int(state.step))
+    return state
 
 
 def pretrain(
@@ -308,13 +384,7 @@ def mechanism_of(
     if kept is None:
         say("calibrating the noise")
         return config.calibrate(sampling_prob)
-    mechanism = privacy.Mechanism(
-        sampling_prob=sampling_prob,
-        num_updates=config.num_updates,
-        noise_multiplier=kept["noise_multiplier"],
-        neighboring_relation=config.relation,
-        selection=config.private_selection,
-    )
+    mechanism = made_with(kept["noise_multiplier"], config, sampling_prob)
     # Not to the last bit: accountants differ in it between processors.
     if mechanism.epsilon(config.delta) > config.epsilon * (1 + 1e-6):
         raise UserError(
@@ -322,6 +392,19 @@ def mechanism_of(
             " allows by this accountant: use another --workdir"
         )
     return mechanism
+
+
+def made_with(
+    noise_multiplier: float, config: privacy.PrivacyConfig, sampling_prob: float
+) -> privacy.Mechanism:
+    """Returns the mechanism of a config that has this noise."""
+    return privacy.Mechanism(
+        sampling_prob=sampling_prob,
+        num_updates=config.num_updates,
+        noise_multiplier=noise_multiplier,
+        neighboring_relation=config.relation,
+        selection=config.private_selection,
+    )
 
 
 def data_digest(

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from dpmix_jax import conv
 from dpmix_jax.errors import UserError, require, require_one_of
+from dpmix_jax.run import hosts
 
 PRECISIONS = ("float32", "tensorfloat32", "bfloat16")
 CLIPPINGS = ("auto", "instantiate", "ghost")
@@ -168,11 +169,11 @@ def largest_microbatch(
 
 
 def _device_bytes(num_devices: int) -> float:
-    stats = jax.devices()[0].memory_stats() or {}
-    if "bytes_limit" in stats:
-        return SHARE * stats["bytes_limit"]
+    stats = jax.local_devices()[0].memory_stats() or {}
     host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return _SHARE_OF_HOST * host / num_devices
+    of_host = _SHARE_OF_HOST * host / num_devices
+    found = SHARE * stats["bytes_limit"] if "bytes_limit" in stats else of_host
+    return min(hosts.gather(found))
 
 
 def keep_compiled_code(folder: pathlib.Path) -> None:

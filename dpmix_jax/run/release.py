@@ -11,7 +11,7 @@ from dpmix_jax import data, privacy, training
 from dpmix_jax.data.public import describe
 from dpmix_jax.models import whitening
 from dpmix_jax.progress import say
-from dpmix_jax.run import build, evaluate, export, report, statement
+from dpmix_jax.run import build, evaluate, export, hosts, report, statement
 from dpmix_jax.run.checkpoint import export_weights
 from dpmix_jax.run.config import ExperimentConfig, to_dict
 from dpmix_jax.run.workdir import Workdir
@@ -91,7 +91,7 @@ def release(
             title=f"{config.method.name} on {config.data.name}",
             results=results,
             metrics=workdir.metrics(),
-            sheet=build.example_set(config, test, parts.inputs.pool),
+            sheet=build.example_set(config, test, hosts.local(parts.inputs.pool)),
             method=config.method,
             class_names=test.class_names,
             statement=text,
