@@ -7,6 +7,7 @@
 Every value of the config can be set by `--config.<key>=<value>`; what follows a colon
 in `--config=configs/digits.py:8` is the epsilon whose row of the config is taken.
 Started again with the same command, a run that was stopped goes on where it was.
+With --distributed several processes, on one host or many, are one run.
 """
 
 import signal
@@ -51,6 +52,8 @@ def run() -> int:
     named = cli.config_file()
     experiment_config = config.from_config_dict(_CONFIG.value)
     if _DRY_RUN.value:
+        if _DISTRIBUTED.value:
+            raise UserError("--dry_run is for one process, without --distributed")
         print(dry_run.dry_run(experiment_config, _TARGET.value))
         return 0
     if _TARGET.value:

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from dpmix_jax import data, privacy, training
 from dpmix_jax.data.public import load_public
@@ -127,7 +128,11 @@ def train(
     config.finetune.split(model.shapes)
     weights = config.finetune.checksums()
     digest = data_digest(train_set, public, weights)
-    hosts.check_same(config=json.dumps(to_dict(config)), data=digest)
+    hosts.check_same(
+        config=json.dumps(to_dict(config)),
+        data=digest,
+        software=f"jax {jax.__version__}, numpy {np.__version__}",  # which draw
+    )
     given = embeddings.whitened(config, model, given, train_set, public, workdir)
 
     noise_multiplier, seed = hosts.of_first(
