@@ -184,6 +184,7 @@ class ExperimentConfig:
         for key, value, allowed in (
             ("pretrain.num_updates", self.pretrain.num_updates, 0),
             ("finetune.embeddings", self.finetune.embeddings, "fresh"),
+            ("diagnostics.gradients", self.diagnostics.gradients, False),
         ):
             valid = num_processes == 1 or value == allowed
             require(valid, key, value, f"{allowed!r} in a run of several processes")
