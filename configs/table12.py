@@ -9,7 +9,7 @@ on scattering coefficients, with digits drawn from fonts). Self-Aug on as many i
 DP-Mix_self is not in the paper. 5 paired seeds.
 
 Hardware: as for the config of one run. Hours: for digits 0.1 on two CPU cores, for
-cifar100 not measured. Accuracy: docs/results/table12_digits.md.
+cifar100 not measured. Accuracy: docs/results/fine_tuned_digits.md.
 """
 
 import ml_collections
