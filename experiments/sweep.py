@@ -15,6 +15,14 @@ in the workdir are rewritten after each run; where the metric is of validation r
 makes a private selection of the same grid: it runs a random number of candidates, keeps
 the best by a noisy count of correct validation records in `selected/`, deletes all
 others, and the epsilon of the model that is left covers the whole search.
+
+    python experiments/sweep.py --config=configs/table11.py --launcher=local \
+        --devices=0,1,2,3
+    python experiments/sweep.py --config=configs/table11.py --launcher=slurm \
+        --partition=gpu --gpus=1 --minutes=240
+
+makes a job of each run: one on each GPU of this machine, or an array of Slurm, whose
+jobs go back to the queue when their time is over. `--watch` shows how far they are.
 """
 
 import signal

@@ -4,8 +4,6 @@ Most jobs here are pretended, and so are the commands of Slurm. Real ones, that 
 preempted and killed, are in the slow test at the end.
 """
 
-import contextlib
-import json
 import os
 import pathlib
 import pickle
@@ -163,6 +161,30 @@ def test_a_job_sees_its_device_alone(tmp_path, monkeypatch, devices, seen):
         launch(tmp_path, launcher="local", devices=devices)
 
 
+def test_a_signal_reaches_each_job_and_they_are_waited_for(
+    tmp_path, monkeypatch, capsys
+):
+    jobs, told = [], []
+
+    def submit(executor, *args):
+        jobs.append(Job(*args))
+        jobs[-1].looks, jobs[-1].job_id = 9, str(len(jobs))
+        return jobs[-1]
+
+    clock = types.SimpleNamespace(
+        sleep=lambda seconds: told or signal.raise_signal(signal.SIGTERM),
+        monotonic=time.monotonic,
+    )
+    monkeypatch.setattr(cluster, "time", clock)
+    monkeypatch.setattr(cluster.submitit.LocalExecutor, "submit", submit)
+    monkeypatch.setattr(cluster.os, "kill", lambda *args: told.append(args))
+    status = launch(tmp_path, launcher="local", parallel=2)
+    assert status == 128 + signal.SIGTERM
+    assert told == [(1, signal.SIGTERM), (2, signal.SIGTERM)]
+    assert all(job.looks <= 0 for job in jobs)
+    assert capsys.readouterr().err.endswith("the same command goes on from there\n")
+
+
 # In a queue.
 
 
@@ -316,67 +338,50 @@ def weights(path):
     return [file.read_bytes() for file in sorted(path.rglob("model.safetensors"))]
 
 
-@pytest.mark.slow  # nine processes
-def test_preempted_killed_and_stopped_it_gives_the_same_table(tmp_path):
+@pytest.mark.slow  # seven processes
+def test_preempted_and_killed_half_way_it_gives_the_same_table(tmp_path):
     """As users run it, on two devices of this machine.
 
-    One job is preempted, and goes on; the sweep and its jobs are killed; started again,
-    Ctrl-C stops it, and the jobs with it; the last one does the rest.
+    One job is preempted, and goes on; then the sweep and its jobs are killed.
     """
-    common = {**test_sweep.SMALL["common"], "privacy": {"num_updates": 100}}
-    grid = write_config(tmp_path / "grid.py", rows=test_sweep.ROWS[:1], common=common)
+    common = {
+        **test_sweep.SMALL["common"],
+        "privacy": {"num_updates": 150, "expected_batch_size": 32},
+        "performance": {"microbatch_size": 64},
+    }
+    changes = {"rows": test_sweep.ROWS[:1], "common": common}
     whole, path = tmp_path / "whole", tmp_path / "sweep"
     logs = [path / f"dp-sgd/epsilon=3/seed={seed}.log" for seed in (0, 1)]
 
-    def start(folder, *flags):
-        program = [sys.executable, f"{ROOT}/experiments/sweep.py", f"--config={grid}"]
-        return subprocess.Popen(
-            [*program, f"--workdir={folder}", *flags],
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
+    def run_one(config, workdir, signals):
+        assert experiment.run(config, workdir) == 0
 
-    def start_jobs():
-        return start(path, "--launcher=local", "--devices=0,1")
-
-    process = start(whole)
-    _, said = process.communicate(timeout=300)
-    assert process.returncode == 0, said
-
-    process = start_jobs()
-    for log in logs:
-        wait_for(log, "first update")
-    tasks = {}
-    for pid in children(process.pid):
-        folder = pathlib.Path(f"/proc/{pid}")
-        if b"submitit.core._submit" in (folder / "cmdline").read_bytes():
-            variables = (folder / "environ").read_text().split("\0")
-            devices = [v for v in variables if v.startswith("CUDA_VISIBLE_DEVICES=")]
-            tasks[devices[0][-1]] = pid
-    assert sorted(tasks) == ["0", "1"]
-    os.kill(tasks["0"], signal.SIGUSR2)
-    wait_for(logs[0], "going on after update")
-    for pid in (process.pid, *children(process.pid)):
-        os.kill(pid, signal.SIGKILL)
-    process.communicate()
+    assert test_sweep.launch(whole, run_one, **changes) == 0
+    program = [
+        *(sys.executable, f"{ROOT}/experiments/sweep.py", f"--workdir={path}"),
+        f"--config={write_config(tmp_path / 'grid.py', **changes)}",
+        *("--launcher=local", "--devices=0,1"),
+    ]
+    with subprocess.Popen(program, cwd=ROOT, stderr=subprocess.DEVNULL) as process:
+        for log in logs:
+            wait_for(log, "first update")
+        tasks = {}
+        for pid in children(process.pid):
+            folder = pathlib.Path(f"/proc/{pid}")
+            if b"submitit.core._submit" in (folder / "cmdline").read_bytes():
+                variables = (folder / "environ").read_text().split("\0")
+                seen = [v for v in variables if v.startswith("CUDA_VISIBLE_DEVICES=")]
+                tasks[seen[0][-1]] = pid
+        assert sorted(tasks) == ["0", "1"]
+        os.kill(tasks["0"], signal.SIGUSR2)
+        wait_for(logs[0], "going on after update")
+        for pid in (process.pid, *children(process.pid)):
+            os.kill(pid, signal.SIGKILL)
     assert "stopped after update" in logs[0].read_text()
-    assert "stopped after update" not in logs[1].read_text()
+    assert "SIGUSR2" not in logs[1].read_text()
+    assert not (path / "dp-sgd/epsilon=3/seed=0/results.json").exists()
 
-    process = start_jobs()
-    for log in logs:
-        wait_for(log, "going on after update")
-    os.killpg(process.pid, signal.SIGINT)
-    _, said = process.communicate(timeout=120)
-    assert process.returncode == 128 + signal.SIGINT
-    assert said.endswith("stopped: the same command goes on from there\n")
-    assert all("SIGTERM: saving" in log.read_text() for log in logs)
-    assert not weights(path)
-
-    process = start_jobs()
-    _, said = process.communicate(timeout=300)
-    assert process.returncode == 0, said
+    jobs = cluster.Jobs(launcher="local", devices=["0", "1"])
+    assert sweeps.launch(config(**changes), path, run_all=jobs.run) == 0
     assert test_sweep.outcome(path) == test_sweep.outcome(whole)
     assert weights(path) == weights(whole) != []
