@@ -42,8 +42,9 @@ _TARGET = flags.DEFINE_enum(
 
 
 def main() -> int:
-    if _DISTRIBUTED.value:
-        hosts.initialize()
+    if not _DISTRIBUTED.value:
+        return run()
+    hosts.initialize()
     with hosts.together():
         return run()
 

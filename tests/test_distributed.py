@@ -150,7 +150,12 @@ def refused(*given, **_):
 
 # Two processes.
 
-VIEWS = {"seed": None, "method__name": "self_aug", "method__k_self": 0}
+VIEWS = {
+    "seed": None,
+    "method__name": "self_aug",
+    "method__k_self": 0,
+    "logging__eval_every": 12,
+}
 
 
 def start(workdir, rank, address, **overrides):

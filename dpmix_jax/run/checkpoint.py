@@ -56,6 +56,7 @@ class Checkpoints:
           UserError: if states were saved, and all files are damaged, or the latest is
             that of another version.
         """
+        self._folder.mkdir(mode=0o700, exist_ok=True)  # from now on a run has begun
         steps = self.steps()
         for step in reversed(steps):
             path = self._path(step)
