@@ -196,7 +196,7 @@ def run_two(workdir, *, send=None, after=None, second=None, **overrides):
         if send is not None:
             assert any(after in line for line in two[0].stderr)
             two[1].send_signal(send)
-        told = [process.communicate(timeout=150) for process in two]
+        told = [process.communicate(timeout=300) for process in two]
     finally:
         for process in two:
             process.kill()
