@@ -8,9 +8,10 @@ paper, cifar10 if none is given, with a bank of synthetic images in banks/<data>
 digits drawn from fonts). Self-Aug on as many images as DP-Mix_self is not in the paper.
 
 The table has the standard deviation over parameters of the magnitude of a parameter's
-gradient, averaged over all records drawn in training; `figure2.png` has the densities
-of these averages, whole and by stage of the training. The paper's "per-parameter
-gradient magnitude averaged over samples" is taken for the mean of absolute values.
+gradient, averaged over all records drawn in training; `nonprivate_figure2.png` has the
+densities of these averages, whole and by stage of the training. The paper's
+"per-parameter gradient magnitude averaged over samples" is taken for the mean of
+absolute values.
 
 Hardware: as for the config of one run. Hours: for digits 0.1 on two CPU cores, for the
 others not measured. Accuracy: docs/results/figure2_digits.md.

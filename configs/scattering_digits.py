@@ -8,8 +8,7 @@ one of 1, 2, 4, 8 (1 if none is given). The paper has no such row.
 
 Hardware: two CPU cores. Hours: 0.01. Accuracy: docs/results/fine_tuned_digits.md. The
 learning rate is the lower of two that did best on validation records at epsilon 2 (one
-seed, of 0.5 to 8); updates are those
-of configs/digits.py.
+seed, 0.5 to 8); updates are those of configs/digits.py.
 """
 
 import ml_collections

@@ -310,7 +310,7 @@ def _gradient(
 
 
 def suits_ghost(config, model: Classifier) -> bool:
-    """Whether a linear head is trained whose gradients nobody asks to see."""
+    """Whether a linear head is trained, and its gradients need not be formed."""
     is_linear = finetune.is_linear_head(*config.finetune.split(model.shapes))
     seen = config.diagnostics.gradients
     return is_linear and model.encode is not None and not seen

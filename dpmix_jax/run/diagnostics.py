@@ -96,12 +96,12 @@ def _parts(step: int, num_updates: int) -> list[str]:
 
 
 def _save(folder: pathlib.Path, step: int, seen: dict[str, Any]) -> None:
-    """Writes the sums, and forgets those of all but the last two states."""
+    """Writes the sums, and forgets all but the last three: two states and the next."""
     flat = {name: np.append(total, records) for name, (total, records) in seen.items()}
     content = safetensors.numpy.save(flat)
     write_atomically(folder / f"{step}{_SUFFIX}", content, mode=0o600)
     paths = folder.glob(f"*{_SUFFIX}")
-    for path in sorted(paths, key=lambda path: int(path.stem))[:-2]:
+    for path in sorted(paths, key=lambda path: int(path.stem))[:-3]:
         path.unlink()
 
 

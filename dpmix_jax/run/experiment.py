@@ -1,7 +1,9 @@
 """One experiment from a config to a workdir: train, survive, evaluate, release."""
 
 import contextlib
+import importlib.metadata
 import json
+import pathlib
 import shutil
 import signal
 import sys
@@ -10,7 +12,6 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from dpmix_jax import data, privacy, training
 from dpmix_jax.data.public import load_public
@@ -131,7 +132,7 @@ def train(
     hosts.check_same(
         config=json.dumps(to_dict(config)),
         data=digest,
-        software=f"jax {jax.__version__}, numpy {np.__version__}",  # which draw
+        software=software(),
     )
     given = embeddings.whitened(config, model, given, train_set, public, workdir)
 
@@ -165,6 +166,8 @@ def train(
     log = evaluate.make_log(config, mechanism, workdir, started)
 
     checkpoints = Checkpoints(workdir.path / "checkpoints")
+    if hosts.is_first():
+        checkpoints.begin()
     state = hosts.arrays_of_first(
         lambda: first_state(
             config, parts, workdir, checkpoints, train_set, seed, signals, started
@@ -220,8 +223,8 @@ def train(
                 num_updates=num_updates,
                 checkpoint_every=every.checkpoint_every,
             )
-        for everywhere, sums in updates:
-            state = hosts.local(everywhere)
+        for replicated, sums in updates:
+            state = hosts.local(replicated)
             step = int(state.step)
             last = step == num_updates
             progress.add(sums["records"])
@@ -259,6 +262,14 @@ def train(
         started=started,
     )
     return True
+
+
+def software() -> str:
+    """Returns the versions, or the sources, of all that draws."""
+    names = ("dp_accounting", "jax", "jax_privacy", "jaxlib", "numpy")
+    found = [importlib.metadata.version(name) for name in names]
+    sources = sorted(pathlib.Path(__file__).parents[1].rglob("*.py"))
+    return str([*found, *(path.read_text() for path in sources)])
 
 
 def begin(

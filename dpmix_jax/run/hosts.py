@@ -182,7 +182,7 @@ def together() -> Iterator[None]:
         except (UserError, OSError) as error:
             if isinstance(error, _EndedError):
                 raise
-            line = str(error)[: _MESSAGE // 8]  # a character takes up to six bytes
+            line = str(error)[: _MESSAGE // 16]  # a character takes up to twelve bytes
             with _at_most(_PATIENCE, line):
                 _exchange(None, line)
     except _EndedError:

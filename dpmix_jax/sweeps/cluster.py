@@ -34,6 +34,7 @@ except ImportError as error:
         f'--launcher needs the extra, pip install "dpmix_jax[slurm]" ({error})'
     ) from None
 
+_VISIBLE = "CUDA_VISIBLE_DEVICES"
 EVER = 10**6  # minutes, and how often a job may go back to the queue
 # Settings that one launcher alone has.
 OF = {
@@ -52,13 +53,21 @@ class Task(Checkpointable):
     Args:
       folder: of the sweep.
       slot: of this machine, which one job holds at a time; None for a job of Slurm.
+      sees_all: whether it sees the GPUs that this process sees, and not submitit's.
     """
 
-    def __init__(self, folder: pathlib.Path, slot: int | None):
-        self._folder, self._slot = folder, slot
+    def __init__(
+        self, folder: pathlib.Path, slot: int | None, *, sees_all: bool = False
+    ):
+        self._folder, self._slot, self._sees_all = folder, slot, sees_all
+        self._visible = os.environ.get(_VISIBLE)
 
     def __call__(self, config: ExperimentConfig, workdir: Workdir) -> str | None:
         """Returns why the run failed, or None if it did not."""
+        if self._sees_all:  # submitit has hidden them
+            os.environ.pop(_VISIBLE, None)
+            if self._visible is not None:
+                os.environ[_VISIBLE] = self._visible
         logging.getLogger("submitit").setLevel(logging.WARNING)  # a log ends as its run
         performance.keep_compiled_code((self._folder / ".jax_cache").resolve())
         if self._slot is None:
@@ -140,21 +149,25 @@ class Jobs:
         if not local:
             jobs, left = self._queue(workdirs, path), []
         began, slots = dict.fromkeys(jobs, time.monotonic()), dict[Run, int]()
-        while (left or jobs) and not signals:
-            while left and free:
-                run, slot = left.pop(0), free.pop(0)
-                began[run], slots[run] = time.monotonic(), slot
-                jobs[run] = self._start(run, workdirs[run], path, slot)
-            for run in [run for run, job in jobs.items() if job.done()]:
-                free += [slots.pop(run)] if local else []
-                why = _why(jobs.pop(run), workdirs[run])
-                yield run, why, time.monotonic() - began[run]
-            if left or jobs:
-                time.sleep(0.2 if local else 5)
-        if local:
-            _stop(jobs.values())
-        elif jobs:
-            say("the jobs go on: the same command waits for them, scancel ends them")
+        try:
+            while (left or jobs) and not signals:
+                while left and free:
+                    run, slot = left.pop(0), free.pop(0)
+                    began[run], slots[run] = time.monotonic(), slot
+                    jobs[run] = self._start(run, workdirs[run], path, slot)
+                for run in [run for run, job in jobs.items() if job.done()]:
+                    free += [slots.pop(run)] if local else []
+                    why = _why(jobs.pop(run), workdirs[run])
+                    yield run, why, time.monotonic() - began[run]
+                if left or jobs:
+                    time.sleep(0.2 if local else 5)
+        finally:  # after a signal, or an error such as a full disk
+            if local:
+                _stop(jobs.values())
+            elif jobs:
+                say(
+                    "the jobs go on: the same command waits for them, scancel ends them"
+                )
 
     def _start(
         self, run: Run, workdir: Workdir, path: pathlib.Path, slot: int
@@ -167,7 +180,8 @@ class Jobs:
         _begin_log(workdir)
         # Ctrl-C reaches a run once, handed on by the sweep.
         handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
-        job = executor.submit(Task(path, slot), run.config, workdir)
+        task = Task(path, slot, sees_all=not self.devices)
+        job = executor.submit(task, run.config, workdir)
         signal.signal(signal.SIGINT, handler)
         return job
 
@@ -235,7 +249,7 @@ def _why(job: submitit.Job, workdir: Workdir) -> str | None:
 def _stop(jobs: Collection[submitit.Job]) -> None:
     """Lets jobs of this machine save and stop."""
     for job in jobs:
-        if not job.done():
+        if not job.done():  # once: a second signal stops a run before it has saved
             os.kill(int(job.job_id), signal.SIGTERM)  # handed on to the run
     while not all(job.done() for job in jobs):
         time.sleep(0.2)

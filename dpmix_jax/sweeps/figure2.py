@@ -24,26 +24,26 @@ Magnitudes = Mapping[str, np.ndarray]  # by stage, see `diagnostics.means`
 
 
 def write(sweep: SweepConfig, folder: Workdir, records: Sequence[Record]) -> None:
-    """Writes figure2.png and figure2.pdf of the runs, if their magnitudes are there."""
+    """Writes nonprivate_figure2.png and .pdf of runs whose magnitudes are there."""
     found: dict[str, list[Magnitudes]] = {}
     for record in records:
         path = folder.path / str(record["workdir"]) / diagnostics.FOLDER
         if path.exists():
             seen = diagnostics.means(path, int(record["step"]))
-            found.setdefault(record["row"], []).append(seen)
+            cell = record["row"], sweep.label(sweep.point_of(record))
+            found.setdefault(", ".join(filter(None, cell)), []).append(seen)
     if found:
-        plots.save(draw(sweep, found), folder, "figure2")
+        plots.save(draw(sweep, found), folder, "nonprivate_figure2")
 
 
 def draw(
     sweep: SweepConfig, found: Mapping[str, Sequence[Magnitudes]]
 ) -> matplotlib.figure.Figure:
-    """Draws the density of magnitudes over parameters, a panel for each row.
+    """Draws the density of magnitudes over parameters, a panel for each cell.
 
     Args:
       sweep: its config.
-      found: the magnitudes of the runs of each row; those of its seeds are drawn as one
-        sample.
+      found: the magnitudes of the runs of each cell, drawn as one sample.
     """
     pooled = {
         row: {

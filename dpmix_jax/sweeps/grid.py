@@ -162,7 +162,9 @@ class SweepConfig:
 
     def show(self, value: float, sign: str = "") -> str:
         """Writes a value of the metric in `unit`."""
-        return f"{100 * value:{sign}.2f}" if self.unit else f"{value:{sign}#.4g}"
+        if self.unit:
+            return f"{100 * value:{sign}.2f}"
+        return f"{value:{sign}{',.0f' if abs(value) >= 1000 else '#.4g'}}"
 
     def label(self, point: Point) -> str:
         named = zip(self.columns, point, strict=True)

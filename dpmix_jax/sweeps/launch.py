@@ -154,6 +154,7 @@ def _sweep(
     workdirs = {run: Workdir(folder.path / run.folder) for run in runs}
 
     def collect(run: Run) -> None:
+        workdirs[run].check(run.config)  # a job may have waited since another sweep
         records[run] = tables.read_record(config, run, workdirs[run])
 
     def write() -> str:
