@@ -346,8 +346,9 @@ def test_preempted_and_killed_half_way_it_gives_the_same_table(tmp_path):
     """
     common = {
         **test_sweep.SMALL["common"],
-        "privacy": {"num_updates": 150, "expected_batch_size": 32},
+        "privacy": {"num_updates": 100, "expected_batch_size": 32},
         "performance": {"microbatch_size": 64},
+        "logging": {"log_every": 100, "eval_every": 100},  # each takes a second
     }
     changes = {"rows": test_sweep.ROWS[:1], "common": common}
     whole, path = tmp_path / "whole", tmp_path / "sweep"
