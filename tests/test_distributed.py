@@ -196,14 +196,21 @@ def run_two(workdir, *, send=None, after=None, second=None, **overrides):
         start(workdir, rank, address, **{**overrides, **(flags or {})})
         for rank, flags in enumerate((None, second))
     ]
+
+    def kill():
+        for process in two:
+            process.kill()
+
+    hung = threading.Timer(300, kill)  # then statuses tell
+    hung.start()
     try:
         if send is not None:
             assert any(after in line for line in two[0].stderr)
             two[1].send_signal(send)
-        told = [process.communicate(timeout=300) for process in two]
+        told = [process.communicate() for process in two]
     finally:
-        for process in two:
-            process.kill()
+        hung.cancel()
+        kill()
     said = [
         [line for line in text.splitlines() if "[Gloo]" not in line]
         for text in ("".join(each) for each in told)
