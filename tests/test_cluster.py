@@ -161,6 +161,41 @@ def test_a_job_sees_its_device_alone(tmp_path, monkeypatch, devices, seen):
         launch(tmp_path, launcher="local", devices=devices)
 
 
+def test_a_job_without_a_device_sees_what_the_sweep_sees(tmp_path, monkeypatch):
+    """Where submitit hides all GPUs, a job on them would train on the CPU."""
+    seen, name = [], "CUDA_VISIBLE_DEVICES"
+    monkeypatch.setattr(
+        cluster, "attempt", lambda *_: seen.append(os.environ.get(name))
+    )
+    monkeypatch.setattr(cluster.performance, "keep_compiled_code", lambda folder: None)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    for visible in ("1,2", None):
+        with monkeypatch.context() as inherited:
+            inherited.delenv(name, raising=False)
+            if visible:
+                inherited.setenv(name, visible)
+            alone, shared = (
+                cluster.Task(tmp_path, 0, sees_all=sees_all)
+                for sees_all in (False, True)
+            )
+            for task in (alone, shared):
+                inherited.setenv(name, "")  # as submitit does
+                task(config(), Workdir(tmp_path))
+    assert seen == ["", "1,2", "", None]
+
+
+def test_what_a_job_of_another_sweep_left_is_no_result(tmp_path, monkeypatch, capsys):
+    other = [run.config for run in config("privacy.num_updates=7").runs()]
+
+    def submit(executor, task, own, workdir):
+        return Job(task, other[0], workdir)
+
+    monkeypatch.setattr(cluster.submitit.LocalExecutor, "submit", submit)
+    monkeypatch.setattr(cluster, "_why", lambda job, workdir: None)
+    assert launch(tmp_path, launcher="local") == 1
+    assert "is of another experiment" in capsys.readouterr().err
+
+
 def test_a_signal_reaches_each_job_and_they_are_waited_for(
     tmp_path, monkeypatch, capsys
 ):
