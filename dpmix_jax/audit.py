@@ -72,6 +72,15 @@ def check_sensitivity(
     Raises:
       AssertionError: if a neighbour moves the sum further than the sensitivity, if a
         sum is not finite, or if the same records give two different sums.
+
+    Example:
+      >>> gradient_fn = dpm.clipped_gradient(lambda w, x: w @ x, l2_clip_norm=1.0)
+      >>> def clipped_sum(records, is_padding):
+      ...     return gradient_fn(jnp.ones(2), records, is_padding_example=is_padding)[0]
+      >>> promised = gradient_fn.sensitivity
+      >>> moved = dpm.check_sensitivity(clipped_sum, jnp.eye(2), promised)
+      >>> moved["record 0 removed"], moved["record 0 negated"]
+      (1.0, 2.0)
     """
     leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(records)]
     structure, size = jax.tree.structure(records), len(leaves[0])

@@ -105,6 +105,12 @@ def views(
 
     Formal guarantees:
       - The views depend on this image and this key alone.
+
+    Example:
+      >>> image = jnp.zeros((28, 28, 1))
+      >>> change = dpm.AugmentationConfig(max_shift=2)
+      >>> dpm.views(jax.random.key(0), image, 16, augmentation=change).shape
+      (16, 28, 28, 1)
     """
     keys = jax.random.split(key, k)
     return jax.vmap(lambda k: random_view(k, image, augmentation=augmentation))(keys)

@@ -62,6 +62,12 @@ def fast_convolutions(
 
     Raises:
       UserError: for an unknown formulation.
+
+    Example:
+      >>> gradient = dpm.fast_convolutions(jax.grad(lambda w, x: (w @ x) ** 2))
+      >>> print(jax.vmap(gradient, (None, 0))(jnp.ones(2), jnp.eye(2)))
+      [[2. 0.]
+       [0. 2.]]
     """
     require_one_of("formulation", formulation, FORMULATIONS)
 

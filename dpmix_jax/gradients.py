@@ -59,6 +59,16 @@ def clipped_gradient(
 
     Raises:
       UserError: if `l2_clip_norm` is out of that range.
+
+    Example:
+      Of the loss w . x the gradient is the record x itself. One is clipped, one is
+      short already, one is NaN:
+
+      >>> gradient_fn = dpm.clipped_gradient(lambda w, x: w @ x, l2_clip_norm=1.0)
+      >>> records = jnp.array([[0.0, 4.0], [0.5, 0.0], [jnp.nan, 0.0]])
+      >>> total, aux = gradient_fn(jnp.zeros(2), records)
+      >>> print(total)
+      [0.5 1. ]
     """
     check_clip_norm(l2_clip_norm)
     value_and_gradient = conv.fast_convolutions(

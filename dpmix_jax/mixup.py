@@ -54,6 +54,10 @@ class MethodConfig:
 
     Raises:
       UserError: for an unknown method, or a size that the method does not have.
+
+    Example:
+      >>> dpm.MethodConfig(name="dp_mix_diff").set_size  # 16 + 2 + 18
+      36
     """
 
     name: str = "dp_mix_self"
@@ -158,6 +162,12 @@ def mixups(
 
     Returns:
       [M, H, W, C] images and [M, O] soft labels.
+
+    Example:
+      >>> images, labels = jnp.zeros((4, 28, 28, 1)), jnp.eye(4)
+      >>> mix = lambda key: dpm.mixups(key, images, labels, 3, alpha=0.2)
+      >>> [array.shape for array in jax.eval_shape(mix, jax.random.key(0))]
+      [(3, 28, 28, 1), (3, 4)]
     """
     pair_key, weight_key = jax.random.split(key)
     first, second = random_pairs(
@@ -200,6 +210,13 @@ def augmentation_set(
       views are first, then public images, then mixes. `f` raises `UserError` for more
       than one record, for images that are not floating-point, and for a pool that is
       missing or unlike the record.
+
+    Example:
+      >>> method = dpm.MethodConfig(name="dp_mix_self", k_base=16, k_self=18)
+      >>> record_set = dpm.augmentation_set(method, dpm.AugmentationConfig())
+      >>> record = jax.random.key(0), jnp.zeros((32, 32, 3)), jnp.eye(10)[7]
+      >>> [array.shape for array in jax.eval_shape(record_set, *record)]
+      [(34, 32, 32, 3), (34, 10)]
     """
 
     def public_views(key, image, label, pool: Pool) -> ImageSet:

@@ -136,6 +136,13 @@ class Mechanism:
       neighboring_relation: which datasets count as neighbours.
       selection: of a private selection, in which the T updates are those of each
         candidate; or None.
+
+    Example:
+      >>> mechanism = dpm.Mechanism(
+      ...     sampling_prob=0.1, num_updates=1000, noise_multiplier=12.0
+      ... )
+      >>> f"{mechanism.epsilon(1e-5):.3f}"
+      '0.988'
     """
 
     sampling_prob: float
@@ -288,6 +295,13 @@ def calibrate(
     Raises:
       UserError: for an argument out of its range, or if no noise multiplier in a sane
         range meets the budget.
+
+    Example:
+      >>> mechanism = dpm.calibrate(
+      ...     epsilon=1.0, delta=1e-5, sampling_prob=0.1, num_updates=1000
+      ... )
+      >>> f"{mechanism.noise_multiplier:.2f}, {mechanism.epsilon(1e-5):.3f}"
+      '11.87, 1.000'
     """
     for name, value, valid, allowed in (
         ("epsilon", epsilon, 0 < epsilon < math.inf, "positive and finite"),
@@ -358,6 +372,16 @@ def privatizer(
     Raises:
       UserError: for another batch size, or for what is no such key; when called, for
         more noise than `noise.grid` has room for.
+
+    Example:
+      >>> gradient_fn = dpm.clipped_gradient(lambda w, x: w @ x, l2_clip_norm=1.0)
+      >>> mechanism = dpm.Mechanism(
+      ...     sampling_prob=0.1, num_updates=60, noise_multiplier=2.0
+      ... )
+      >>> noise = dpm.privatizer(
+      ...     gradient_fn, mechanism, expected_batch_size=100, key=dpm.noise_key(1234)
+      ... )
+      >>> optimizer = optax.chain(noise, optax.sgd(1.0))
     """
     size = expected_batch_size
     require(0 < size < math.inf, "expected_batch_size", size, "positive and finite")

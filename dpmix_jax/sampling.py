@@ -115,6 +115,12 @@ def poisson_batch(
 
     Raises:
       UserError: if `sampling_prob` is outside [0, 1] or `num_records` below 1.
+
+    Example:
+      >>> draw = {"num_records": 1000, "sampling_prob": 0.1}
+      >>> batch = dpm.poisson_batch(1234, 7, **draw)  # about 100 of them
+      >>> bool((batch == dpm.poisson_batch(1234, 7, **draw)).all())
+      True
     """
     require(num_records >= 1, "num_records", num_records, "at least 1")
     require(0 <= sampling_prob <= 1, "sampling_prob", sampling_prob, "in [0, 1]")
@@ -162,6 +168,13 @@ def batches(
       `f(step)`, a list of int32 arrays [m] whose padding is masked: `.data` are the
       indices and `.mask` is the `is_padding_example` of a clipped sum. JAX refuses the
       array as it is, so that padding is not taken for the last record unawares.
+
+    Example:
+      >>> batches = dpm.batches(
+      ...     1234, num_records=1000, sampling_prob=0.1, microbatch_size=64
+      ... )
+      >>> {part.shape for step in range(3) for part in batches(step)}
+      {(64,)}
     """
 
     def masked(step: int) -> list[np.ma.MaskedArray]:
