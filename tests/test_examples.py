@@ -41,7 +41,7 @@ def test_an_example_is_short():
 @pytest.mark.slow
 def test_the_notebook_runs(tmp_path, monkeypatch, capsys):
     """Its code as it stands; what was printed when it was made is in it."""
-    notebook = json.loads((FOLDER / "quickstart.ipynb").read_text())
+    notebook = json.loads((ROOT / "docs/quickstart.ipynb").read_text())
     cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
     lines = [line for cell in cells for line in [*cell["source"], "\n"]]
     code = "".join(line for line in lines if not line.startswith("%"))
