@@ -1,6 +1,7 @@
 """What is exported of a run, and that it predicts as the run evaluated."""
 
 import json
+import re
 import shutil
 
 import numpy as np
@@ -54,6 +55,16 @@ def test_nothing_but_the_release_is_exported(finished, tmp_path):
     card = (folder / "README.md").read_text()
     assert "The released weights are (3, 1e-05)-differentially private." in card
     assert 'dpm.load("digits-model")' in card
+
+
+def test_the_page_loads_an_export(finished, tmp_path, monkeypatch):
+    assert exported(finished, tmp_path / "digits-model").returncode == 0
+    monkeypatch.chdir(tmp_path)
+    page = (ROOT / "docs" / "runs.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.S)
+    scope = {"images": np.zeros((3, 8, 8, 1), np.uint8)}
+    exec(compile(code, "runs.md", "exec"), scope)
+    assert scope["probabilities"].shape == (3, len(scope["model"].class_names))
 
 
 def test_an_export_predicts_elsewhere_what_the_run_evaluated(finished, tmp_path):
