@@ -25,6 +25,14 @@ class Fault:
     edits: tuple[tuple[str, str], ...]
     test: str
 
+    def planted(self, text: str) -> str:
+        """Returns the file with the fault; `ValueError` if it has no such lines."""
+        for old, new in self.edits:
+            if old not in text:
+                raise ValueError(f"{self.path} has no {old!r}")
+            text = text.replace(old, new)
+        return text
+
 
 FAULTS = {
     "noise four times too small": Fault(
@@ -242,12 +250,8 @@ def is_caught(fault: Fault, folder: pathlib.Path) -> bool:
       ValueError: if the package has no such lines, or the test did not run.
     """
     path = folder / "dpmix_jax" / fault.path
-    whole = changed = path.read_text()
-    for old, new in fault.edits:
-        if old not in changed:
-            raise ValueError(f"{fault.path} has no {old!r}")
-        changed = changed.replace(old, new)
-    path.write_text(changed)
+    whole = path.read_text()
+    path.write_text(fault.planted(whole))
     try:
         done = subprocess.run(
             [sys.executable, "-m", "pytest", "-n", "0", "-x", f"tests/{fault.test}"],

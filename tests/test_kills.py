@@ -21,7 +21,7 @@ from tests import files, runs, test_sweep
 from tests.conftest import ROOT
 from tests.runs import metrics
 
-KILLS = int(os.environ.get("DPMIX_JAX_KILLS", "2"))
+KILLS = int(os.environ.get("DPMIX_JAX_KILLS", "1"))
 OFTEN = {"logging__checkpoint_every": 1, "logging__eval_every": 2}
 
 
