@@ -29,10 +29,6 @@ class Checkpoints:
     def __init__(self, folder: pathlib.Path):
         self._folder = folder
 
-    def begin(self) -> None:
-        """Makes the folder, by which a run that began is known."""
-        self._folder.mkdir(mode=0o700, exist_ok=True)
-
     def steps(self) -> list[int]:
         """Returns the updates after which a state is saved, in order."""
         paths = self._folder.glob("*.safetensors")
@@ -40,7 +36,7 @@ class Checkpoints:
 
     def save(self, state: TrainState) -> None:
         """Saves a state under its step, and forgets all but the last two."""
-        self.begin()
+        self._folder.mkdir(mode=0o700, exist_ok=True)
         tensors = _tensors(state)
         content = safetensors.numpy.save(tensors, {"sha256": _checksum(tensors)})
         write_atomically(self._path(int(state.step)), content, mode=0o600)

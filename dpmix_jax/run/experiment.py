@@ -166,8 +166,6 @@ def train(
     log = evaluate.make_log(config, mechanism, workdir, started)
 
     checkpoints = Checkpoints(workdir.path / "checkpoints")
-    if hosts.is_first():
-        checkpoints.begin()
     state = hosts.arrays_of_first(
         lambda: first_state(
             config, parts, workdir, checkpoints, train_set, seed, signals, started
