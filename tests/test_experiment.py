@@ -18,7 +18,7 @@ import safetensors.numpy
 
 from dpmix_jax import UserError, noise_key, training
 from dpmix_jax.noise import next_key
-from dpmix_jax.run import experiment
+from dpmix_jax.run import start
 from dpmix_jax.run.checkpoint import Checkpoints
 from dpmix_jax.run.cli import load_experiment
 from dpmix_jax.run.config import to_dict
@@ -247,10 +247,10 @@ def test_a_run_does_not_go_on_with_less_noise_than_it_promises(tmp_path):
     for workdir, noise in ((enough, 5.0), (less, 0.5)):
         workdir.path.mkdir()
         workdir.begin(3, data="", noise_multiplier=noise)
-    mechanism = experiment.mechanism_of(config().privacy, 0.1, enough)
+    mechanism = start.mechanism_of(config().privacy, 0.1, enough)
     assert mechanism.noise_multiplier == 5.0
     with pytest.raises(UserError, match="began with less noise than 3 allows"):
-        experiment.mechanism_of(config().privacy, 0.1, less)
+        start.mechanism_of(config().privacy, 0.1, less)
 
 
 def test_a_workdir_in_use_or_with_other_files_is_refused(tmp_path):

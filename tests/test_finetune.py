@@ -24,7 +24,7 @@ from dpmix_jax import (
 from dpmix_jax.data import images
 from dpmix_jax.models import finetune
 from dpmix_jax.models.finetune import FinetuneConfig, join, on_embeddings
-from dpmix_jax.run import build, experiment
+from dpmix_jax.run import build, experiment, start
 from dpmix_jax.run.cli import load_experiment
 from dpmix_jax.run.workdir import Workdir
 from tests import files, towers, toy
@@ -208,7 +208,7 @@ def test_a_head_on_a_frozen_convnext_learns_digits(tmp_path, encoder):
     state = {k: v * 2 for k, v in safetensors.numpy.load_file(encoder).items()}
     safetensors.numpy.save_file(state, encoder)
     digests = [
-        experiment.data_digest(train, None, sums)
+        start.data_digest(train, None, sums)
         for sums in (before, config.finetune.checksums())
     ]
     assert digests[0] != digests[1]

@@ -12,7 +12,7 @@ from dpmix_jax.data.clothes import CLOTHES
 from dpmix_jax.data.images import encode
 from dpmix_jax.data.public import PublicConfig, blank_public, describe, load_public
 from dpmix_jax.data.rendered import Render
-from dpmix_jax.run import experiment
+from dpmix_jax.run import start
 from dpmix_jax.run.cli import load_experiment
 from dpmix_jax.run.config import from_config_dict, to_dict
 from dpmix_jax.run.workdir import Workdir
@@ -295,12 +295,12 @@ def test_a_run_does_not_go_on_with_other_public_images(tmp_path):
     )
     workdir = Workdir(tmp_path)
     for public in (first, None):
-        digest = experiment.data_digest(dataset.train, public)
-        assert digest != experiment.data_digest(dataset.train, second)
-    assert experiment.data_digest(dataset.train, None) == dataset.train.digest()
-    began = experiment.data_digest(dataset.train, first)
+        digest = start.data_digest(dataset.train, public)
+        assert digest != start.data_digest(dataset.train, second)
+    assert start.data_digest(dataset.train, None) == dataset.train.digest()
+    began = start.data_digest(dataset.train, first)
     workdir.begin(3, data=began, noise_multiplier=1.0)
     with pytest.raises(UserError, match="holds a run that began with other data"):
         workdir.begin(
-            3, data=experiment.data_digest(dataset.train, second), noise_multiplier=1.0
+            3, data=start.data_digest(dataset.train, second), noise_multiplier=1.0
         )

@@ -20,7 +20,7 @@ from dpmix_jax import (
     calibrate,
     privacy,
 )
-from dpmix_jax.run import dry_run, experiment, release, statement
+from dpmix_jax.run import dry_run, release, start, statement
 from dpmix_jax.run.cli import load_experiment
 from dpmix_jax.run.workdir import Workdir
 from dpmix_jax.selection import SHAPES
@@ -293,10 +293,10 @@ def test_the_score_is_the_noisy_count(seed):
 
 def test_a_candidate_that_goes_on_is_accounted_for_as_before(tmp_path):
     config = candidate().privacy
-    began = experiment.mechanism_of(config, 0.1, Workdir(tmp_path))
+    began = start.mechanism_of(config, 0.1, Workdir(tmp_path))
     assert began.selection == config.private_selection
     Workdir(tmp_path).begin(None, data="", noise_multiplier=began.noise_multiplier)
-    assert experiment.mechanism_of(config, 0.1, Workdir(tmp_path)) == began
+    assert start.mechanism_of(config, 0.1, Workdir(tmp_path)) == began
 
 
 def test_a_dry_run_calibrates_for_the_selection(monkeypatch):

@@ -1,21 +1,16 @@
 """One experiment from a config to a workdir: train, survive, evaluate, release."""
 
 import contextlib
-import importlib.metadata
 import json
-import pathlib
-import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import jax
-import jax.numpy as jnp
 
-from dpmix_jax import data, privacy, training
+from dpmix_jax import data, training
 from dpmix_jax.data.public import load_public
-from dpmix_jax.errors import UserError
 from dpmix_jax.progress import Progress, say
 from dpmix_jax.run import (
     build,
@@ -25,6 +20,7 @@ from dpmix_jax.run import (
     hosts,
     ledger,
     performance,
+    start,
 )
 from dpmix_jax.run.checkpoint import Checkpoints
 from dpmix_jax.run.config import ExperimentConfig, to_dict
@@ -61,7 +57,7 @@ def run(
     config.augmentation.check_images(dataset.train.image_shape)
     config.performance.check_devices(jax.device_count())
     config.check_processes(jax.process_count())
-    warn(config.privacy, len(dataset.train))
+    start.warn(config.privacy, len(dataset.train))
     held = workdir.locked() if hosts.is_first() else contextlib.nullcontext()
     with held, caught_signals(stopping) as signals:
         if jax.process_count() == 1:  # or else the cache must be one that all share
@@ -128,18 +124,18 @@ def train(
     given = config.finetune.load(model.shapes)
     config.finetune.split(model.shapes)
     weights = config.finetune.checksums()
-    digest = data_digest(train_set, public, weights)
+    digest = start.data_digest(train_set, public, weights)
     hosts.check_same(
         config=json.dumps(to_dict(config)),
         data=digest,
-        software=software(),
+        software=start.software(),
     )
     given = embeddings.whitened(config, model, given, train_set, public, workdir)
 
     noise_multiplier, seed = hosts.of_first(
-        lambda: begin(config, workdir, sampling_prob, digest, book=book)
+        lambda: start.begin(config, workdir, sampling_prob, digest, book=book)
     )
-    mechanism = made_with(noise_multiplier, config.privacy, sampling_prob)
+    mechanism = start.made_with(noise_multiplier, config.privacy, sampling_prob)
     if hosts.is_first():
         embeddings.save_whitening(given, workdir)
     say(
@@ -167,7 +163,7 @@ def train(
 
     checkpoints = Checkpoints(workdir.path / "checkpoints")
     state = hosts.arrays_of_first(
-        lambda: first_state(
+        lambda: start.first_state(
             config, parts, workdir, checkpoints, train_set, seed, signals, started
         ),
         like=parts.state,
@@ -260,177 +256,6 @@ def train(
         started=started,
     )
     return True
-
-
-def software() -> str:
-    """Returns the versions, or the sources, of all that draws."""
-    names = ("dp_accounting", "jax", "jax_privacy", "jaxlib", "numpy")
-    found = [importlib.metadata.version(name) for name in names]
-    sources = sorted(pathlib.Path(__file__).parents[1].rglob("*.py"))
-    return str([*found, *(path.read_text() for path in sources)])
-
-
-def begin(
-    config: ExperimentConfig,
-    workdir: Workdir,
-    sampling_prob: float,
-    digest: str,
-    *,
-    book: ledger.Ledger | None,
-) -> tuple[float, int | None]:
-    """Writes a run down before it looks at a record, or finds how it began.
-
-    Args:
-      config: of the run.
-      workdir: receives its config and its secret.
-      sampling_prob: q.
-      digest: from `data_digest`.
-      book: see `train`.
-
-    Returns:
-      The noise multiplier and the seed, None once it is forgotten.
-    """
-    mechanism = mechanism_of(config.privacy, sampling_prob, workdir)
-    if book is not None and workdir.kept() is None:
-        book.spend(
-            mechanism,
-            epsilon=config.privacy.epsilon,
-            delta=config.privacy.delta,
-            workdir=str(workdir.path.resolve()),
-        )
-    workdir.write_json("config.json", to_dict(config), mode=0o600)
-    noise_multiplier = mechanism.noise_multiplier
-    seed = workdir.begin(config.seed, data=digest, noise_multiplier=noise_multiplier)
-    return noise_multiplier, seed
-
-
-def first_state(
-    config: ExperimentConfig,
-    parts: build.Parts,
-    workdir: Workdir,
-    checkpoints: Checkpoints,
-    train_set: data.Records,
-    seed: int | None,
-    signals: list[int],
-    started: float,
-) -> training.TrainState | None:
-    """Returns the state of the last checkpoint, or of the initial weights.
-
-    Returns:
-      None if a signal came before the last update of a pre-training.
-
-    Raises:
-      UserError: if updates are left, and the seed is forgotten.
-    """
-    state = checkpoints.restore(parts.state)
-    if seed is None and (state is None or int(state.step) < config.privacy.num_updates):
-        raise UserError(
-            f"workdir {workdir.path} has lost the checkpoint of its last update: use"
-            " another --workdir"
-        )
-    if state is None and config.pretrain.num_updates:
-        assert seed is not None
-        state = pretrain(config, parts, workdir, train_set, seed, signals, started)
-        if state is None:
-            return None
-        checkpoints.save(state)
-    state = state or parts.state
-    shutil.rmtree(workdir.path / "pretraining", ignore_errors=True)
-    workdir.keep_metrics(int(state.step))
-    return state
-
-
-def pretrain(
-    config: ExperimentConfig,
-    parts: build.Parts,
-    workdir: Workdir,
-    train_set: data.Records,
-    seed: int,
-    signals: list[int],
-    started: float,
-) -> training.TrainState | None:
-    """Trains the initial weights on public images; None if stopped before the end."""
-    pretraining, every = config.pretrain, config.logging
-    checkpoints = Checkpoints(workdir.path / "pretraining")
-    like = training.init_state(parts.state.params, pretraining.build())
-    state = checkpoints.restore(like) or like
-    updates = build.pretrain(parts, state, config, train_set, seed=seed)
-    first = int(state.step)
-    with Progress(first, pretraining.num_updates, started) as progress:
-        for state, loss in updates:
-            step = int(state.step)
-            last = step == pretraining.num_updates
-            progress.add(pretraining.batch_size)
-            if step % every.log_every == 0 or last:
-                say(
-                    f"pre-training {step}/{pretraining.num_updates}  loss {loss:.4f}"
-                    f"  ETA {progress.eta()}"
-                )
-            stopped = bool(signals) and not last
-            if step % every.checkpoint_every == 0 or stopped:
-                checkpoints.save(state)
-            if stopped:
-                say("stopped: the same command goes on from there")
-                return None
-    params = jax.tree.map(jnp.copy, state.params)
-    return parts.state._replace(params=params, ema_params=state.params)
-
-
-def warn(config: privacy.PrivacyConfig, num_records: int) -> None:
-    """Warns of a guarantee that is weak or conditional."""
-    if config.delta >= 1 / num_records:
-        say(
-            f"warning: privacy.delta is {config.delta:g}, not below 1/N ="
-            f" {1 / num_records:.3g}: such a promise allows publishing a whole record"
-        )
-    if config.selection is not None:
-        say(
-            "a candidate of a private selection: its guarantee holds only if"
-            " experiments/sweep.py has selected it"
-        )
-
-
-def mechanism_of(
-    config: privacy.PrivacyConfig, sampling_prob: float, workdir: Workdir
-) -> privacy.Mechanism:
-    """Returns the mechanism that a run began with, or calibrates that of a new one."""
-    kept = workdir.kept()
-    if kept is None:
-        say("calibrating the noise")
-        return config.calibrate(sampling_prob)
-    mechanism = made_with(kept["noise_multiplier"], config, sampling_prob)
-    # Not to the last bit: accountants differ in it between processors.
-    if mechanism.epsilon(config.delta) > config.epsilon * (1 + 1e-6):
-        raise UserError(
-            f"workdir {workdir.path} began with less noise than {config.epsilon:g}"
-            " allows by this accountant: use another --workdir"
-        )
-    return mechanism
-
-
-def made_with(
-    noise_multiplier: float, config: privacy.PrivacyConfig, sampling_prob: float
-) -> privacy.Mechanism:
-    """Returns the mechanism of a config that has this noise."""
-    return privacy.Mechanism(
-        sampling_prob=sampling_prob,
-        num_updates=config.num_updates,
-        noise_multiplier=noise_multiplier,
-        neighboring_relation=config.relation,
-        selection=config.private_selection,
-    )
-
-
-def data_digest(
-    train: data.Records, public: data.Records | None, weights: Iterable[str] = ()
-) -> str:
-    """Returns a checksum of all that gradients are made of.
-
-    A run goes on only with the same: the same noise on another sum would let the
-    difference of the two be seen without noise.
-    """
-    digests = [records.digest() for records in (train, public) if records is not None]
-    return "+".join([*digests, *weights])
 
 
 @contextlib.contextmanager

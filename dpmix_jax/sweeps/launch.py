@@ -16,8 +16,9 @@ from dpmix_jax.errors import UserError
 from dpmix_jax.files import write_atomically
 from dpmix_jax.progress import duration, say
 from dpmix_jax.run.config import ExperimentConfig, differences, to_dict
-from dpmix_jax.run.experiment import caught_signals, data_digest
+from dpmix_jax.run.experiment import caught_signals
 from dpmix_jax.run.release import final_line
+from dpmix_jax.run.start import data_digest
 from dpmix_jax.run.workdir import Workdir
 from dpmix_jax.sweeps import figure2, plots, tables
 from dpmix_jax.sweeps.grid import Record, Run, SweepConfig
