@@ -12,21 +12,20 @@ others not measured. Accuracy: docs/results/from_scratch_digits.md.
 
 import ml_collections
 
+from configs import table11
 from configs._base import method
 from dpmix_jax.run.config import choose
 
 # By data: config of one run, k_base, k_self.
 BASES = {
-    "cifar10": ("wrn16_4_cifar10", 16, 18),
+    **table11.BASES,
     "cifar100": ("wrn16_4_cifar100", 16, 18),
     "eurosat": ("wrn16_4_eurosat", 16, 18),
-    "fashion_mnist": ("fashion_mnist", 2, 2),
-    "digits": ("digits", 4, 4),
 }
 EPSILONS = ("1", "2", "4", "8")
 RERUNS = {
-    "source": "Re-runs by the first author of DP-Mix, mean of 3, and of Self-Aug at"
-    " epsilon 2 and 4 one in PyTorch: Bao and Bindschaedler, 2024.",
+    "source": "Re-runs by the first author of DP-Mix (Bao and Bindschaedler, 2024), means"
+    " of 3; Self-Aug at epsilon 2 and 4 is another of theirs, in PyTorch.",
     "cells": tuple(
         (row, epsilon, value)
         for row, values in (
@@ -46,17 +45,7 @@ def get_config(data: str = "cifar10") -> ml_collections.ConfigDict:
         {
             "title": f"Training from scratch, {data}",
             "base": f"configs/{base}.py:{{epsilon}}",
-            "rows": (
-                ("DP-SGD", method("dp_sgd")),
-                *(
-                    (f"Self-Aug, K = {k}", method("self_aug", k_base=k))
-                    for k in (k_base, k_base + k_self)
-                ),
-                (
-                    f"DP-Mix_self, {k_base} + {k_self}",
-                    method("dp_mix_self", k_base=k_base, k_self=k_self),
-                ),
-            ),
+            "rows": (("DP-SGD", method("dp_sgd")), *table11.rows(k_base, k_self)),
             "columns": {"epsilon": EPSILONS},
             "seeds": 5,
             "metric": "test_accuracy_ema",

@@ -13,28 +13,19 @@ seed, 0.5 to 8); updates are those of configs/digits.py.
 
 import ml_collections
 
-from configs._base import experiment
-from configs.digits import ROWS as UPDATES
+from configs import digits
 from dpmix_jax.run.config import choose
 
 # By epsilon: updates, learning rate.
-ROWS = {epsilon: (UPDATES[epsilon][0], 1.0) for epsilon in ("1", "2", "4", "8")}
+ROWS = {epsilon: digits.ROWS[epsilon] for epsilon in ("1", "2", "4", "8")}
 
 
 def get_config(epsilon: str = "1") -> ml_collections.ConfigDict:
-    num_updates, learning_rate = choose(ROWS, epsilon)
-    return experiment(
-        data={"name": "digits"},
-        model={"name": "scattering_linear", "scales": 1, "roots": True, "groups": 9},
-        finetune={"trainable": "head"},
-        method={"name": "dp_mix_self", "k_base": 4, "k_self": 4},
-        augmentation={"flip": False, "max_shift": 0.5, "subpixel": True},
-        privacy={
-            "epsilon": float(epsilon),
-            "expected_batch_size": 256,
-            "num_updates": num_updates,
-        },
-        optimizer={"learning_rate": learning_rate, "ema_decay": 0.95},
-        performance={"microbatch_size": "256"},
-        logging={"log_every": 20, "eval_every": 1000, "checkpoint_every": 100},
+    choose(ROWS, epsilon)
+    config = digits.get_config(epsilon)
+    config.model = ml_collections.ConfigDict(
+        {"name": "scattering_linear", "scales": 1, "roots": True, "groups": 9}
     )
+    config.finetune.trainable = "head"
+    config.performance.microbatch_size = "256"
+    return config

@@ -43,19 +43,24 @@ def get_config(data: str = "cifar10") -> ml_collections.ConfigDict:
         {
             "title": f"Table 11: Self-Aug and DP-Mix_self, {data}",
             "base": f"configs/{base}.py:{{epsilon}}",
-            "rows": (
-                *(
-                    (f"Self-Aug, K = {k}", method("self_aug", k_base=k))
-                    for k in (k_base, k_base + k_self)
-                ),
-                (
-                    f"DP-Mix_self, {k_base} + {k_self}",
-                    method("dp_mix_self", k_base=k_base, k_self=k_self),
-                ),
-            ),
+            "rows": rows(k_base, k_self),
             "columns": {"epsilon": ("1", "8")},
             "seeds": 5,
             "metric": "test_accuracy_ema",
             "paper": PAPER if data == "cifar10" else None,
         }
+    )
+
+
+def rows(k_base: int, k_self: int) -> tuple[tuple[str, dict], ...]:
+    """Returns Self-Aug on fewer and on as many images as DP-Mix_self, and that."""
+    return (
+        *(
+            (f"Self-Aug, K = {k}", method("self_aug", k_base=k))
+            for k in (k_base, k_base + k_self)
+        ),
+        (
+            f"DP-Mix_self, {k_base} + {k_self}",
+            method("dp_mix_self", k_base=k_base, k_self=k_self),
+        ),
     )
