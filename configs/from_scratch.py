@@ -24,8 +24,8 @@ BASES = {
 }
 EPSILONS = ("1", "2", "4", "8")
 RERUNS = {
-    "source": "Re-runs by the first author of DP-Mix (Bao and Bindschaedler, 2024), mean"
-    " of 3; Self-Aug at epsilon 2 and 4 is another of theirs, in PyTorch.",
+    "source": "Re-runs by the first author of DP-Mix (Bao and Bindschaedler, 2024):"
+    " means of 3; Self-Aug at epsilon 2 and 4 is another of theirs, in PyTorch.",
     "cells": tuple(
         (row, epsilon, value)
         for row, values in (
