@@ -223,9 +223,11 @@ def test_a_sweep_on_validation_records_writes_its_choice(tmp_path):
     rates = {"epsilon": ("3",), "optimizer": {"learning_rate": (1.0, 2.0)}}
     changes = {"metric": VALIDATED, "columns": rates, "rows": ROWS[:1], "paper": None}
     views = changes | {"metric": "test_accuracy_ema_views"}
+    unseen = changes | {"metric": "nonprivate/gradient_stddev"}
     for found, message in (
         (changes, "data.validation"),
         (views, "evaluate.views is 1"),
+        (unseen, "diagnostics.gradients is False"),
     ):
         with pytest.raises(UserError, match=message):
             launch(tmp_path / "none", pretend([]), **found)

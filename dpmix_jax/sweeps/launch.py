@@ -109,6 +109,10 @@ def _check_metric(metric: str, config: ExperimentConfig) -> None:
         raise UserError(
             f"evaluate.views is 1: it must be more than 1 for metric {metric!r}"
         )
+    if "gradient" in metric and not config.diagnostics.gradients:
+        raise UserError(
+            f"diagnostics.gradients is False: it must be True for metric {metric!r}"
+        )
 
 
 def _check_inputs(runs: Sequence[Run]) -> None:
