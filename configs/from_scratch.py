@@ -6,9 +6,8 @@ The argument is the data: cifar10 (if none is given), cifar100 or eurosat (WRN-1
 in the paper), fashion_mnist or digits (small networks, and sets of 4 + 4 or 2 + 2
 images for 16 + 18). Self-Aug on as many images as DP-Mix_self is not in the paper.
 
-Hardware: as for the config of one run. Hours: not measured; for digits about 0.5 on two
-CPU cores. Accuracy: not measured; docs/results/baselines_digits.md has these methods at
-epsilon 1 and 8 on digits.
+Hardware: as for the config of one run. Hours: for digits 0.5 on two CPU cores, for the
+others not measured. Accuracy: docs/results/from_scratch_digits.md.
 """
 
 import ml_collections
