@@ -66,7 +66,7 @@ def begin(
       workdir: receives its config and its secret.
       sampling_prob: q.
       digest: from `data_digest`.
-      book: see `train`.
+      book: see `experiment.train`.
 
     Returns:
       The noise multiplier and the seed, None once it is forgotten.
