@@ -29,7 +29,7 @@ from jax.extend import core
 from jax_privacy import clipping
 
 from dpmix_jax import conv
-from dpmix_jax.gradients import check_clip_norm, sum_of_no_records
+from dpmix_jax.gradients import Weight, check_clip_norm, clip, sum_of_no_records
 
 PyTree = Any
 
@@ -71,6 +71,7 @@ def ghost_clipped_gradient(
     loss_fn: Callable[..., jax.Array],
     *,
     l2_clip_norm: float,
+    weight: Weight = clip,
     convolutions: str = "auto",
     keep: Callable[[int, int, int], bool] = cheaper_as_factors,
 ) -> clipping.BoundedSensitivityCallable:
@@ -78,8 +79,8 @@ def ghost_clipped_gradient(
 
     Mixed ghost clipping with book-keeping (Bu et al., 2023, "Differentially private
     optimization on large foundation models at low cost"): one backward pass finds the
-    factors of every record's gradient, from which come its norm and, weighted by
-    min(1, C / norm), its term. Saves memory and time where matrices are large and
+    factors of every record's gradient, from which come its norm and, multiplied by the
+    weight for that norm, its term. Saves memory and time where matrices are large and
     positions few, see `cheaper_as_factors`; elsewhere it does as the default does.
 
     Formal guarantees:
@@ -109,6 +110,8 @@ def ghost_clipped_gradient(
       loss_fn: `loss_fn(params, *record) -> scalar` of one record, in any library. Its
         products are computed in float32 unless it says otherwise.
       l2_clip_norm: C, in [1e-10, 1e10].
+      weight: by which a gradient is multiplied, such as `gradients.automatic`; where
+        that is more than C / norm it is multiplied by that.
       convolutions: how per-record gradients of convolutions are computed where they
         are, see `conv.fast_convolutions`.
       keep: `f(T, d, p)`, whether the factors of a matrix used once are kept:
@@ -128,6 +131,10 @@ def ghost_clipped_gradient(
       2.0
     """
     check_clip_norm(l2_clip_norm)
+
+    def of_norm(norm: jax.Array) -> jax.Array:
+        longest = l2_clip_norm / jnp.maximum(norm, 1e-30)
+        return jnp.minimum(weight(norm, l2_clip_norm), longest)
 
     @jax.default_matmul_precision("float32")
     def sum_of_clipped_gradients(
@@ -153,7 +160,7 @@ def ghost_clipped_gradient(
         usable = jnp.isfinite(values)
         if is_padding_example is not None:
             usable &= ~is_padding_example
-        sums, norms = _clipped_sums(l2_clip_norm, usable, kept, sources)
+        sums, norms = _clipped_sums(of_norm, usable, kept, sources)
         total = jax.tree.unflatten(jax.tree.structure(params), sums)
         return total, clipping.AuxiliaryOutput(values, norms, None)
 
@@ -185,7 +192,7 @@ class _Source(NamedTuple):
 
 
 def _clipped_sums(
-    clip_norm: float,
+    weight: Callable[[jax.Array], jax.Array],
     usable: jax.Array,
     kept: Sequence[PyTree],
     sources: Sequence[_Source],
@@ -197,7 +204,7 @@ def _clipped_sums(
     its uses, and round it in two ways.
 
     Args:
-      clip_norm: C.
+      weight: of a record, by its norm.
       usable: [B] bool, which records may count.
       kept: for each output what is kept of all records, [B, ...] or two such.
       sources: of the outputs.
@@ -212,7 +219,7 @@ def _clipped_sums(
         )
     on = [
         functools.partial(
-            _sums_of_blocks, clip_norm, sources, _records_at_once(kept, sources, on_cpu)
+            _sums_of_blocks, weight, sources, _records_at_once(kept, sources, on_cpu)
         )
         for on_cpu in (True, False)
     ]
@@ -221,7 +228,7 @@ def _clipped_sums(
 
 
 def _sums_of_blocks(
-    clip_norm: float,
+    weight: Callable[[jax.Array], jax.Array],
     sources: Sequence[_Source],
     together: int,
     usable: jax.Array,
@@ -235,7 +242,7 @@ def _sums_of_blocks(
         with jax.enable_x64(True):
             norms = [_norms(x, s, rounds) for x, s in zip(kept, sources, strict=True)]
             norm = jnp.sqrt(sum(map(jnp.square, norms))).astype(jnp.float32)
-        weights = jnp.minimum(1.0, clip_norm / jnp.maximum(norm, 1e-30))
+        weights = weight(norm)
         # A subnormal weight would be rounded by more than the bounds allow for.
         counts = counts & jnp.isfinite(norm) & (weights >= 2.0**-126)
         weights = jnp.where(counts, weights, 0.0)

@@ -5,18 +5,40 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax_privacy import clipping
 
 from dpmix_jax import conv
 from dpmix_jax.errors import UserError
 
 PyTree = Any
+Weight = Callable[[jax.Array, float], jax.Array]  # of a gradient, by its norm and C
+
+
+def clip(norm: jax.Array, l2_clip_norm: float) -> jax.Array:
+    """Returns min(1, C / norm), which shortens long gradients (Abadi et al., 2016)."""
+    return jnp.minimum(1.0, l2_clip_norm / jnp.maximum(norm, 1e-30))
+
+
+def automatic(norm: jax.Array, l2_clip_norm: float) -> jax.Array:
+    """Returns C / (norm + 0.01), which makes nearly all gradients equally long.
+
+    With it C is no longer a setting of its own: C times two is the learning rate times
+    two, noise included. The constant keeps gradients that are nearly 0 short (Bu et
+    al., 2022, "Automatic clipping", Algorithm 1, AUTO-S).
+    """
+    return l2_clip_norm / (norm + 0.01)
+
+
+WEIGHTS: dict[str, Weight] = {"clip": clip, "automatic": automatic}
 
 
 def clipped_gradient(
     loss_fn: Callable[..., jax.Array],
     *,
     l2_clip_norm: float,
+    weight: Weight = clip,
+    per_layer: bool = False,
     convolutions: str = "auto",
     magnitudes: bool = False,
 ) -> clipping.BoundedSensitivityCallable:
@@ -29,9 +51,9 @@ def clipped_gradient(
     Formal guarantees:
       - Record i's term depends on record i, the parameters and `constants` alone.
       - Every record's term has L2 norm at most `l2_clip_norm` (up to float32 rounding),
-        so adding or removing a record moves the sum by at most
-        `.sensitivity(ADD_OR_REMOVE_ONE)`, and replacing one by at most
-        `.sensitivity(REPLACE_ONE)`, twice as much.
+        whatever `weight` and `per_layer` are: the clip comes last. So adding or
+        removing a record moves the sum by at most `.sensitivity(ADD_OR_REMOVE_ONE)`,
+        and replacing one by at most `.sensitivity(REPLACE_ONE)`, twice as much.
       - This holds for records that are NaN, infinite or huge: components of a gradient
         that are not finite count as 0.
       - Padding contributes exactly 0.
@@ -42,6 +64,11 @@ def clipped_gradient(
       loss_fn: `loss_fn(params, *record) -> scalar` of one record, for instance
         `loss_fn(params, images [K, H, W, C], labels [K, O])`, the mean over K.
       l2_clip_norm: C, in [1e-10, 1e10].
+      weight: by which a gradient is multiplied before that clip, such as `automatic`.
+      per_layer: whether every layer is weighted by its own norm, with C / sqrt(L) for
+        the norm of each of the L layers (McMahan et al., 2018; He et al., 2022). A
+        layer is what lies in one container of `params`, such as a kernel and its bias,
+        or an array that lies in none.
       convolutions: how per-record gradients of convolutions are computed, see
         `conv.fast_convolutions`; changes speed and float rounding only.
       magnitudes: whether to add up, before the clip, the absolute values of each
@@ -51,7 +78,8 @@ def clipped_gradient(
       `f(params, *records, is_padding_example=None, constants=()) -> (sum, aux)`: each
       leaf of `records` has a leading axis B of records (0 is allowed),
       `is_padding_example` is [B] bool (see `sampling.batches`; None: all are records),
-      `sum` is a pytree like `params`, `aux.values` and `aux.grad_norms` are [B],
+      `sum` is a pytree like `params`, `aux.values` and `aux.grad_norms`, of losses and
+      of gradients before weight and clip, are [B],
       `aux.aux` is the sum of magnitudes over the records, like `params`, or None.
       `constants`, public values such as the weights of a pretrained encoder, are given
       to the loss after the record, as in `loss_fn(params, *record, *constants)`, and
@@ -75,12 +103,19 @@ def clipped_gradient(
         jax.value_and_grad(loss_fn), formulation=convolutions
     )
 
+    plain = weight is clip and not per_layer
+
     def record_gradient(params, constants, record):
         value, gradient = value_and_gradient(params, *record, *constants)
         # As vectors, for XLA adds up records of several axes hundreds of times slower
         # on CPUs where the same loop scales them (jax 0.10 and 0.12).
         gradient = jax.tree.map(jnp.ravel, gradient)
-        return gradient, (value, _magnitudes(gradient) if magnitudes else None)
+        before = _magnitudes(gradient) if magnitudes else None
+        if plain:  # the clip that comes last is all there is
+            return gradient, (value, before, None)
+        gradient = jax.tree.map(_finite, gradient)
+        weighted = _weighted(gradient, weight, l2_clip_norm, per_layer)
+        return weighted, (value, before, optax.global_norm(gradient))
 
     # It sets components that are not finite to 0, then measures the norm, then scales
     # by min(1, C / norm), then sums over the records that are no padding.
@@ -106,12 +141,13 @@ def clipped_gradient(
             return total, aux._replace(aux=total if magnitudes else None)
         if is_padding_example is None:
             is_padding_example = jnp.zeros((size,), bool)
-        total, ((values, before), norms) = inner(
+        total, ((values, before, first), norms) = inner(
             params,
             tuple(constants),
             records,
             is_padding_example=is_padding_example,
         )
+        norms = norms if plain else first
         total = _like(params, total)
         if magnitudes:
             drawn = ~is_padding_example[:, None]
@@ -125,12 +161,36 @@ def clipped_gradient(
     )
 
 
+def _finite(x: jax.Array) -> jax.Array:
+    """Replaces what is not finite by 0, as the clip does."""
+    return jnp.where(jnp.isfinite(x), x, 0)
+
+
 def _magnitudes(gradient: PyTree) -> PyTree:
-    """Returns absolute values in float32; of what is not finite, as of the clip, 0."""
+    """Returns absolute values in float32."""
     return jax.tree.map(
-        lambda x: jnp.abs(jnp.where(jnp.isfinite(x), x, 0)).astype(jnp.float32),
+        lambda x: jnp.abs(_finite(x)).astype(jnp.float32),
         gradient,
     )
+
+
+def _weighted(
+    gradient: PyTree, weight: Weight, l2_clip_norm: float, per_layer: bool
+) -> PyTree:
+    """Multiplies a gradient, or each of its layers, by the weight for its norm."""
+    paths, structure = jax.tree_util.tree_flatten_with_path(gradient)
+    names = [(path[:-1] or path) if per_layer else () for path, _ in paths]
+    layers = {
+        name: [leaf for n, (_, leaf) in zip(names, paths, strict=True) if n == name]
+        for name in names
+    }
+    share = l2_clip_norm / len(layers) ** 0.5
+    weights = {n: weight(optax.global_norm(x), share) for n, x in layers.items()}
+    scaled = [
+        leaf * weights[name].astype(leaf.dtype)
+        for name, (_, leaf) in zip(names, paths, strict=True)
+    ]
+    return jax.tree.unflatten(structure, scaled)
 
 
 def _like(params: PyTree, vectors: PyTree) -> PyTree:

@@ -29,6 +29,7 @@ from jax_privacy import clipping
 from dpmix_jax import noise
 from dpmix_jax.errors import UserError, require, require_one_of
 from dpmix_jax.files import cache_folder
+from dpmix_jax.gradients import WEIGHTS
 from dpmix_jax.selection import Selection
 
 RELATIONS = {relation.name.lower(): relation for relation in NeighboringRelation}
@@ -47,6 +48,11 @@ class PrivacyConfig:
       expected_batch_size: B; each record is sampled with probability B / N.
       num_updates: T.
       l2_clip_norm: C, the bound on a record's averaged gradient.
+      clipping_rule: `clip` shortens long gradients to C; `automatic` brings nearly all
+        of them to C, so that only the product of C and the learning rate matters (see
+        `gradients.automatic`).
+      per_layer: whether each layer is clipped by its own norm, see
+        `gradients.clipped_gradient`.
       neighboring_relation: `add_or_remove_one`, `replace_one` or `replace_special`
         (one record becomes an empty one).
       selection: None for a run that is released whatever comes out. Otherwise the run
@@ -63,6 +69,8 @@ class PrivacyConfig:
     expected_batch_size: int
     num_updates: int
     l2_clip_norm: float = 1.0
+    clipping_rule: str = "clip"
+    per_layer: bool = False
     neighboring_relation: str = "add_or_remove_one"
     selection: str | None = None
     expected_candidates: float | None = None
@@ -86,6 +94,7 @@ class PrivacyConfig:
             require(valid, f"privacy.{key}", getattr(self, key), allowed)
         relation = self.neighboring_relation
         require_one_of("privacy.neighboring_relation", relation, RELATIONS)
+        require_one_of("privacy.clipping_rule", self.clipping_rule, WEIGHTS)
         if self.private_selection and relation == "replace_one":
             raise UserError(
                 "privacy.selection must be None for privacy.neighboring_relation"

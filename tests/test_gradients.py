@@ -10,10 +10,17 @@ import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from dp_accounting import NeighboringRelation
 
-from dpmix_jax import UserError, clipped_gradient
+from dpmix_jax import (
+    UserError,
+    check_sensitivity,
+    clipped_gradient,
+    ghost_clipped_gradient,
+    gradients,
+)
 from tests import toy
 
 
@@ -159,6 +166,97 @@ def test_a_changed_record_moves_the_sum_by_the_sensitivity(bad, share, clip_norm
 def toy_sum(gradient_fn, params, images, labels, padding):
     total, _ = gradient_fn(params, images, labels, is_padding_example=padding)
     return jnp.concatenate([jnp.ravel(leaf) for leaf in jax.tree.leaves(total)])
+
+
+LAYERS = {"first": toy.init_params(), "second": {"bias": jnp.ones(3)}}
+HOSTILE = {"huge": 1e30, "negative": -5.0, "NaN": jnp.nan}
+
+
+def layered_loss(params, images, labels):
+    logits = toy.logits_fn(params["first"], images) + params["second"]["bias"][None]
+    return optax.softmax_cross_entropy(logits, labels).mean()
+
+
+@pytest.mark.parametrize("per_layer", [False, True])
+@pytest.mark.parametrize("name", gradients.WEIGHTS)
+def test_weights_equal_a_loop(name, per_layer):
+    """By the formulas of the papers, in float64; per layer with C / sqrt(2) each."""
+    clip_norm = 0.3
+    images, labels = sets(4, 2)
+    of = {
+        "clip": lambda norm, most: min(1.0, most / norm),
+        "automatic": lambda norm, most: most / (norm + 0.01),
+    }[name]
+    total, norms = {"first": 0.0, "second": 0.0}, []
+    for record in zip(images, labels, strict=True):
+        found = jax.grad(layered_loss)(LAYERS, *record)
+        layers = {k: np.asarray(toy.flat(v), np.float64) for k, v in found.items()}
+        norms.append(np.linalg.norm([np.linalg.norm(x) for x in layers.values()]))
+        for layer, x in layers.items():
+            norm = np.linalg.norm(x) if per_layer else norms[-1]
+            total[layer] += x * of(norm, clip_norm / 2 ** (per_layer / 2))
+    gradient_fn = clipped_gradient(
+        layered_loss,
+        l2_clip_norm=clip_norm,
+        weight=gradients.WEIGHTS[name],
+        per_layer=per_layer,
+    )
+    for f in (gradient_fn, jax.jit(gradient_fn)):
+        sums, aux = f(LAYERS, images, labels)
+        for layer, expected in total.items():
+            np.testing.assert_allclose(toy.flat(sums[layer]), expected, atol=2e-6)
+        np.testing.assert_allclose(aux.grad_norms, norms, rtol=1e-5)
+
+
+def test_an_array_outside_of_containers_is_a_layer():
+    gradient_fn = clipped_gradient(
+        lambda params, x: params["a"] @ x + params["b"] @ x,
+        l2_clip_norm=1.0,
+        per_layer=True,
+    )
+    params = {"a": jnp.zeros(2), "b": jnp.zeros(2)}
+    total, _ = gradient_fn(params, jnp.array([[3.0, 4.0]]))
+    for leaf in total.values():
+        np.testing.assert_allclose(leaf, np.array([0.6, 0.8]) / 2**0.5, rtol=1e-6)
+
+
+@pytest.mark.parametrize("make", [clipped_gradient, ghost_clipped_gradient])
+def test_automatic_clipping_makes_the_clip_norm_a_factor(make):
+    images, labels = sets(4, 2)
+    one, two = (
+        make(toy.loss_fn, l2_clip_norm=c, weight=gradients.automatic)(
+            toy.init_params(), images, labels
+        )[0]
+        for c in (0.01, 2.0)  # no clip at 2
+    )
+    np.testing.assert_allclose(200 * toy.flat(one), toy.flat(two), rtol=1e-4)
+
+
+@pytest.mark.proves("gradients.clipped_gradient", 2, 3)
+@pytest.mark.proves("ghost.ghost_clipped_gradient", 2, 3)
+@pytest.mark.parametrize("weight", [*gradients.WEIGHTS, *HOSTILE])
+@pytest.mark.parametrize(
+    "make",
+    [
+        clipped_gradient,
+        functools.partial(clipped_gradient, per_layer=True),
+        ghost_clipped_gradient,
+    ],
+    ids=["flat", "per layer", "ghost"],
+)
+def test_no_weight_breaks_the_bound(make, weight):
+    of_norm = gradients.WEIGHTS.get(
+        weight, lambda norm, _: jnp.full_like(norm, HOSTILE[weight])
+    )
+    gradient_fn = make(toy.loss_fn, l2_clip_norm=0.1, weight=of_norm)
+    params = toy.init_params()
+
+    @jax.jit
+    def total(records, padding):
+        return gradient_fn(params, *records, is_padding_example=padding)[0]
+
+    moved = check_sensitivity(total, sets(3, 2), gradient_fn.sensitivity, indices=[1])
+    assert weight in HOSTILE or max(moved.values()) > 0.09
 
 
 @pytest.mark.proves("gradients.clipped_gradient", 5)

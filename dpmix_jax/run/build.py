@@ -295,10 +295,14 @@ def _gradient(
     config, loss_fn, platform: str, *, linear_head: bool = False
 ) -> clipping.BoundedSensitivityCallable:
     name = config.performance.clipping_of(linear_head, platform)
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {
+        "weight": gradients.WEIGHTS[config.privacy.clipping_rule]
+    }
+    if config.privacy.per_layer:  # the config has seen to it that it is not ghost
+        options["per_layer"] = True
     if linear_head and name == "ghost":
         options["keep"] = ghost.always
-    if config.diagnostics.gradients:  # the config has seen to it that it is not ghost
+    if config.diagnostics.gradients:  # nor with these
         options["magnitudes"] = True
     clipped_gradient: Any = CLIPPED_GRADIENTS[name]
     return clipped_gradient(
@@ -312,8 +316,8 @@ def _gradient(
 def suits_ghost(config, model: Classifier) -> bool:
     """Whether a linear head is trained, and its gradients need not be formed."""
     is_linear = finetune.is_linear_head(*config.finetune.split(model.shapes))
-    seen = config.diagnostics.gradients
-    return is_linear and model.encode is not None and not seen
+    formed = config.diagnostics.gradients or config.privacy.per_layer
+    return is_linear and model.encode is not None and not formed
 
 
 def head_gradient(

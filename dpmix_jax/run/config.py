@@ -176,8 +176,12 @@ class ExperimentConfig:
         none = "False for {}, where no record has a gradient of its own".format
         require(not (seen and groups), "diagnostics.gradients", seen, none(method))
         ghost = f"performance.clipping {clipping!r}"
-        unseen = seen and clipping == "ghost"
-        require(not unseen, "diagnostics.gradients", seen, none(ghost))
+        for key, formed in (
+            ("diagnostics.gradients", seen),
+            ("privacy.per_layer", self.privacy.per_layer),
+        ):
+            valid = not (formed and clipping == "ghost")
+            require(valid, key, formed, none(ghost))
 
     def check_processes(self, num_processes: int) -> None:
         """Raises `UserError` for what one process alone can do."""

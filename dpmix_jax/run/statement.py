@@ -80,6 +80,15 @@ def privacy_report(
         "secret_seed": secret_seed,
         "accountant": accountant_version(),
         **({"kept_sets": kept_sets} if kept_sets else {}),
+        # Of what is as it was in the first versions nothing is said.
+        **{
+            name: value
+            for name, value, usual in (
+                ("clipping_rule", config.clipping_rule, "clip"),
+                ("per_layer", config.per_layer, False),
+            )
+            if value != usual
+        },
         **({"uncovered": config.uncovered} if config.uncovered else {}),
     }
 
@@ -116,6 +125,11 @@ _CLIPPING = {
         "norms are bounded from the factors of gradients, rounding included, and the"
         " terms made of the same factors (mixed ghost clipping with book-keeping)"
     ),
+}
+
+_RULES = {
+    "clip": "",
+    "automatic": ", divided by their norms (automatic clipping) and",
 }
 
 # What is released and covered, without and with a private selection.
@@ -187,6 +201,9 @@ def statement(report: dict[str, Any]) -> str:
         else f"{name.upper()} bounds nothing here"
         for name in ("pld", "rdp")
     )
+    rule = _RULES[report.get("clipping_rule", "clip")]
+    if report.get("per_layer"):
+        rule += ", layer by layer and then as a whole,"
     record, sets = "training", "training sets"
     if selection:
         record, sets = "training or validation", "pairs of training and validation set"
@@ -226,7 +243,7 @@ def statement(report: dict[str, Any]) -> str:
             )
         ),
         "Mechanism": (
-            f"Gaussian noise on the sum of {terms} clipped to C ="
+            f"Gaussian noise on the sum of {terms}{rule} clipped to C ="
             f" {report['l2_clip_norm']:g}; its standard deviation is sigma ="
             f" {report['noise_multiplier']:.6g} times the sensitivity of that sum,"
             f" {report['sensitivity']:g}; T = {report['num_updates']} updates"
