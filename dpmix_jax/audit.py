@@ -295,7 +295,11 @@ def gradient_canaries(
       l2_clip_norm: C.
       make_gradient: `clipped_gradient` or another of its kind.
       microbatch_size: records at a time.
+
+    Raises:
+      UserError: for a mechanism whose noise is correlated.
     """
+    require(mechanism.bands == 1, "bands", mechanism.bands, "1 for these canaries")
     gradient_fn = make_gradient(
         lambda params, axis: 1000.0 * l2_clip_norm * (params * axis).sum(),
         l2_clip_norm=l2_clip_norm,

@@ -14,7 +14,7 @@ import math
 import os
 import pathlib
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import absl.logging
 import dp_accounting
@@ -23,19 +23,21 @@ import jax.flatten_util
 import jax.numpy as jnp
 import joblib
 import optax
+import scipy.optimize
 from dp_accounting import NeighboringRelation, pld, rdp
 from jax_privacy import clipping
 
-from dpmix_jax import noise
+from dpmix_jax import factorization, noise
 from dpmix_jax.errors import UserError, require, require_one_of
 from dpmix_jax.files import cache_folder
 from dpmix_jax.gradients import WEIGHTS
 from dpmix_jax.selection import Selection
 
+PyTree = Any
 RELATIONS = {relation.name.lower(): relation for relation in NeighboringRelation}
 _ACCOUNTANTS = {"pld": pld.PLDAccountant, "rdp": rdp.RdpAccountant}
 _MIN_NOISE, _MAX_NOISE = 2.0**-3, 2.0**14
-_OWN_VERSION = 2  # of what is cached: raise it when `Mechanism` changes
+_OWN_VERSION = 3  # of what is cached: raise it when `Mechanism` changes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,6 +62,10 @@ class PrivacyConfig:
         number of candidates, see `Selection`: then epsilon is what all of them and the
         choice spend together, and the noise of each is larger.
       expected_candidates: mean of that number; None without selection.
+      mechanism: `gaussian` adds independent noise in every update; `bandmf` noise that
+        is correlated between updates, see `factorization`.
+      bands: b, of `bandmf`; None for the number that disturbs the sums of gradients
+        least among 1, 2, 3, 4, 6, 8, 12, 16 and so on, see `calibrate`.
       uncovered: what else of this run was chosen by looking at the private records, in
         words, such as "the learning rate"; the statement tells it.
     """
@@ -74,6 +80,8 @@ class PrivacyConfig:
     neighboring_relation: str = "add_or_remove_one"
     selection: str | None = None
     expected_candidates: float | None = None
+    mechanism: str = "gaussian"
+    bands: int | None = None
     uncovered: str = ""
 
     def __post_init__(self):
@@ -92,6 +100,13 @@ class PrivacyConfig:
             ),
         ):
             require(valid, f"privacy.{key}", getattr(self, key), allowed)
+        require_one_of("privacy.mechanism", self.mechanism, ("gaussian", "bandmf"))
+        require(
+            self.bands is None or self.mechanism == "bandmf",
+            "privacy.bands",
+            self.bands,
+            "None for privacy.mechanism 'gaussian'",
+        )
         relation = self.neighboring_relation
         require_one_of("privacy.neighboring_relation", relation, RELATIONS)
         require_one_of("privacy.clipping_rule", self.clipping_rule, WEIGHTS)
@@ -123,6 +138,7 @@ class PrivacyConfig:
             num_updates=self.num_updates,
             neighboring_relation=self.relation,
             selection=self.private_selection,
+            bands=1 if self.mechanism == "gaussian" else self.bands,
         )
 
     def sampling_prob(self, num_records: int) -> float:
@@ -137,14 +153,22 @@ class PrivacyConfig:
 class Mechanism:
     """T Poisson-subsampled Gaussian mechanisms: what the accountant sees of a run.
 
+    With a strategy of b bands, they are T / b (rounded up) for each record, of b times
+    the sampling probability: see `factorization`.
+
     Attributes:
-      sampling_prob: q, the probability that a record is in a batch.
+      sampling_prob: q, the probability that a record is in a batch. With b bands it is
+        b q in each update of the record's turn, and 0 in others.
       num_updates: T.
       noise_multiplier: standard deviation of the noise on the sum, over the sensitivity
         of the sum under `neighboring_relation` (so over 2 C for `REPLACE_ONE`).
       neighboring_relation: which datasets count as neighbours.
       selection: of a private selection, in which the T updates are those of each
         candidate; or None.
+      strategy: how noise is correlated between updates; by default it is not.
+
+    Raises:
+      UserError: for a strategy whose first coefficient is not positive, or b q above 1.
 
     Example:
       >>> mechanism = dpm.Mechanism(
@@ -159,6 +183,18 @@ class Mechanism:
     noise_multiplier: float
     neighboring_relation: NeighboringRelation = NeighboringRelation.ADD_OR_REMOVE_ONE
     selection: Selection | None = None
+    strategy: factorization.Strategy = factorization.INDEPENDENT
+
+    def __post_init__(self):
+        first = (*self.strategy, 0.0)[0]
+        require(first > 0, "strategy[0]", first, "positive")
+        most = f"at most 1 / sampling_prob = {1 / max(self.sampling_prob, 1e-9):.4g}"
+        require(self.bands * self.sampling_prob <= 1, "bands", self.bands, most)
+
+    @property
+    def bands(self) -> int:
+        """Returns b, the number of parts of the records that take turns."""
+        return len(self.strategy)
 
     @property
     def accountant(self) -> str:
@@ -173,9 +209,9 @@ class Mechanism:
         stddev = self.noise_multiplier * unit.sensitivity(self.neighboring_relation)
         updates = dp_accounting.SelfComposedDpEvent(
             dp_accounting.PoissonSampledDpEvent(
-                self.sampling_prob, dp_accounting.GaussianDpEvent(stddev)
+                self.bands * self.sampling_prob, dp_accounting.GaussianDpEvent(stddev)
             ),
-            self.num_updates,
+            -(-self.num_updates // self.bands),
         )
         return updates if self.selection is None else self.selection.event(updates)
 
@@ -286,8 +322,13 @@ def calibrate(
     num_updates: int,
     neighboring_relation: NeighboringRelation = NeighboringRelation.ADD_OR_REMOVE_ONE,
     selection: Selection | None = None,
+    bands: int | None = 1,
 ) -> Mechanism:
     """Finds the least noise with which T updates stay within (epsilon, delta).
+
+    More bands correlate the noise of more updates, and take more of it. With `bands`
+    None, numbers of bands are tried from 1 upwards as long as the root mean squared
+    error of the sums of gradients, with the noise that RDP finds, gets less.
 
     Formal guarantees:
       - The epsilon of the returned mechanism, by the PLD accountant (for a selection by
@@ -300,6 +341,7 @@ def calibrate(
       num_updates: T, at least 1.
       neighboring_relation: which datasets count as neighbours.
       selection: of a private selection in which each candidate does these T updates.
+      bands: b, at most 1 / q and T; 1 is independent noise, see `factorization`.
 
     Raises:
       UserError: for an argument out of its range, or if no noise multiplier in a sane
@@ -327,6 +369,11 @@ def calibrate(
         neighboring_relation=neighboring_relation,
         selection=selection,
     )
+    if bands is None:
+        bands = _cached(_least_error, silent, float(epsilon), float(delta))
+    if bands != 1:
+        strategy = _cached(factorization.strategy, int(num_updates), bands)
+        silent = dataclasses.replace(silent, strategy=strategy)
     noise_multiplier = _cached(_calibrate, float(epsilon), float(delta), silent)
     mechanism = dataclasses.replace(silent, noise_multiplier=noise_multiplier)
     if selection is not None:  # or else it would fail after the training
@@ -341,14 +388,56 @@ def calibrate(
     return mechanism
 
 
+def _least_error(silent: Mechanism, epsilon: float, delta: float) -> int:
+    """Returns the number of bands whose noise, by RDP, disturbs sums least."""
+    best, least = 1, math.inf
+    for bands in sorted({*(2**k for k in range(11)), *(3 * 2**k for k in range(10))}):
+        if bands * silent.sampling_prob > 1 or bands > silent.num_updates:
+            break
+        strategy = factorization.strategy(silent.num_updates, bands)
+        needed = noise_by_rdp(
+            dataclasses.replace(silent, strategy=strategy), epsilon, delta
+        )
+        error = needed * factorization.error(strategy, silent.num_updates)
+        if error > least:
+            break
+        best, least = bands, error
+    return best
+
+
+def noise_by_rdp(silent: Mechanism, epsilon: float, delta: float) -> float:
+    """Returns the noise multiplier that a budget takes by RDP: soon, and too large.
+
+    Args:
+      silent: a mechanism, whose own noise multiplier does not matter.
+      epsilon: the budget.
+      delta: in (0, 1).
+
+    Returns:
+      The least in [0.1, 10000]; infinity if there is none, as for `REPLACE_ONE`.
+    """
+
+    def excess(log_noise: float) -> float:
+        each = dataclasses.replace(silent, noise_multiplier=math.exp(log_noise))
+        return min(each.epsilon(delta, accountant="rdp"), 1e9) - epsilon
+
+    lowest, highest = math.log(0.1), math.log(1e4)
+    if excess(lowest) < 0 or excess(highest) > 0:
+        return math.inf
+    return math.exp(scipy.optimize.brentq(excess, lowest, highest, xtol=1e-4))
+
+
 class NoiseState(NamedTuple):
     """The noise to come: secret, and for checkpoints only.
 
     Attributes:
       key: uint32 [8], of the next update.
+      past: float32 [b - 1, d], the noise of the last updates, from which noise of b
+        bands takes back a part; None for independent noise.
     """
 
     key: jax.Array
+    past: jax.Array | None = None
 
 
 def privatizer(
@@ -369,8 +458,12 @@ def privatizer(
         what rounding adds to the sensitivity. See `noise` for how near to Gaussian.
       - The noise of each update comes from a key of its own, which the state carries,
         and from which that of no earlier update can be drawn again. (A second `init`
-        starts the same noise again.)
+        starts the same noise again.) With b bands the state holds the noise of b - 1
+        updates, which `without_noise` takes out.
       - Divides by the expected batch size, a constant, never by the drawn one.
+      - With a strategy c of b bands the noise w of update t is such that the sum of
+        c_k w_(t-k) over k < b is independent Gaussian noise z of |c| times the
+        standard deviation of the first line.
 
     Args:
       gradient_fn: from `clipped_gradient`; its sensitivity sets the scale.
@@ -397,18 +490,46 @@ def privatizer(
     is_key = getattr(key, "shape", None) == (8,) and key.dtype == jnp.uint32
     require(is_key, "key", key, "uint32 [8], such as noise_key(seed)")
     sensitivity = gradient_fn.sensitivity(mechanism.neighboring_relation)
+    first, *later = mechanism.strategy
+    # Of b sums, each c-weighted and over c_0, and each rounded to the grid.
+    of_all_bands = sensitivity * math.hypot(*mechanism.strategy) / first
+    share = jnp.array(later, jnp.float32) / jnp.float32(first)
 
     def init(params):
-        del params
-        return NoiseState(jnp.array(key))
+        if not later:
+            return NoiseState(jnp.array(key))
+        number = sum(leaf.size for leaf in jax.tree.leaves(params))
+        return NoiseState(jnp.array(key), jnp.zeros((len(later), number), jnp.float32))
 
     def update(gradients, state, params=None):
         del params
         gradients = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), gradients)
         total, restored = jax.flatten_util.ravel_pytree(gradients)
-        on = noise.grid(mechanism.noise_multiplier, sensitivity, total.size)
-        noisy = noise.add_noise(total, state.key, on)
+        on = noise.grid(
+            mechanism.noise_multiplier, of_all_bands, total.size * mechanism.bands
+        )
+        taken, past = total, state.past
+        if past is not None:
+            taken = total - jnp.tensordot(share, past, 1, precision="highest")
+        noisy = noise.add_noise(taken, state.key, on)
+        if past is not None:
+            past = jnp.concatenate([(noisy - total)[None], past[:-1]])
         private = restored(noisy * jnp.float32(1 / size))
-        return private, NoiseState(noise.next_key(state.key))
+        return private, NoiseState(noise.next_key(state.key), past)
 
     return optax.GradientTransformation(init, update)
+
+
+def without_noise(state: PyTree) -> PyTree:
+    """Takes the noise of the last updates out of a state that needs it no more.
+
+    Args:
+      state: of an optimizer that is chained with a `privatizer`.
+    """
+
+    def emptied(part):
+        if isinstance(part, NoiseState) and part.past is not None:
+            return part._replace(past=jnp.zeros_like(part.past))
+        return part
+
+    return jax.tree.map(emptied, state, is_leaf=lambda x: isinstance(x, NoiseState))

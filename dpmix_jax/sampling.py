@@ -22,7 +22,7 @@ from jax_privacy import batch_selection
 
 from dpmix_jax.errors import require, require_one_of
 
-STREAMS = ("init", "sampling", "augmentation", "groups", "pretraining", "sets")
+STREAMS = ("init", "sampling", "augmentation", "groups", "pretraining", "sets", "turns")
 
 
 def generator(seed: int, stream: str, *path: int) -> np.random.Generator:
@@ -94,7 +94,7 @@ def record_keys(key: jax.Array, step: jax.Array, indices: jax.Array) -> jax.Arra
 
 
 def poisson_batch(
-    seed: int, step: int, *, num_records: int, sampling_prob: float
+    seed: int, step: int, *, num_records: int, sampling_prob: float, bands: int = 1
 ) -> np.ndarray:
     """Draws the records of update `step`: each one independently, with one probability.
 
@@ -103,18 +103,23 @@ def poisson_batch(
         the other records and of the other steps (Poisson sampling, as the accountant
         assumes). Nothing is truncated.
       - The batch is a pure function of the arguments.
+      - With b bands every record has a turn every b steps, drawn for it alone. Then it
+        is in the batch with probability b `sampling_prob`, independently of the other
+        records and of the other steps, and otherwise it is not (cyclic Poisson
+        sampling).
 
     Args:
       seed: the seed of the run (see `stream_key`).
       step: the update, from 0.
       num_records: N, size of the training set.
       sampling_prob: q in [0, 1], the expected batch size over N.
+      bands: b, of a mechanism whose noise is correlated, at most 1 / q.
 
     Returns:
       Integer indices in [0, N), without repeats, of random length (0 is possible).
 
     Raises:
-      UserError: if `sampling_prob` is outside [0, 1] or `num_records` below 1.
+      UserError: if b `sampling_prob` is outside [0, 1], or `num_records` or b below 1.
 
     Example:
       >>> draw = {"num_records": 1000, "sampling_prob": 0.1}
@@ -124,17 +129,22 @@ def poisson_batch(
     """
     require(num_records >= 1, "num_records", num_records, "at least 1")
     require(0 <= sampling_prob <= 1, "sampling_prob", sampling_prob, "in [0, 1]")
+    require(bands >= 1, "bands", bands, "at least 1")
+    most = f"at most 1 / bands = {1 / bands:.4g}"
+    require(bands * sampling_prob <= 1, "sampling_prob", sampling_prob, most)
     # One iteration of jax_privacy's sampler from a generator of this step alone makes
     # the batch of step t available without drawing the t before it.
     strategy = batch_selection.CyclicPoissonSampling(
-        sampling_prob=sampling_prob, iterations=1
+        sampling_prob=bands * sampling_prob, iterations=1
     )
-    batch = next(
-        iter(
-            strategy.batch_iterator(num_records, rng=generator(seed, "sampling", step))
-        )
-    )
-    return batch.astype(np.int32)
+    there = np.arange(num_records)
+    if bands > 1:
+        turns = generator(seed, "turns").integers(bands, size=num_records)
+        there = np.flatnonzero(turns == step % bands)
+        if not len(there):
+            return there.astype(np.int32)
+    drawn = strategy.batch_iterator(len(there), rng=generator(seed, "sampling", step))
+    return there[next(iter(drawn))].astype(np.int32)
 
 
 def microbatches(indices: np.ndarray, microbatch_size: int) -> list[np.ndarray]:
@@ -154,7 +164,12 @@ def microbatches(indices: np.ndarray, microbatch_size: int) -> list[np.ndarray]:
 
 
 def batches(
-    seed: int, *, num_records: int, sampling_prob: float, microbatch_size: int
+    seed: int,
+    *,
+    num_records: int,
+    sampling_prob: float,
+    microbatch_size: int,
+    bands: int = 1,
 ) -> Callable[[int], list[Any]]:
     """Returns the function from an update to the microbatches of its Poisson batch.
 
@@ -163,6 +178,7 @@ def batches(
       num_records: N.
       sampling_prob: q.
       microbatch_size: m.
+      bands: b, see `poisson_batch`.
 
     Returns:
       `f(step)`, a list of int32 arrays [m] whose padding is masked: `.data` are the
@@ -179,7 +195,11 @@ def batches(
 
     def masked(step: int) -> list[np.ma.MaskedArray]:
         batch = poisson_batch(
-            seed, step, num_records=num_records, sampling_prob=sampling_prob
+            seed,
+            step,
+            num_records=num_records,
+            sampling_prob=sampling_prob,
+            bands=bands,
         )
         parts = microbatches(batch, microbatch_size)
         return [np.ma.MaskedArray(part, mask=part < 0) for part in parts]

@@ -217,7 +217,7 @@ def build(
         else _gradient(config, loss_fn, platform),
         records,
         seed=seed,
-        sampling_prob=mechanism.sampling_prob,
+        mechanism=mechanism,
         num_devices=mesh.size,
     )
     sets = training.make_sets(
@@ -345,7 +345,7 @@ def accumulate(config, sets: training.MakeSets, gradient_fn, mesh) -> Any:
 
 
 def _terms_of_records(
-    config, gradient_fn, records: Records, *, seed, sampling_prob, num_devices
+    config, gradient_fn, records: Records, *, seed, mechanism, num_devices
 ) -> Terms:
     del num_devices
 
@@ -353,8 +353,9 @@ def _terms_of_records(
         return sampling.batches(
             seed,
             num_records=len(records),
-            sampling_prob=sampling_prob,
+            sampling_prob=mechanism.sampling_prob,
             microbatch_size=microbatch_size,
+            bands=mechanism.bands,
         )
 
     return Terms(
@@ -369,7 +370,7 @@ def _terms_of_records(
 
 
 def _terms_of_groups(
-    config, gradient_fn, records: Records, *, seed, sampling_prob, num_devices
+    config, gradient_fn, records: Records, *, seed, mechanism, num_devices
 ) -> Terms:
     method = config.method
     num_groups = method.num_groups(config.privacy.expected_batch_size)
@@ -378,7 +379,7 @@ def _terms_of_groups(
         return microbatch_mixup.batches(
             seed,
             num_records=len(records),
-            sampling_prob=sampling_prob,
+            sampling_prob=mechanism.sampling_prob,
             microbatch_size=microbatch_size,
             num_groups=num_groups,
             num_devices=num_devices,

@@ -6,11 +6,10 @@ import pathlib
 from collections.abc import Sequence
 
 import matplotlib.figure
-import scipy.optimize
 
 from dpmix_jax.errors import UserError, require
 from dpmix_jax.files import replacing
-from dpmix_jax.privacy import Mechanism, NeighboringRelation, calibrate
+from dpmix_jax.privacy import Mechanism, NeighboringRelation, calibrate, noise_by_rdp
 from dpmix_jax.run.statement import round_up
 
 _OF_BATCH, _OF_UPDATES = (0.25, 1, 4), (0.25, 0.5, 1, 2, 4)
@@ -106,20 +105,10 @@ def trade_offs(setting: Setting, epsilon: float) -> list[tuple[Setting, float]]:
                 batch_size=min(setting.batch_size * of_batch, setting.num_records),
                 num_updates=max(round(setting.num_updates * of_updates), 1),
             )
-            if (sigma := _by_rdp(other, epsilon)) and (other, sigma) not in found:
+            sigma = noise_by_rdp(other.mechanism(1.0), epsilon, setting.delta)
+            if sigma < math.inf and (other, sigma) not in found:
                 found.append((other, sigma))
     return found
-
-
-def _by_rdp(setting: Setting, epsilon: float) -> float | None:
-    def excess(log_sigma: float) -> float:
-        mechanism = setting.mechanism(math.exp(log_sigma))
-        return min(mechanism.epsilon(setting.delta, accountant="rdp"), 1e9) - epsilon
-
-    lowest, highest = math.log(0.1), math.log(1e4)
-    if excess(lowest) < 0 or excess(highest) > 0:
-        return None
-    return math.exp(scipy.optimize.brentq(excess, lowest, highest, xtol=1e-4))
 
 
 def table(found: Sequence[tuple[Setting, float]]) -> str:

@@ -56,7 +56,9 @@ def dry_run(config: ExperimentConfig, target: str | None = None) -> str:
         "guarantee": f"({mechanism.epsilon(config.privacy.delta):.4g},"
         f" {config.privacy.delta:g})-DP, {config.privacy.neighboring_relation}",
         "noise": f"sigma = {mechanism.noise_multiplier:.5g},"
-        f" C = {config.privacy.l2_clip_norm:g}",
+        f" C = {config.privacy.l2_clip_norm:g}"
+        + f", {mechanism.bands} bands"
+        * (mechanism.bands > 1),
         "updates": f"{updates:,} of {batch:,} expected records, q = {q:.5g}",
         "images": f"{batch * config.method.set_size:,} an update"
         f" (K = {config.method.set_size}, {config.method.name})",

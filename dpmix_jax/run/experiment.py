@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 
 import jax
 
-from dpmix_jax import data, training
+from dpmix_jax import data, privacy, training
 from dpmix_jax.data.public import load_public
 from dpmix_jax.progress import Progress, say
 from dpmix_jax.run import (
@@ -132,16 +132,18 @@ def train(
     )
     given = embeddings.whitened(config, model, given, train_set, public, workdir)
 
-    noise_multiplier, seed = hosts.of_first(
+    found, seed = hosts.of_first(
         lambda: start.begin(config, workdir, sampling_prob, digest, book=book)
     )
-    mechanism = start.made_with(noise_multiplier, config.privacy, sampling_prob)
+    mechanism = start.made_with(found, config.privacy, sampling_prob)
     if hosts.is_first():
         embeddings.save_whitening(given, workdir)
     say(
         f"{config.method.name}, K = {config.method.set_size}: {num_updates} updates of"
         f" {len(train_set)} records at q = {sampling_prob:.4g}, sigma ="
         f" {mechanism.noise_multiplier:.4g}"
+        + f", {mechanism.bands} bands"
+        * (mechanism.bands > 1)
     )
     parts = build.build(
         config,
@@ -227,7 +229,11 @@ def train(
                 counts = evaluate.count(confusions, parts, state) if evaluated else {}
                 if evaluated or step % every.log_every == 0:
                     log(state, sums, progress, counts)
-                if step % every.checkpoint_every == 0 or last:
+                if last:  # what is left must not show what noise was added
+                    checkpoints.save(
+                        state._replace(opt_state=privacy.without_noise(state.opt_state))
+                    )
+                elif step % every.checkpoint_every == 0:
                     checkpoints.save(state)
             stopped = hosts.agreed(signals)
     if int(state.step) < num_updates:

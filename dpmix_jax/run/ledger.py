@@ -24,6 +24,7 @@ from dp_accounting import pld, rdp
 from dpmix_jax import data
 from dpmix_jax.data.public import image_checksums
 from dpmix_jax.errors import UserError
+from dpmix_jax.factorization import INDEPENDENT
 from dpmix_jax.files import locked, naming
 from dpmix_jax.privacy import RELATIONS, Mechanism
 from dpmix_jax.progress import say
@@ -222,6 +223,7 @@ def _as_dict(mechanism: Mechanism) -> dict[str, Any]:
         "neighboring_relation": mechanism.neighboring_relation.name.lower(),
         "selection": selection
         and [selection.distribution, selection.expected_candidates],
+        **({"strategy": mechanism.strategy} if mechanism.bands > 1 else {}),
     }
 
 
@@ -234,6 +236,7 @@ def _mechanism(content: dict[str, Any]) -> Mechanism:
         neighboring_relation=RELATIONS[content["neighboring_relation"]],
         selection=chosen
         and Selection(distribution=chosen[0], expected_candidates=chosen[1]),
+        strategy=tuple(content.get("strategy", INDEPENDENT)),
     )
 
 

@@ -3,12 +3,13 @@
 import importlib.metadata
 import pathlib
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from dpmix_jax import data, privacy, training
+from dpmix_jax import data, factorization, privacy, training
 from dpmix_jax.errors import UserError
 from dpmix_jax.progress import Progress, say
 from dpmix_jax.run import build, ledger
@@ -58,7 +59,7 @@ def begin(
     digest: str,
     *,
     book: ledger.Ledger | None,
-) -> tuple[float, int | None]:
+) -> tuple[dict[str, Any], int | None]:
     """Writes a run down before it looks at a record, or finds how it began.
 
     Args:
@@ -69,7 +70,7 @@ def begin(
       book: see `experiment.train`.
 
     Returns:
-      The noise multiplier and the seed, None once it is forgotten.
+      What `made_with` takes, and the seed, None once it is forgotten.
     """
     mechanism = mechanism_of(config.privacy, sampling_prob, workdir)
     if book is not None and workdir.kept() is None:
@@ -80,9 +81,10 @@ def begin(
             workdir=str(workdir.path.resolve()),
         )
     workdir.write_json("config.json", to_dict(config), mode=0o600)
-    noise_multiplier = mechanism.noise_multiplier
-    seed = workdir.begin(config.seed, data=digest, noise_multiplier=noise_multiplier)
-    return noise_multiplier, seed
+    found: dict[str, Any] = {"noise_multiplier": mechanism.noise_multiplier}
+    if mechanism.bands > 1:
+        found["strategy"] = list(mechanism.strategy)
+    return found, workdir.begin(config.seed, data=digest, **found)
 
 
 def mechanism_of(
@@ -93,7 +95,7 @@ def mechanism_of(
     if kept is None:
         say("calibrating the noise")
         return config.calibrate(sampling_prob)
-    mechanism = made_with(kept["noise_multiplier"], config, sampling_prob)
+    mechanism = made_with(kept, config, sampling_prob)
     # Not to the last bit: accountants differ in it between processors.
     if mechanism.epsilon(config.delta) > config.epsilon * (1 + 1e-6):
         raise UserError(
@@ -104,15 +106,16 @@ def mechanism_of(
 
 
 def made_with(
-    noise_multiplier: float, config: privacy.PrivacyConfig, sampling_prob: float
+    found: Mapping[str, Any], config: privacy.PrivacyConfig, sampling_prob: float
 ) -> privacy.Mechanism:
-    """Returns the mechanism of a config that has this noise."""
+    """Returns the mechanism of a config that has this noise and strategy."""
     return privacy.Mechanism(
         sampling_prob=sampling_prob,
         num_updates=config.num_updates,
-        noise_multiplier=noise_multiplier,
+        noise_multiplier=found["noise_multiplier"],
         neighboring_relation=config.relation,
         selection=config.private_selection,
+        strategy=tuple(found.get("strategy", factorization.INDEPENDENT)),
     )
 
 

@@ -86,6 +86,7 @@ def privacy_report(
             for name, value, usual in (
                 ("clipping_rule", config.clipping_rule, "clip"),
                 ("per_layer", config.per_layer, False),
+                ("strategy", list(mechanism.strategy), [1.0]),
             )
             if value != usual
         },
@@ -204,6 +205,18 @@ def statement(report: dict[str, Any]) -> str:
     rule = _RULES[report.get("clipping_rule", "clip")]
     if report.get("per_layer"):
         rule += ", layer by layer and then as a whole,"
+    correlated, sampling, chance = "", "Poisson sampling", "that"
+    if bands := len(report.get("strategy", ())):
+        turns = -(-report["num_updates"] // bands)
+        correlated = (
+            f", correlated between updates by a strategy of {bands} bands (DP-BandMF),"
+            f" so that a record counts as in {turns} updates of {bands} times q"
+        )
+        sampling = "cyclic Poisson sampling"
+        chance = (
+            f"{bands} times that probability in its turn, every {bands}th update from a"
+            " first one that is drawn for it alone, and with no"
+        )
     record, sets = "training", "training sets"
     if selection:
         record, sets = "training or validation", "pairs of training and validation set"
@@ -246,13 +259,14 @@ def statement(report: dict[str, Any]) -> str:
             f"Gaussian noise on the sum of {terms}{rule} clipped to C ="
             f" {report['l2_clip_norm']:g}; its standard deviation is sigma ="
             f" {report['noise_multiplier']:.6g} times the sensitivity of that sum,"
-            f" {report['sensitivity']:g}; T = {report['num_updates']} updates"
+            f" {report['sensitivity']:g}{correlated}; T = {report['num_updates']}"
+            " updates"
         ),
         "Sampling": (
-            "the accountant assumes Poisson sampling with q ="
+            f"the accountant assumes {sampling} with q ="
             f" {report['sampling_prob']:.6g} (expected batch"
             f" {report['expected_batch_size']}, N = {report['num_records']}), and so"
-            " does the sampler: each record is drawn independently with that"
+            f" does the sampler: each record is drawn independently with {chance}"
             " probability, nothing is truncated. q and N are treated as public"
         ),
         "Accountant": (

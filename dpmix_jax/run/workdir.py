@@ -63,9 +63,7 @@ class Workdir:
         """Returns what `begin` has kept, or None for a run that has not begun."""
         return self._read_json("secret.json")
 
-    def begin(
-        self, seed: int | None, *, data: str, noise_multiplier: float
-    ) -> int | None:
+    def begin(self, seed: int | None, *, data: str, **mechanism: Any) -> int | None:
         """Keeps what the rest of the run needs, or checks that it is the same run.
 
         Seed, noise and a checksum of the data stay in `secret.json` while the run is
@@ -74,7 +72,7 @@ class Workdir:
         Args:
           seed: from the config; None draws 256 bits from the operating system.
           data: checksum of the training records, public images and weight files.
-          noise_multiplier: of the run.
+          **mechanism: what else the noise of the run is made with.
 
         Returns:
           The seed of the run, or None once `forget_secrets` has erased it.
@@ -92,9 +90,7 @@ class Workdir:
             self._drop_embeddings()  # of another seed
             self.whitening.unlink(missing_ok=True)
             drawn = secrets.randbits(256) if seed is None else seed
-            self._keep(
-                {"seed": drawn, "data": data, "noise_multiplier": noise_multiplier}
-            )
+            self._keep({"seed": drawn, "data": data, **mechanism})
             return drawn
         if began["data"] != data:
             raise UserError(
