@@ -10,7 +10,7 @@ from tests.conftest import ROOT
 PACKAGE = ROOT / "dpmix_jax"
 CORE = [
     *("augment", "pool", "mixup", "conv", "ghost", "gradients", "privacy"),
-    *("selection", "sampling", "training", "devices", "noise", "audit"),
+    *("selection", "sampling", "training", "devices", "noise", "audit", "optimizers"),
 ]
 WINGS = ("baselines", "data", "models", "synthetic")
 ABOVE = ("run", "sweeps")

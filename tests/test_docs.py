@@ -18,7 +18,10 @@ from tests.conftest import ROOT
 
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.glob("**/*.md"))
-MODULES = ("audit", "augment", "conv", "ghost", "gradients", "mixup", "privacy")
+MODULES = (
+    *("audit", "augment", "conv", "ghost", "gradients", "mixup", "optimizers"),
+    "privacy",
+)
 # What an example or a command leaves to the reader.
 CHOSEN = {"METHOD": "self_aug", "K_BASE": "4", "K_SELF": "0", "$seed": "0"}
 
@@ -150,8 +153,10 @@ def test_configs_of_commands_load(monkeypatch):
 def test_the_api_has_every_public_name_and_module_of_the_core():
     page = (DOCS / "api.md").read_text()
     for name in dpm.__all__:
-        home = inspect.getmodule(getattr(dpm, name)).__name__
+        member = getattr(dpm, name)
+        home = inspect.getmodule(member).__name__
         where = f"`~{home}.{name}`" if home.startswith("dpmix_jax") else f"`{name}`"
+        where = f"`~{home}`" if inspect.ismodule(member) else where
         assert where in page, name
     for module in re.findall(r"^    (\w+)  ", dpm.__doc__, re.M):
         assert f".. automodule:: dpmix_jax.{module}\n" in page, module

@@ -11,7 +11,7 @@ from typing import Any
 
 import optax
 
-from dpmix_jax import models
+from dpmix_jax import models, optimizers
 from dpmix_jax.augment import AugmentationConfig
 from dpmix_jax.baselines import microbatch_mixup
 from dpmix_jax.baselines.pretraining import PretrainConfig
@@ -36,36 +36,75 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """SGD at a constant rate, and the average of its iterates.
+    """Steps at a constant rate, and the average of the iterates.
 
     Attributes:
+      name: `sgd`, or `adam_bc`, see `optimizers.adam_bc`.
       learning_rate: positive.
-      momentum: in [0, 1).
+      momentum: in [0, 1); of `adam_bc` the decay b1 of the first moment.
+      second_moment_decay: in [0, 1), b2, of `adam_bc` alone.
+      floor: positive, the least second moment, of `adam_bc` alone.
+      filter: what the private mean passes first: `none`, `low_pass`, see
+        `optimizers.low_pass`, of first order, or `kalman`, see `optimizers.kalman`.
+        `adam_bc` takes none: it corrects for the noise before a filter.
+      filter_gain: k in (0, 1], the weight of the newest gradient, of filters alone:
+        `low_pass((k - 1,), (k / 2, k / 2))`, or kappa.
       weight_decay: at least 0; this share of the weights is added to the private
         gradient.
       ema_decay: in [0, 1), the decay of the averaged weights.
     """
 
+    name: str = "sgd"
     learning_rate: float
     momentum: float = 0.0
+    second_moment_decay: float = 0.999
+    floor: float = 1e-8
+    filter: str = "none"
+    filter_gain: float = 0.5
     weight_decay: float = 0.0
     ema_decay: float = 0.9999
 
     def __post_init__(self):
-        rate, decay = self.learning_rate, self.weight_decay
-        positive = "positive and finite"
-        require(0 < rate < math.inf, "optimizer.learning_rate", rate, positive)
+        require_one_of("optimizer.name", self.name, ("sgd", "adam_bc"))
+        kind, filters = self.filter, ("none", "low_pass", "kalman")
+        require_one_of("optimizer.filter", kind, filters)
+        plain = "'none' for optimizer.name 'adam_bc', which knows the unfiltered noise"
+        fits = kind == "none" or self.name == "sgd"
+        require(fits, "optimizer.filter", kind, plain)
+        for name in ("learning_rate", "floor"):
+            value, allowed = getattr(self, name), "positive and finite"
+            require(0 < value < math.inf, f"optimizer.{name}", value, allowed)
+        gain, decay = self.filter_gain, self.weight_decay
+        require(0 < gain <= 1, "optimizer.filter_gain", gain, "in (0, 1]")
         least = "at least 0 and finite"
         require(0 <= decay < math.inf, "optimizer.weight_decay", decay, least)
-        for name in ("momentum", "ema_decay"):
+        for name in ("momentum", "second_moment_decay", "ema_decay"):
             value = getattr(self, name)
             require(0 <= value < 1, f"optimizer.{name}", value, "in [0, 1)")
 
-    def build(self) -> optax.GradientTransformation:
-        sgd = optax.sgd(self.learning_rate, self.momentum or None)
-        if not self.weight_decay:
-            return sgd
-        return optax.chain(optax.add_decayed_weights(self.weight_decay), sgd)
+    def build(self, noise_stddev: float) -> optax.GradientTransformation:
+        """Returns what follows the privatizer.
+
+        Args:
+          noise_stddev: of the noise on a coordinate of the private mean.
+        """
+        if self.name == "adam_bc":
+            step = optimizers.adam_bc(
+                self.learning_rate,
+                noise_stddev=noise_stddev,
+                b1=self.momentum,
+                b2=self.second_moment_decay,
+                floor=self.floor,
+            )
+        else:
+            step = optax.sgd(self.learning_rate, self.momentum or None)
+        if self.weight_decay:
+            step = optax.chain(optax.add_decayed_weights(self.weight_decay), step)
+        gain = self.filter_gain
+        if self.filter == "low_pass":
+            smooth = optimizers.low_pass(a=(gain - 1,), b=(gain / 2, gain / 2))
+            return optax.chain(smooth, step)
+        return optimizers.kalman(step, gain) if self.filter == "kalman" else step
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
