@@ -64,6 +64,7 @@ SWEEPS = (
     "figure2",
     "fine_tuned",
     "from_scratch",
+    "optimizers",
     "rates",
     "scattering_ablation",
     "scattering_ladder",
