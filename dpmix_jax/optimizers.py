@@ -29,8 +29,8 @@ def adam_bc(
 ) -> optax.GradientTransformation:
     """DP-AdamBC: Adam with the variance of the noise taken off its second moment.
 
-    Noise adds its variance to the square of each coordinate. Where it is larger than
-    the gradient, Adam divides every coordinate by about `noise_stddev` and is SGD with
+    Noise adds its variance to the square of each coordinate. Where that is more than
+    the gradient's own, Adam divides all of them by about `noise_stddev`, and is SGD with
     momentum. Here the step is m / sqrt(max(v - noise_stddev^2, floor)), of the same
     moments m and v, corrected for their start as in Adam (Tang, Shpilevskiy and
     Lecuyer, "DP-AdamBC", AAAI 2024, arXiv 2312.14334, Algorithm 1).
@@ -63,7 +63,7 @@ def adam_bc(
         ("floor", floor, 0 < floor < math.inf, "positive and finite"),
     ):
         require(valid, name, value, allowed)
-    noise_variance = noise_stddev**2
+    noise_variance = float(noise_stddev) ** 2  # not of a type of NumPy
 
     def update(updates, state, params=None):
         del params
@@ -107,8 +107,9 @@ def low_pass(a: Sequence[float], b: Sequence[float]) -> optax.GradientTransforma
     between the privatizer and any optimizer. It keeps `len(a) + len(b) - 1` copies of
     the parameters.
 
-    `low_pass((k - 1,), (k,))` is `optax.ema(1 - k)`. Both halves of that, `low_pass((k
-    - 1,), (k / 2, k / 2))`, also take out what alternates, and leave less of the noise.
+    `low_pass((k - 1,), (k,))` is `optax.ema(1 - k)`, which leaves k / (2 - k) of the
+    variance of the noise. With k / 2 on each of the last two means, `low_pass((k - 1,),
+    (k / 2, k / 2))`, it also takes out what alternates, and leaves k / 2.
 
     Args:
       a: a_1, a_2, ... of what came out before; every root of z^n + a_1 z^(n-1) + ... is

@@ -328,7 +328,7 @@ def test_a_config_refuses(settings, message):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"privacy__neighboring_relation": "replace_one", "privacy__l2_clip_norm": 0.5},
+        {"privacy__neighboring_relation": "replace_one", "privacy__l2_clip_norm": 0.3},
         {"method__name": "microbatch_mixup", "method__k_self": 0, "method__k_base": 1},
     ],
     ids=["replace_one", "groups"],
