@@ -30,7 +30,7 @@ def adam_bc(
     """DP-AdamBC: Adam with the variance of the noise taken off its second moment.
 
     Noise adds its variance to the square of each coordinate. Where that is more than
-    the gradient's own, Adam divides all of them by about `noise_stddev`, and is SGD with
+    the gradient's own, Adam divides all of them by about `noise_stddev`: it is SGD with
     momentum. Here the step is m / sqrt(max(v - noise_stddev^2, floor)), of the same
     moments m and v, corrected for their start as in Adam (Tang, Shpilevskiy and
     Lecuyer, "DP-AdamBC", AAAI 2024, arXiv 2312.14334, Algorithm 1).
