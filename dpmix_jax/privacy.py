@@ -201,6 +201,17 @@ class Mechanism:
         """Returns the accountant that decides: `pld`, or `rdp` for a selection."""
         return "pld" if self.selection is None else "rdp"
 
+    def noise_stddev(self, sensitivity: float) -> float:
+        """Returns the standard deviation of the noise on a coordinate of a clipped sum.
+
+        Args:
+          sensitivity: of the sum under `neighboring_relation`.
+        """
+        # What remains of earlier updates adds to it, see `factorization.impulse`.
+        remains = factorization.impulse(self.strategy, self.num_updates)
+        of_strategy = math.hypot(*self.strategy) * math.hypot(*remains)
+        return self.noise_multiplier * sensitivity * of_strategy
+
     def event(self) -> dp_accounting.DpEvent:
         """Returns the event to compose, whose noise is in units of the clip norm C."""
         # Our multiplier is in units of the sensitivity, C or 2 C for REPLACE_ONE;

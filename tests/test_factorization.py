@@ -97,6 +97,8 @@ def test_weighted_by_the_strategy_the_noise_is_independent(scale):
     z = matrix(strategy, T) @ found
     expected = 1.5 * 0.5 * np.linalg.norm(strategy)
     assert z.std() == pytest.approx(expected, rel=5 / math.sqrt(2 * z.size))
+    last = mechanism(strategy=strategy).noise_stddev(0.5)
+    assert found[-1].std() == pytest.approx(last, rel=5 / math.sqrt(2 * z.shape[1]))
     limit = 6 / math.sqrt(z.shape[1])
     assert np.abs(np.corrcoef(z)[np.triu_indices(T, 1)]).max() < limit
     assert np.corrcoef(found)[0, 1] < -0.5  # while what is added is not
@@ -302,7 +304,11 @@ def test_a_run_says_how_its_noise_is_correlated_and_keeps_none_of_it(finished):
     )
     assert claimed.epsilon(1e-5) == pytest.approx(report["epsilon"], rel=1e-6)
     text = " ".join((finished / "PRIVACY.md").read_text().split())
-    for words in ("strategy of 3 bands", "in 4 updates of 3 times q", "cyclic Poisson"):
+    for words in (
+        "strategy of 3 bands",
+        "in 4 of them, of 3 times q",
+        "cyclic Poisson",
+    ):
         assert words in text
     (last,) = (finished / "checkpoints").iterdir()
     left = safetensors.numpy.load_file(last)

@@ -270,6 +270,30 @@ def test_the_statement_says_everything(relation, secret):
     assert max(map(len, statement(facts).splitlines())) <= 88
 
 
+@pytest.mark.parametrize(
+    ("rule", "per_layer", "words"),
+    [
+        ("clip", True, "gradients, layer by layer and then as a whole, clipped to C"),
+        ("automatic", False, "divided by their norms (automatic clipping) and clipped"),
+    ],
+)
+def test_the_statement_says_how_gradients_are_clipped(rule, per_layer, words):
+    config = PrivacyConfig(
+        **GOOD[PrivacyConfig], clipping_rule=rule, per_layer=per_layer
+    )
+    facts = privacy_report(
+        config,
+        Mechanism(sampling_prob=0.1, num_updates=100, noise_multiplier=2.0),
+        num_records=2560,
+        num_parameters=10,
+        images_per_record=1,
+        secret_seed=True,
+        sensitivity=1.0,
+    )
+    assert json.loads(json.dumps(facts)) == facts
+    assert words in " ".join(statement(facts).split())
+
+
 def test_what_the_grid_takes_is_counted_in_delta():
     """Also where epsilon is so large that delta cannot hold it."""
 

@@ -226,7 +226,6 @@ def build(
         num_classes=records.num_classes,
     )
     sensitivity = terms.gradient_fn.sensitivity(mechanism.neighboring_relation)
-    sum_stddev = mechanism.noise_multiplier * sensitivity
     privatize_and_step = optax.chain(
         privacy.privatizer(
             terms.gradient_fn,
@@ -234,7 +233,9 @@ def build(
             expected_batch_size=terms.expected,
             key=sampling.noise_key(seed),
         ),
-        config.optimizer.build(noise_stddev=sum_stddev / terms.expected),
+        config.optimizer.build(
+            noise_stddev=mechanism.noise_stddev(sensitivity) / terms.expected
+        ),
     )
     arrays = (records.images, records.labels)
     drawn_from = public if config.draws_public else None

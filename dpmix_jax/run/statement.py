@@ -209,8 +209,9 @@ def statement(report: dict[str, Any]) -> str:
     if bands := len(report.get("strategy", ())):
         turns = -(-report["num_updates"] // bands)
         correlated = (
-            f", correlated between updates by a strategy of {bands} bands (DP-BandMF),"
-            f" so that a record counts as in {turns} updates of {bands} times q"
+            f", before a strategy of {bands} bands and norm 1 (DP-BandMF) correlates it"
+            f" between updates: a record counts as in {turns} of them, of {bands} times"
+            " q"
         )
         sampling = "cyclic Poisson sampling"
         chance = (
