@@ -3,20 +3,22 @@
 The core is functions over arrays and pytrees, for any `loss_fn(params, images,
 labels)`. Axes: B records, K images of an augmentation set, H W C image, O classes.
 
-    augment     views of one image                          [H,W,C] -> [k,H,W,C]
-    pool        public images of which sets draw a few      [M,H,W,C]
-    mixup       the augmentation set of one record          -> [K,H,W,C], [K,O]
-    conv        convolutions whose per-record gradients are fast, in any model
-    gradients   loss -> clipped sum of per-record gradients, with its sensitivity
-    ghost       the same from the factors of gradients, where these are smaller
-    privacy     (epsilon, delta) <-> noise multiplier, and the step that adds noise
-    noise       the noise itself, exact on a grid
-    optimizers  steps that know of the noise: what may follow the privatizer
-    selection   the best of many runs, with the choice accounted for
-    sampling    the Poisson batch of a step, and keys
-    training    one update as pure functions, and the loop over it
-    audit       replay on neighbours, and attacks that bound epsilon from below
-    devices     where arrays lie, and the sum over all devices
+    augment        views of one image                      [H,W,C] -> [k,H,W,C]
+    pool           public images of which sets draw a few  [M,H,W,C]
+    mixup          the augmentation set of one record      -> [K,H,W,C], [K,O]
+    conv           convolutions whose per-record gradients are fast, in any model
+    gradients      loss -> clipped sum of per-record gradients, with its sensitivity
+    ghost          the same from the factors of gradients, where these are smaller
+    privacy        (epsilon, delta) <-> noise multiplier, and the step that adds noise
+    noise          the noise itself, exact on a grid
+    factorization  noise that is correlated between updates
+    optimizers     steps that know of the noise: what may follow the privatizer
+    selection      the best of many runs, with the choice accounted for
+    sampling       the Poisson batch of a step, and keys
+    allocation     batches in which a record is once an epoch, and their epsilon
+    training       one update as pure functions, and the loop over it
+    audit          replay on neighbours, and attacks that bound epsilon from below
+    devices        where arrays lie, and the sum over all devices
 
 Around it, none of which the core knows: `baselines`, `models`, `data`, `synthetic`, and
 `run`, `sweeps`, which put all together from a config.

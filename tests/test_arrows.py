@@ -10,7 +10,8 @@ from tests.conftest import ROOT
 PACKAGE = ROOT / "dpmix_jax"
 CORE = [
     *("augment", "pool", "mixup", "conv", "ghost", "gradients", "privacy"),
-    *("selection", "sampling", "training", "devices", "noise", "audit", "optimizers"),
+    *("selection", "sampling", "allocation", "training", "devices", "noise", "audit"),
+    *("factorization", "optimizers"),
 ]
 WINGS = ("baselines", "data", "models", "synthetic")
 ABOVE = ("run", "sweeps")

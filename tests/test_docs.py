@@ -35,7 +35,7 @@ def blocks(page, language):
 # --- Python -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [*MODULES, "sampling"])
+@pytest.mark.parametrize("name", [*MODULES, "allocation", "sampling"])
 def test_examples_of_docstrings(name):
     given = {"jax": jax, "jnp": jnp, "optax": optax, "dpm": dpm}
     module = importlib.import_module(f"dpmix_jax.{name}")
