@@ -91,7 +91,7 @@ def epsilon(
         known which batches each record is in.
 
     It is 0.1 to 0.4 % above where t is 4 to 30, and 3 % at t = 100 with sigma below 1
-    (`tests/test_allocation.py`); a query takes one to six seconds.
+    (`tests/test_allocation.py`); a query takes one to eight seconds.
 
     Args:
       noise_multiplier: sigma, standard deviation of the noise on a sum over C.

@@ -48,7 +48,7 @@ def test_examples_of_docstrings(name):
 # A page that goes on from the code of another one.
 @pytest.mark.parametrize(
     "pages",
-    ["method assurance", "faq", "own_model", "api", "optimizers"],
+    ["method assurance", "faq", "own_model", "api", "same_epsilon"],
     ids=lambda pages: pages,
 )
 def test_code_of_pages(pages, capsys):
@@ -73,15 +73,8 @@ def test_code_of_pages(pages, capsys):
 def test_all_code_of_pages_is_run():
     """But for that of docs/runs.md, which `tests/test_export.py` has."""
     found = {page.stem for page in PAGES if blocks(page, "python")}
-    assert found == {
-        "method",
-        "assurance",
-        "faq",
-        "own_model",
-        "api",
-        "runs",
-        "optimizers",
-    }
+    run = {"method", "assurance", "faq", "own_model", "api", "same_epsilon"}
+    assert found == run | {"runs"}
 
 
 # --- Commands ---------------------------------------------------------------------
