@@ -1,4 +1,4 @@
-"""Better steps from the same private means: what may follow `privacy.privatizer`.
+"""Other steps from the same private means: what may follow `privacy.privatizer`.
 
 Each takes private means, so that all of it is post-processing: epsilon, delta and the
 privacy statement are those of plain SGD. They know that the noise is there: Adam whose

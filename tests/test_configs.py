@@ -192,6 +192,14 @@ def test_a_ladder_compares_methods_on_as_many_images():
     assert {b.finetune.embeddings for b in plain + built} == {"kept"}
 
 
+def test_steps_are_compared_under_the_same_noise():
+    first, *others = grid("optimizers").runs()[:4]
+    for run in others:
+        changed = differences(to_dict(first.config), to_dict(run.config))
+        assert {text.split(".")[0] for text in changed} == {"optimizer"}
+    assert first.config.method.name == "dp_sgd"
+
+
 def test_an_ablation_changes_one_part_in_each_row():
     built = grid("scattering_ablation")
     baseline, *others = built.runs()[: len(built.rows)]
