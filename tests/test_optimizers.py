@@ -227,7 +227,7 @@ def test_kalman_is_the_loop_that_extrapolates():
     """It keeps x_t, and asks for the gradient at the extrapolated point."""
     kappa, rate, momentum = 0.3, 0.2, 0.5
     noise = np.random.default_rng(0).normal(size=(25, 2))
-    inner = optax.sgd(rate, momentum=momentum)
+    inner = optax.chain(optax.add_decayed_weights(0.1), optax.sgd(rate, momentum))
     points, weights = on_quadratic(kalman(inner, kappa), noise)
     x, before, estimate, trace = START, START, None, 0.0
     for t, drawn in enumerate(noise):
@@ -235,7 +235,7 @@ def test_kalman_is_the_loop_that_extrapolates():
         np.testing.assert_allclose(points[t], ahead, rtol=1e-4, atol=1e-5)
         g = CURVATURE @ (ahead - MINIMUM) + drawn
         estimate = g if estimate is None else (1 - kappa) * estimate + kappa * g
-        trace = momentum * trace + estimate
+        trace = momentum * trace + estimate + 0.1 * x  # not of the point ahead
         before, x = x, x - rate * trace
         np.testing.assert_allclose(weights[t], x, rtol=1e-4, atol=1e-5)
 
