@@ -64,8 +64,8 @@ SWEEPS = (
     "figure2",
     "fine_tuned",
     "from_scratch",
-    "optimizers",
     "rates",
+    "same_epsilon",
     "scattering_ablation",
     "scattering_ladder",
     "table10",
@@ -192,12 +192,18 @@ def test_a_ladder_compares_methods_on_as_many_images():
     assert {b.finetune.embeddings for b in plain + built} == {"kept"}
 
 
-def test_steps_are_compared_under_the_same_noise():
-    first, *others = grid("optimizers").runs()[:4]
+@pytest.mark.parametrize("base", ["digits", "fashion_mnist"])
+def test_noise_and_steps_are_compared_at_the_same_epsilon(base):
+    first, *others = grid("same_epsilon", base).runs()[:6]
+    assert first.row == "DP-SGD"
     for run in others:
         changed = differences(to_dict(first.config), to_dict(run.config))
-        assert {text.split(".")[0] for text in changed} == {"optimizer"}
-    assert first.config.method.name == "dp_sgd"
+        keys = {text.split(" ")[0] for text in changed}
+        assert keys
+        assert {key for key in keys if not key.startswith("optimizer.")} <= {
+            *("privacy.clipping_rule", "privacy.mechanism", "privacy.bands")
+        }
+    assert {run.config.method.name for run in (first, *others)} == {"dp_sgd"}
 
 
 def test_an_ablation_changes_one_part_in_each_row():
