@@ -12,6 +12,7 @@ import pytest
 import safetensors.numpy
 from PIL import Image
 
+import dpmix_jax as dpm
 from dpmix_jax import (
     Mechanism,
     UserError,
@@ -19,6 +20,7 @@ from dpmix_jax import (
     data,
     ghost_clipped_gradient,
     models,
+    sampling,
     training,
 )
 from dpmix_jax.data import images
@@ -28,6 +30,7 @@ from dpmix_jax.run import build, experiment, start
 from dpmix_jax.run.cli import load_experiment
 from dpmix_jax.run.workdir import Workdir
 from tests import files, towers, toy
+from tests.conftest import ROOT
 
 CONVNEXT = models.create("convnext", 3, **towers.OPTIONS["convnext"])
 SHAPES = jax.eval_shape(CONVNEXT.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
@@ -99,6 +102,88 @@ def test_the_gradient_is_that_of_the_loop_and_of_named_modules_only(
     np.testing.assert_allclose(aux.grad_norms, norms, rtol=1e-4)
 
 
+def small_model(name):
+    """A model of three classes and parameters that are not zero, for 16x16 or 32x32."""
+    options = {**towers.OPTIONS, "wrn": {"depth": 10, "width": 1, "groups": 2}}[name]
+    module = models.create(name, 3, **options)
+    size = 32 if name == "convnext" else 16
+    return module, {"params": towers.draw_params(module, (size, size))}, size
+
+
+@pytest.mark.parametrize(
+    ("name", "last"),
+    [
+        ("vit", "head"),
+        pytest.param("convnext", "head", marks=pytest.mark.slow),
+        pytest.param("wrn", "Dense_0", marks=pytest.mark.slow),
+    ],
+)
+@pytest.mark.parametrize("leaves", [("bias",), ("scale", "bias")])
+def test_biases_and_scales_alone_are_trained(name, last, leaves):
+    """The last layer and the named parameters of every layer: equal to the loop."""
+    module, params, size = small_model(name)
+    config = FinetuneConfig(trainable=",".join((last, *leaves)))
+    trained, frozen = config.split(params)
+    expected = {
+        path
+        for path in paths(params)
+        if path.split("/")[1] == last or path.split("/")[-1] in leaves
+    }
+    assert paths(trained) == expected
+    assert {path.split("/")[-1] for path in expected} == {"kernel", *leaves}
+    assert paths(frozen) == paths(params) - expected
+
+    def loss_fn(params, pictures, labels, frozen):
+        logits = module.apply(join(params, frozen), pictures)
+        return optax.softmax_cross_entropy(logits, labels).mean()
+
+    pictures = jax.random.normal(jax.random.key(1), (3, 2, size, size, 3))
+    labels = jax.nn.one_hot(jnp.arange(6).reshape(3, 2) % 3, 3)
+    gradient_fn = jax.jit(clipped_gradient(loss_fn, l2_clip_norm=0.5))
+    total, _ = gradient_fn(trained, pictures, labels, constants=(frozen,))
+    of_all = jax.jit(jax.grad(lambda params, *record: loss_fn(params, *record, {})))
+    terms = []
+    for record in zip(pictures, labels, strict=True):
+        of_trained, _ = config.split(of_all(params, *record))
+        terms.append(toy.flat(of_trained))
+        terms[-1] = terms[-1] * min(1.0, 0.5 / np.linalg.norm(terms[-1]))
+    np.testing.assert_allclose(toy.flat(total), sum(terms), atol=1e-5)
+    assert all(np.any(leaf) for leaf in jax.tree.leaves(total))
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "last", "numbers"),
+    [
+        ("vit", 224, "head", (5_130, 108_042, 128_010, 86_197_770)),
+        ("convnext", 256, "head", (6_410, 136_714, 156_810, 88_228_234)),
+        ("wrn", 32, "Dense_0", (2_570, 6_842, 8_858, 2_753_818)),
+    ],
+)
+def test_how_many_are_trained(name, size, last, numbers):
+    """The table of docs/fine_tuning.md: of ten classes, at full size, by shapes."""
+    module, blank = models.create(name, 10), jnp.zeros((1, size, size, 3))
+    shapes = jax.eval_shape(module.init, jax.random.key(0), blank)
+    said = (ROOT / "docs/fine_tuning.md").read_text()
+    for names, number in zip(("", ",bias", ",scale,bias"), numbers, strict=False):
+        trained, _ = FinetuneConfig(trainable=last + names).split(shapes)
+        assert sum(leaf.size for leaf in jax.tree.leaves(trained)) == number
+    assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == numbers[-1]
+    assert " | ".join(f"{number:,}" for number in numbers) in said
+
+
+@pytest.mark.parametrize("files", [{}, {"weights": "f", "skip": "head"}])
+def test_a_head_that_is_zero_must_be_trained(files):
+    for trainable in ("bias", "encoder", "proj,scale"):
+        with pytest.raises(UserError) as error:
+            FinetuneConfig(trainable=trainable, **files).split(SHAPES)
+        assert str(error.value) == (
+            f"finetune.trainable is {trainable!r}: it must be 'all' or a list with"
+            " 'head', which is zero where no file brings it"
+        )
+    from_file, _ = FinetuneConfig(trainable="bias", weights="f").split(SHAPES)
+    assert {path.split("/")[-1] for path in paths(from_file)} == {"bias"}
+
+
 def loss_fn(params, pictures, labels, frozen):
     logits = CONVNEXT.apply(join(params, frozen), pictures)
     return optax.softmax_cross_entropy(logits, labels).mean()
@@ -160,6 +245,16 @@ SHORT = {
     "performance.microbatch_size": 32,
     "optimizer.ema_decay": 0.5,
 }
+VIT_FLAGS = {
+    "data.name": "digits",
+    "data.image_size": 16,
+    "data.resize": 0,
+    "model.patch_size": 8,
+    "model.width": 8,
+    "model.depth": 1,
+    "model.heads": 2,
+    "model.embedding_size": 8,
+}
 CONVNEXT_FLAGS = SHORT | {
     "data.name": "digits",
     "data.image_size": 32,
@@ -214,6 +309,33 @@ def test_a_head_on_a_frozen_convnext_learns_digits(tmp_path, encoder):
     assert digests[0] != digests[1]
 
 
+@pytest.mark.slow
+def test_a_run_of_biases_leaves_every_other_bit(tmp_path):
+    """The released file has what was trained, and loads onto what anybody can draw."""
+    flags = SHORT | VIT_FLAGS | {"finetune.trainable": "head,bias"}
+    flags |= {"privacy.num_updates": 2, "privacy.expected_batch_size": 20}
+    config = load("configs/vit_b16.py", flags)
+    assert experiment.run(config, Workdir(tmp_path / "run")) == 0
+    records = digits(config.data)
+    model = build.classifier(config, records)
+    public = dict(named(model.init(sampling.stream_key(0, "init"))))
+    stored = safetensors.numpy.load_file(tmp_path / "run" / "model.safetensors")
+    for part in ("params/", "ema_params/"):
+        found = {
+            k.removeprefix(part): v for k, v in stored.items() if k.startswith(part)
+        }
+        assert {k for k in public if "/head/" in k or k.endswith("/bias")} == set(found)
+        assert all(np.any(found[key] != public[key]) for key in found)
+    whole = jax.tree.unflatten(
+        jax.tree.structure(model.shapes), (public | found).values()
+    )
+    pictures = records.images[:8]
+    logits = model.logits(whole, records.normalize(jnp.asarray(pictures)))
+    np.testing.assert_allclose(
+        dpm.load(tmp_path / "run")(pictures), jax.nn.softmax(logits), atol=1e-6
+    )
+
+
 MECHANISM = Mechanism(sampling_prob=0.1, num_updates=3, noise_multiplier=3.0)
 
 
@@ -244,13 +366,7 @@ def test_frozen_weights_without_a_file_are_known_to_all():
 def tiny(name, size, **changes):
     """A head on a random, frozen encoder, on digits enlarged to `size` pixels."""
     options = {
-        "vit": {
-            "model.patch_size": 8,
-            "model.width": 8,
-            "model.depth": 1,
-            "model.heads": 2,
-            "model.embedding_size": 8,
-        },
+        "vit": {k: v for k, v in VIT_FLAGS.items() if k[:6] == "model."},
         "convnext": {k: v for k, v in CONVNEXT_FLAGS.items() if k[:6] == "model."},
     }[name]
     config = {"vit": "vit_b16", "convnext": "convnext_base"}[name]

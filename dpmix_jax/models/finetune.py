@@ -32,9 +32,11 @@ class FinetuneConfig:
         `pretrained.load_weights`.
       skip: modules that `weights` does not bring, separated by commas: the last layer,
         for other classes, or what that run had frozen.
-      trainable: `all`, or names of modules separated by commas, such as `head` (a
-        linear classifier on a frozen encoder) or `head,ln_post,block_11`. Everything
-        else is frozen: it runs forward only, without noise, clipping or gradient.
+      trainable: `all`, or names of modules or of parameters separated by commas, such
+        as `head` (a linear classifier on a frozen encoder), `head,ln_post,block_11`,
+        `head,bias` (with the bias terms of all layers; BiTFiT, Bu et al., 2022,
+        https://arxiv.org/abs/2210.00036) or `head,scale,bias` (with the scales of norms
+        as well). Everything else is frozen: it has no gradient, no clip and no noise.
         What is frozen and in no file is drawn from a public key, so that anybody can
         draw it again.
       embeddings: for a head on a frozen encoder: `fresh` embeds a new augmentation set
@@ -58,7 +60,7 @@ class FinetuneConfig:
         if not _names(self.trainable):
             raise UserError(
                 f"finetune.trainable is {self.trainable!r}: it must be 'all' or names"
-                " of modules separated by commas"
+                " of modules or parameters separated by commas"
             )
         if self.skip and self.weights is None:
             raise UserError(
@@ -149,10 +151,18 @@ class FinetuneConfig:
         """Divides parameters into those to be trained and those that are frozen.
 
         Raises:
-          UserError: for a name that no module has, or for kept or whitened embeddings
-            of a model of which more than a head is trained.
+          UserError: for a name that nothing of the model has, for a linear head that
+            is zero and would stay so, or for kept or whitened embeddings of a model of
+            which more than a head is trained.
         """
         trained, frozen = self._split(params)
+        no_head = self.weights is None or "head" in _names(self.skip)
+        require(
+            not (no_head and "kernel" in frozen.get("params", {}).get("head", ())),
+            "finetune.trainable",
+            self.trainable,
+            "'all' or a list with 'head', which is zero where no file brings it",
+        )
         more = "where more is trained than a head on a frozen encoder"
         for key, allowed in (("embeddings", "fresh"), ("whitening", None)):
             value = getattr(self, key)
@@ -170,10 +180,11 @@ class FinetuneConfig:
             names = tuple({path[1] for path in flat} - {"whitening"})
         for name in names:
             if not any(name in path for path in flat):
-                top = sorted({path[1] for path in flat})
+                top, leaves = (sorted({path[i] for path in flat}) for i in (1, -1))
                 raise UserError(
                     f"finetune.trainable has {name!r}: it must be the name of a module"
-                    f" of the model, such as {', '.join(top)}"
+                    f" of the model, such as {', '.join(top)}, or of parameters, such"
+                    f" as {', '.join(leaves)}"
                 )
         trained = {p: v for p, v in flat.items() if any(name in p for name in names)}
         frozen = {p: v for p, v in flat.items() if p not in trained}
