@@ -11,7 +11,7 @@ from flax import traverse_util
 from jax_privacy import clipping
 
 from dpmix_jax.errors import UserError, require
-from dpmix_jax.models import pretrained
+from dpmix_jax.models import adapters, pretrained
 
 PyTree = Any
 EMBEDDINGS = ("fresh", "kept")
@@ -39,6 +39,8 @@ class FinetuneConfig:
         as well). Everything else is frozen: it has no gradient, no clip and no noise.
         What is frozen and in no file is drawn from a public key, so that anybody can
         draw it again.
+      rank: r, to train a change of this rank of every frozen matrix as well, see
+        `adapters.init`; None trains none. Of such changes the factors are averaged.
       embeddings: for a head on a frozen encoder: `fresh` embeds a new augmentation set
         of a record in each update; `kept` embeds `sets` of each record once, before
         the first update, and each update draws one of them (see `models.kept`).
@@ -52,6 +54,7 @@ class FinetuneConfig:
     weights: str | None = None
     skip: str = ""
     trainable: str = "all"
+    rank: int | None = None
     embeddings: str = "fresh"
     sets: int = 1
     whitening: float | None = None
@@ -67,6 +70,8 @@ class FinetuneConfig:
                 f"finetune.weights is None: it must be a file for finetune.skip"
                 f" {self.skip!r}"
             )
+        rank_ok = self.rank is None or self.rank >= 1
+        require(rank_ok, "finetune.rank", self.rank, "at least 1, or None")
         if self.embeddings not in EMBEDDINGS:
             raise UserError(
                 f"finetune.embeddings is {self.embeddings!r}: it must be one of"
@@ -139,12 +144,14 @@ class FinetuneConfig:
         ]
         if not files:
             return ""
+        changes = f", and changes of rank {self.rank} of all frozen matrices"
+        changes *= self.rank is not None
         return (
             f"training began from the weights in {' and '.join(files)}, of which"
-            f" {self.trainable} were trained. They count as public: what they were"
-            " trained on, which may hold the private images, is not protected by this"
-            " guarantee, and if they were trained privately, their own guarantee comes"
-            " on top"
+            f" {self.trainable} were trained{changes}. They count as public: what they"
+            " were trained on, which may hold the private images, is not protected by"
+            " this guarantee, and if they were trained privately, their own guarantee"
+            " comes on top"
         )
 
     def split(self, params: PyTree) -> tuple[PyTree, PyTree]:
@@ -152,8 +159,8 @@ class FinetuneConfig:
 
         Raises:
           UserError: for a name that nothing of the model has, for a linear head that
-            is zero and would stay so, or for kept or whitened embeddings of a model of
-            which more than a head is trained.
+            is zero and would stay so, for a rank that does not fit, or for kept or
+            whitened embeddings of a model of which more than a head is trained.
         """
         trained, frozen = self._split(params)
         no_head = self.weights is None or "head" in _names(self.skip)
@@ -163,6 +170,11 @@ class FinetuneConfig:
             self.trainable,
             "'all' or a list with 'head', which is zero where no file brings it",
         )
+        if self.rank is not None:
+            flat = map(traverse_util.flatten_dict, (trained, frozen))
+            trained = traverse_util.unflatten_dict(
+                next(flat) | adapters.init(next(flat), self.rank)
+            )
         more = "where more is trained than a head on a frozen encoder"
         for key, allowed in (("embeddings", "fresh"), ("whitening", None)):
             value = getattr(self, key)
@@ -170,7 +182,7 @@ class FinetuneConfig:
                 value == allowed or is_head(trained, frozen),
                 f"finetune.{key}",
                 value,
-                f"{allowed!r} {more}, see finetune.trainable",
+                f"{allowed!r} {more}, see finetune.trainable and finetune.rank",
             )
         return trained, frozen
 
@@ -192,11 +204,23 @@ class FinetuneConfig:
 
 
 def join(trained: PyTree, frozen: PyTree | None = None) -> PyTree:
-    """Puts together what `split` has divided."""
+    """Puts together what `split` has divided, to whole parameters of the model."""
     if not frozen:
         return trained
     flat = [traverse_util.flatten_dict(part) for part in (trained, frozen)]
-    return traverse_util.unflatten_dict(flat[0] | flat[1])
+    return traverse_util.unflatten_dict(adapters.merged(flat[0] | flat[1]))
+
+
+def released(trained: PyTree, frozen: PyTree) -> PyTree:
+    """Returns what a file of weights must hold.
+
+    That is what was trained, and a whitening, which no other file holds. Where matrices
+    have adapters it is the whole model: hardly anything of it is as it was.
+    """
+    if adapters.are_in(traverse_util.flatten_dict(trained)):
+        return join(trained, frozen)
+    fitted = frozen.get("params", {}).get("whitening")
+    return join(trained, fitted and {"params": {"whitening": fitted}})
 
 
 def is_head(trained: PyTree, frozen: PyTree) -> bool:

@@ -101,9 +101,8 @@ class Parts:
         return finetune.join(trained, self.frozen)
 
     def released(self, trained: PyTree) -> PyTree:
-        """Returns parameters with those of a whitening, which no other file holds."""
-        fitted = self.frozen.get("params", {}).get("whitening")
-        return finetune.join(trained, fitted and {"params": {"whitening": fitted}})
+        """Returns the parameters that a file of weights must hold."""
+        return finetune.released(trained, self.frozen)
 
     def put(self, indices: np.ndarray) -> training.Batch:
         return training.put_batch(indices, self.mesh, self.host_records)

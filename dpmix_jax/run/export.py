@@ -32,16 +32,21 @@ def describe(config: ExperimentConfig, records: Records) -> dict[str, Any]:
       records: of the test set; nothing but its public constants is taken.
     """
     values = to_dict(config)
+    # With adapters the file of weights holds the whole model, as if all was trained.
+    whole = config.finetune.rank is not None
+    tuning = finetune.FinetuneConfig() if whole else config.finetune
     files = {
         name: path and pretrained.checksum(path)
         for name in _FILES
-        for path in [getattr(config.finetune, name)]
+        for path in [getattr(tuning, name)]
     }
     return {
         "model": values["model"],
         "finetune": {
-            **{name: values["finetune"][name] for name in ("trainable", "skip")},
-            "whitening": config.finetune.whitening,
+            **{
+                name: getattr(tuning, name)
+                for name in ("trainable", "skip", "whitening")
+            },
             **files,
         },
         "stored_shape": records.images.shape[1:],
@@ -103,8 +108,7 @@ def load(
     trained, frozen = build.initial_params(
         tuning, model, tuning.load(model.shapes), seed=0
     )
-    fitted = {k: v for k, v in frozen.get("params", {}).items() if k == "whitening"}
-    released = finetune.join(trained, {"params": fitted})
+    released = finetune.released(trained, frozen)
     params = finetune.join(
         frozen, pretrained.load_weights(path / "model.safetensors", released)
     )
