@@ -9,7 +9,8 @@ labels)`. Axes: B records, K images of an augmentation set, H W C image, O class
     conv           convolutions whose per-record gradients are fast, in any model
     gradients      loss -> clipped sum of per-record gradients, with its sensitivity
     ghost          the same from the factors of gradients, where these are smaller
-    privacy        (epsilon, delta) <-> noise multiplier, and the step that adds noise
+    accounting     (epsilon, delta) <-> noise multiplier
+    privacy        what is promised, and the step that adds noise
     noise          the noise itself, exact on a grid
     factorization  noise that is correlated between updates
     optimizers     steps that know of the noise: what may follow the privatizer
@@ -30,6 +31,7 @@ from collections.abc import Callable
 import numpy as np
 
 from dpmix_jax import optimizers
+from dpmix_jax.accounting import Mechanism, NeighboringRelation, calibrate
 from dpmix_jax.audit import check_sensitivity
 from dpmix_jax.augment import AugmentationConfig, random_view, views
 from dpmix_jax.conv import fast_convolutions
@@ -38,13 +40,7 @@ from dpmix_jax.ghost import ghost_clipped_gradient
 from dpmix_jax.gradients import clipped_gradient
 from dpmix_jax.mixup import MethodConfig, augmentation_set, mixups, random_pairs
 from dpmix_jax.pool import Pool, make_pool
-from dpmix_jax.privacy import (
-    Mechanism,
-    NeighboringRelation,
-    PrivacyConfig,
-    calibrate,
-    privatizer,
-)
+from dpmix_jax.privacy import PrivacyConfig, privatizer
 from dpmix_jax.sampling import (
     batches,
     microbatches,

@@ -18,7 +18,7 @@ import numpy as np
 from dp_accounting import NeighboringRelation
 from jax_privacy import auditing, clipping
 
-from dpmix_jax import gradients, privacy, sampling
+from dpmix_jax import accounting, gradients, privacy, sampling
 from dpmix_jax.errors import require
 
 PyTree = Any
@@ -272,7 +272,7 @@ def bound(
 
 
 def gradient_canaries(
-    mechanism: privacy.Mechanism,
+    mechanism: accounting.Mechanism,
     num_canaries: int,
     *,
     seed: int,

@@ -18,8 +18,8 @@ import pathlib
 
 from absl import flags
 
+from dpmix_jax.accounting import RELATIONS
 from dpmix_jax.errors import UserError
-from dpmix_jax.privacy import RELATIONS
 from dpmix_jax.run import calibration, cli
 
 _EPSILON = flags.DEFINE_float("epsilon", None, "The budget.")

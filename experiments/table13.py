@@ -24,7 +24,7 @@ import numpy as np
 import timing
 from absl import flags
 
-from dpmix_jax import data, privacy
+from dpmix_jax import accounting, data
 from dpmix_jax.data.public import PublicConfig
 from dpmix_jax.mixup import METHODS, MethodConfig
 from dpmix_jax.models import finetune
@@ -79,7 +79,7 @@ def rows_of(
         model,
         config.finetune.load(model.shapes),
         records,
-        mechanism=privacy.Mechanism(
+        mechanism=accounting.Mechanism(
             sampling_prob=1.0, num_updates=1, noise_multiplier=1.0
         ),
         seed=0,

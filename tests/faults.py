@@ -39,8 +39,8 @@ FAULTS = {
         "privacy.py",
         (
             (
-                "noise.grid(mechanism.noise_multiplier,",
-                "noise.grid(mechanism.noise_multiplier / 4,",
+                "mechanism.noise_multiplier, of_all_bands",
+                "mechanism.noise_multiplier / 4, of_all_bands",
             ),
         ),
         "test_audit.py::test_bounds_are_below_the_claim_and_above_zero",
@@ -58,7 +58,7 @@ FAULTS = {
     ),
     "a noise key used twice": Fault(
         "privacy.py",
-        (("NoiseState(noise.next_key(state.key))", "NoiseState(state.key)"),),
+        (("NoiseState(noise.next_key(state.key)", "NoiseState(state.key"),),
         "test_privacy.py::test_noise_is_independent_between_updates_and_coordinates",
     ),
     "a key from which the noise before can be drawn": Fault(
@@ -162,7 +162,7 @@ FAULTS = {
         "sampling.py",
         (
             (
-                "    return batch.astype(np.int32)",
+                "    return there[next(iter(drawn))].astype(np.int32)",
                 '    rng = generator(seed, "sampling", step)\n'
                 "    size = round(sampling_prob * num_records)\n"
                 "    return rng.permutation(num_records)[:size].astype(np.int32)",
@@ -171,11 +171,11 @@ FAULTS = {
         "test_sampling.py::test_inclusion_is_independent_with_the_right_probability",
     ),
     "one update fewer accounted for": Fault(
-        "privacy.py",
+        "accounting.py",
         (
             (
-                "            self.num_updates,\n        )",
-                "            max(self.num_updates - 1, 1),\n        )",
+                "            -(-self.num_updates // self.bands),",
+                "            max(-(-self.num_updates // self.bands) - 1, 1),",
             ),
         ),
         "test_privacy.py::test_epsilon_is_that_of_independent_accountants",
@@ -210,14 +210,29 @@ FAULTS = {
         ),
         "test_kept.py::test_rows_are_the_sets_of_the_first_updates_embedded",
     ),
+    "a turn in every update": Fault(
+        "sampling.py",
+        (("turns == step % bands", "turns >= 0"),),
+        "test_factorization.py::test_a_record_takes_part_in_its_turn_alone",
+    ),
+    "correlated noise that forgets the norm of its strategy": Fault(
+        "privacy.py",
+        (("sensitivity * math.hypot(*mechanism.strategy) / first", "sensitivity"),),
+        "test_factorization.py::test_weighted_by_the_strategy_the_noise_is_independent",
+    ),
+    "noise of the last updates left behind": Fault(
+        "privacy.py",
+        (("part._replace(past=jnp.zeros_like(part.past))", "part"),),
+        "test_factorization.py::test_what_is_left_shows_no_noise",
+    ),
     "padding counted": Fault(
         "gradients.py",
         (
             (
                 "            is_padding_example=is_padding_example,\n        )\n"
-                "        total",
+                "        norms",
                 "            is_padding_example=jnp.zeros((size,), bool),\n        )\n"
-                "        total",
+                "        norms",
             ),
         ),
         "test_gradients.py::test_padding_counts_exactly_nothing",

@@ -11,7 +11,7 @@ PACKAGE = ROOT / "dpmix_jax"
 CORE = [
     *("augment", "pool", "mixup", "conv", "ghost", "gradients", "privacy"),
     *("selection", "sampling", "allocation", "training", "devices", "noise", "audit"),
-    *("factorization", "optimizers"),
+    *("accounting", "factorization", "optimizers"),
 ]
 WINGS = ("baselines", "data", "models", "synthetic")
 ABOVE = ("run", "sweeps")

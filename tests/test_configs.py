@@ -9,9 +9,9 @@ import sys
 import pytest
 
 from dpmix_jax import UserError, sweeps
+from dpmix_jax.accounting import Mechanism
 from dpmix_jax.data import blank
 from dpmix_jax.mixup import METHODS
-from dpmix_jax.privacy import Mechanism
 from dpmix_jax.run.cli import default_workdir, load_experiment, parse
 from dpmix_jax.run.config import (
     check_flags,
@@ -24,7 +24,7 @@ from tests.conftest import ROOT
 
 EPSILONS = ("1", "2", "3", "4", "6", "8")
 DATASETS = ("cifar10", "eurosat", "caltech256", "sun397", "oxford_iiit_pet")
-# By config and argument what `privacy.calibrate` found (dp_accounting 0.6.0, PLD),
+# By config and argument what `accounting.calibrate` found (dp_accounting 0.6.0, PLD),
 # rounded up: searching takes up to half a minute a point, checking one evaluation.
 NOISE_MULTIPLIERS = {
     name: dict(zip(EPSILONS, noise, strict=True))

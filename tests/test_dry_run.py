@@ -5,7 +5,7 @@ import re
 import numpy as np
 import pytest
 
-from dpmix_jax import UserError, data, privacy
+from dpmix_jax import UserError, accounting, data, privacy
 from dpmix_jax.run.cli import load_experiment
 from dpmix_jax.run.dry_run import dry_run
 from tests.conftest import ROOT
@@ -27,7 +27,7 @@ SMALL = (
 def test_it_tells_noise_work_memory_and_hours_without_data(tmp_path, monkeypatch):
     monkeypatch.setenv("DPMIX_JAX_DATA", str(tmp_path))  # there is nothing in it
     monkeypatch.setenv("DPMIX_JAX_CACHE", str(tmp_path))
-    mechanism = privacy.Mechanism(
+    mechanism = accounting.Mechanism(
         sampling_prob=4096 / 50_000, num_updates=2600, noise_multiplier=2.6224
     )
     monkeypatch.setattr(privacy, "calibrate", lambda **kwargs: mechanism)

@@ -11,21 +11,22 @@ import pytest
 import safetensors.numpy
 import scipy.optimize
 import scipy.stats
-from jax_privacy.experimental import accounting
+from jax_privacy.experimental import accounting as of_jax_privacy
 
 from dpmix_jax import (
     Mechanism,
     UserError,
+    accounting,
     audit,
     calibrate,
     clipped_gradient,
     factorization,
     noise_key,
     poisson_batch,
-    privacy,
     privatizer,
 )
-from dpmix_jax.privacy import noise_by_rdp, without_noise
+from dpmix_jax.accounting import noise_by_rdp
+from dpmix_jax.privacy import without_noise
 from dpmix_jax.run import ledger
 from dpmix_jax.run.workdir import Workdir
 from tests.runs import run
@@ -175,7 +176,7 @@ def test_the_event_is_that_of_jax_privacy(updates, bands):
     ours = mechanism(
         sampling_prob=0.1, num_updates=updates, strategy=(1.0,) + (0.1,) * (bands - 1)
     )
-    theirs = accounting.amplified_bandmf_event(
+    theirs = of_jax_privacy.amplified_bandmf_event(
         noise_multiplier=1.5,
         iterations=updates,
         num_bands=bands,
@@ -253,9 +254,9 @@ def test_the_number_of_bands_is_that_of_least_error(monkeypatch):
         errors[bands] = sigma * factorization.error(strategy, 64)
     best = min(errors, key=errors.__getitem__)
     silent = mechanism(sampling_prob=0.3, num_updates=64, strategy=(1.0,))
-    assert privacy._least_error(silent, 8.0, 1e-5) == best > 1
-    monkeypatch.setattr(privacy, "_cached", lambda f, *args: f(*args))
-    monkeypatch.setattr(privacy, "_least_error", lambda *_: 2)
+    assert accounting._least_error(silent, 8.0, 1e-5) == best > 1
+    monkeypatch.setattr(accounting, "_cached", lambda f, *args: f(*args))
+    monkeypatch.setattr(accounting, "_least_error", lambda *_: 2)
     budget = {"epsilon": 1.0, "delta": 1e-5, "sampling_prob": 0.3, "num_updates": 6}
     chosen = calibrate(**budget, bands=None)
     assert chosen.strategy == factorization.strategy(6, 2)

@@ -12,10 +12,10 @@ from dpmix_jax import (
     Mechanism,
     PrivacyConfig,
     UserError,
+    accounting,
     calibrate,
     clipped_gradient,
     noise_key,
-    privacy,
     privatizer,
 )
 from dpmix_jax.noise import extra_delta, next_key
@@ -87,7 +87,7 @@ def test_full_batches_spend_what_one_gaussian_does(relation, noise_multiplier):
     assert gaussian_delta(mechanism.epsilon(1e-5), mu) == pytest.approx(1e-5, rel=2e-3)
 
 
-@pytest.mark.proves("privacy.calibrate", 1)
+@pytest.mark.proves("accounting.calibrate", 1)
 @pytest.mark.parametrize(
     ("epsilon", "q", "updates", "relation", "sigma"),
     [
@@ -112,7 +112,7 @@ def test_calibration_meets_the_budget_and_wastes_nothing(
         "delta": 1e-5,
         "sampling_prob": q,
         "num_updates": updates,
-        "neighboring_relation": privacy.RELATIONS[relation],
+        "neighboring_relation": accounting.RELATIONS[relation],
     }
     mechanism = calibrate(**options)
     assert 0.9995 * epsilon <= mechanism.epsilon(1e-5) <= epsilon
@@ -128,7 +128,7 @@ def test_calibration_says_when_no_noise_will_do(epsilon):
 
 
 def test_a_spoiled_cache_is_caught(monkeypatch):
-    monkeypatch.setattr(privacy, "_cached", lambda *args: 0.5)
+    monkeypatch.setattr(accounting, "_cached", lambda *args: 0.5)
     with pytest.raises(UserError, match=r"the cached noise multiplier 0.5 spends"):
         calibrate(epsilon=1.0, delta=1e-5, sampling_prob=0.1, num_updates=100)
 
@@ -222,7 +222,7 @@ def test_a_state_cannot_draw_noise_again():
 
 @pytest.mark.parametrize(
     ("relation", "secret"),
-    [(relation, relation != "replace_one") for relation in privacy.RELATIONS],
+    [(relation, relation != "replace_one") for relation in accounting.RELATIONS],
 )
 def test_the_statement_says_everything(relation, secret):
     config = PrivacyConfig(

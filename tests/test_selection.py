@@ -99,7 +99,7 @@ def test_epsilon_is_that_of_the_theorems(distribution, mean):
     assert mechanism.epsilon(1e-5, accountant="pld") == math.inf
 
 
-@pytest.mark.proves("privacy.calibrate", 1)
+@pytest.mark.proves("accounting.calibrate", 1)
 @pytest.mark.parametrize("distribution", SHAPES)
 def test_calibration_covers_the_choice(distribution):
     options = {

@@ -11,7 +11,7 @@ import pytest
 from jax import export, lax
 from jax.experimental import topologies
 
-from dpmix_jax import UserError, data, ghost_clipped_gradient, privacy
+from dpmix_jax import UserError, accounting, data, ghost_clipped_gradient, privacy
 from dpmix_jax.data.public import blank_public
 from dpmix_jax.run import build, embeddings
 from dpmix_jax.run.dry_run import dry_run
@@ -73,7 +73,7 @@ def programs(config, platform):
         model,
         model.shapes,
         records,
-        mechanism=privacy.Mechanism(
+        mechanism=accounting.Mechanism(
             sampling_prob=0.1, num_updates=1, noise_multiplier=1.0
         ),
         seed=0,
@@ -139,7 +139,7 @@ def test_ghost_clipping_takes_small_blocks_on_cpus_alone():
 
 @pytest.fixture
 def calibrated(monkeypatch):
-    mechanism = privacy.Mechanism(
+    mechanism = accounting.Mechanism(
         sampling_prob=256 / 1437, num_updates=100, noise_multiplier=2.6903
     )
     monkeypatch.setattr(privacy, "calibrate", lambda **kwargs: mechanism)

@@ -16,7 +16,7 @@ import numpy as np
 from dp_accounting import NeighboringRelation
 from jax_privacy import clipping
 
-from dpmix_jax import gradients, privacy
+from dpmix_jax import accounting, gradients, privacy
 from dpmix_jax.errors import require
 
 
@@ -99,7 +99,7 @@ def calibrate(
     epsilon: float,
     delta: float,
     neighboring_relation: NeighboringRelation = NeighboringRelation.ADD_OR_REMOVE_ONE,
-) -> privacy.Mechanism:
+) -> accounting.Mechanism:
     """Returns one Gaussian query of all records that spends (epsilon, delta).
 
     Its noise multiplier m is in units of the sensitivity of both moments together. That
@@ -109,7 +109,7 @@ def calibrate(
     Raises:
       UserError: for an argument out of its range.
     """
-    return privacy.calibrate(
+    return accounting.calibrate(
         epsilon=epsilon,
         delta=delta,
         sampling_prob=1.0,
@@ -123,7 +123,7 @@ def private_moments(
     labels: jax.Array,
     *,
     l2_clip_norm: float,
-    mechanism: privacy.Mechanism,
+    mechanism: accounting.Mechanism,
     key: jax.Array,
 ) -> tuple[Moments, float]:
     """Returns the moments of all records with noise, and its standard deviation.
@@ -182,7 +182,7 @@ def fit(
     labels: jax.Array,
     *,
     l2_clip_norm: float,
-    mechanism: privacy.Mechanism,
+    mechanism: accounting.Mechanism,
     key: jax.Array,
 ) -> np.ndarray:
     """Fits a private linear classifier of features.

@@ -13,11 +13,11 @@ import matplotlib.figure
 import numpy as np
 
 from dpmix_jax import data
+from dpmix_jax.accounting import Mechanism
 from dpmix_jax.audit import Audit, audit, gradient_canaries
 from dpmix_jax.data.public import load_public
 from dpmix_jax.errors import UserError, require
 from dpmix_jax.files import replacing, write_atomically
-from dpmix_jax.privacy import Mechanism
 from dpmix_jax.progress import say
 from dpmix_jax.run import experiment, export
 from dpmix_jax.run.config import ExperimentConfig

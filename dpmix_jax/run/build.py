@@ -12,6 +12,7 @@ import optax
 from jax_privacy import clipping
 
 from dpmix_jax import (
+    accounting,
     devices,
     ghost,
     gradients,
@@ -183,7 +184,7 @@ def build(
     given: PyTree,
     records: Records,
     *,
-    mechanism: privacy.Mechanism,
+    mechanism: accounting.Mechanism,
     seed: int,
     public: Records | None = None,
 ) -> Parts:

@@ -7,9 +7,14 @@ from collections.abc import Sequence
 
 import matplotlib.figure
 
+from dpmix_jax.accounting import (
+    Mechanism,
+    NeighboringRelation,
+    calibrate,
+    noise_by_rdp,
+)
 from dpmix_jax.errors import UserError, require
 from dpmix_jax.files import replacing
-from dpmix_jax.privacy import Mechanism, NeighboringRelation, calibrate, noise_by_rdp
 from dpmix_jax.run.statement import round_up
 
 _OF_BATCH, _OF_UPDATES = (0.25, 1, 4), (0.25, 0.5, 1, 2, 4)

@@ -6,7 +6,7 @@ import time
 import jax
 import numpy as np
 
-from dpmix_jax import data, privacy
+from dpmix_jax import accounting, data
 from dpmix_jax.data.public import blank_public
 from dpmix_jax.models.classifier import Classifier
 from dpmix_jax.progress import duration, say
@@ -78,7 +78,7 @@ def seconds_an_update(config: ExperimentConfig) -> float:
     records = data.blank(config.data)
     config.augmentation.check_images(records.image_shape)
     config.performance.check_devices(jax.device_count())
-    mechanism = privacy.Mechanism(
+    mechanism = accounting.Mechanism(
         sampling_prob=config.privacy.sampling_prob(len(records)),
         num_updates=config.privacy.num_updates,
         noise_multiplier=1.0,  # of no account for the time
@@ -93,7 +93,7 @@ def _parts(
     config: ExperimentConfig,
     model: Classifier,
     records: data.Records,
-    mechanism: privacy.Mechanism,
+    mechanism: accounting.Mechanism,
 ) -> build.Parts:
     """Returns the parts of a run on blank records, embedded ones if it keeps them."""
     given = config.finetune.load(model.shapes)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dpmix_jax import augment, privacy, sampling, training
+from dpmix_jax import accounting, augment, privacy, sampling, training
 from dpmix_jax.data import Dataset, Records
 from dpmix_jax.progress import Progress, say
 from dpmix_jax.run.build import Parts
@@ -136,7 +136,7 @@ def count(confusions: Confusions, parts: Parts, state: training.TrainState) -> C
 
 def make_log(
     config: ExperimentConfig,
-    mechanism: privacy.Mechanism,
+    mechanism: accounting.Mechanism,
     workdir: Workdir,
     started: float,
 ) -> Callable[[training.TrainState, dict[str, jax.Array], Progress, Counts], None]:
@@ -167,7 +167,7 @@ def make_log(
 
 def _measured(
     config: privacy.PrivacyConfig,
-    mechanism: privacy.Mechanism,
+    mechanism: accounting.Mechanism,
     step: int,
     sums: dict[str, jax.Array],
 ) -> dict[str, float]:
@@ -175,7 +175,7 @@ def _measured(
     records = max(float(sums["records"]), 1.0)
     line = {
         "step": step,
-        "epsilon": privacy.epsilon_after(mechanism, step, config.delta),
+        "epsilon": accounting.epsilon_after(mechanism, step, config.delta),
         "nonprivate/loss": float(sums["loss"]) / records,
         "nonprivate/clipped_fraction": float(sums["clipped"]) / records,
     }

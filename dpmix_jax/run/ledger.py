@@ -22,11 +22,11 @@ from typing import Any, NamedTuple
 from dp_accounting import pld, rdp
 
 from dpmix_jax import data
+from dpmix_jax.accounting import RELATIONS, Mechanism
 from dpmix_jax.data.public import image_checksums
 from dpmix_jax.errors import UserError
 from dpmix_jax.factorization import INDEPENDENT
 from dpmix_jax.files import locked, naming
-from dpmix_jax.privacy import RELATIONS, Mechanism
 from dpmix_jax.progress import say
 from dpmix_jax.run.statement import round_up
 from dpmix_jax.selection import Selection

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from dpmix_jax import data, privacy, training
+from dpmix_jax import accounting, data, training
 from dpmix_jax.data.public import describe
 from dpmix_jax.models import whitening
 from dpmix_jax.progress import say
@@ -27,7 +27,7 @@ def release(
     state: training.TrainState,
     counts: evaluate.Counts,
     *,
-    mechanism: privacy.Mechanism,
+    mechanism: accounting.Mechanism,
     public_data: str,
     started: float,
 ) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dpmix_jax import data, factorization, privacy, training
+from dpmix_jax import accounting, data, factorization, privacy, training
 from dpmix_jax.errors import UserError
 from dpmix_jax.progress import Progress, say
 from dpmix_jax.run import build, ledger
@@ -89,7 +89,7 @@ def begin(
 
 def mechanism_of(
     config: privacy.PrivacyConfig, sampling_prob: float, workdir: Workdir
-) -> privacy.Mechanism:
+) -> accounting.Mechanism:
     """Returns the mechanism that a run began with, or calibrates that of a new one."""
     kept = workdir.kept()
     if kept is None:
@@ -107,9 +107,9 @@ def mechanism_of(
 
 def made_with(
     found: Mapping[str, Any], config: privacy.PrivacyConfig, sampling_prob: float
-) -> privacy.Mechanism:
+) -> accounting.Mechanism:
     """Returns the mechanism of a config that has this noise and strategy."""
-    return privacy.Mechanism(
+    return accounting.Mechanism(
         sampling_prob=sampling_prob,
         num_updates=config.num_updates,
         noise_multiplier=found["noise_multiplier"],

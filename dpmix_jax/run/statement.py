@@ -5,7 +5,8 @@ import textwrap
 from typing import Any
 
 from dpmix_jax import noise
-from dpmix_jax.privacy import Mechanism, PrivacyConfig, accountant_version
+from dpmix_jax.accounting import Mechanism, accountant_version
+from dpmix_jax.privacy import PrivacyConfig
 
 
 def privacy_report(

@@ -1,0 +1,322 @@
+"""From a budget (epsilon, delta) to a noise multiplier and back.
+
+The mechanism is T updates, each a Gaussian mechanism on a Poisson sample. Accounting is
+dp_accounting's: privacy loss distributions (PLD) decide, Renyi DP (RDP) is shown beside
+them; for private selection, which PLD cannot compose, RDP decides. Results are cached
+on disk (`DPMIX_JAX_CACHE`, by default `~/.cache/dpmix_jax`).
+"""
+
+import contextlib
+import dataclasses
+import functools
+import importlib.metadata
+import math
+import os
+import pathlib
+from collections.abc import Iterator
+
+import absl.logging
+import dp_accounting
+import joblib
+import scipy.optimize
+from dp_accounting import NeighboringRelation, pld, rdp
+from jax_privacy import clipping
+
+from dpmix_jax import factorization
+from dpmix_jax.errors import UserError, require
+from dpmix_jax.files import cache_folder
+from dpmix_jax.selection import Selection
+
+RELATIONS = {relation.name.lower(): relation for relation in NeighboringRelation}
+_ACCOUNTANTS = {"pld": pld.PLDAccountant, "rdp": rdp.RdpAccountant}
+_MIN_NOISE, _MAX_NOISE = 2.0**-3, 2.0**14
+_OWN_VERSION = 3  # of what is cached: raise it when `Mechanism` changes
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Mechanism:
+    """T Poisson-subsampled Gaussian mechanisms: what the accountant sees of a run.
+
+    With a strategy of b bands, they are T / b (rounded up) for each record, of b times
+    the sampling probability: see `factorization`.
+
+    Attributes:
+      sampling_prob: q, the probability that a record is in a batch. With b bands it is
+        b q in each update of the record's turn, and 0 in others.
+      num_updates: T.
+      noise_multiplier: standard deviation of the noise on the sum, over the sensitivity
+        of the sum under `neighboring_relation` (so over 2 C for `REPLACE_ONE`).
+      neighboring_relation: which datasets count as neighbours.
+      selection: of a private selection, in which the T updates are those of each
+        candidate; or None.
+      strategy: how noise is correlated between updates; by default it is not.
+
+    Raises:
+      UserError: for a strategy whose first coefficient is not positive, or b q above 1.
+
+    Example:
+      >>> mechanism = dpm.Mechanism(
+      ...     sampling_prob=0.1, num_updates=1000, noise_multiplier=12.0
+      ... )
+      >>> f"{mechanism.epsilon(1e-5):.3f}"
+      '0.988'
+    """
+
+    sampling_prob: float
+    num_updates: int
+    noise_multiplier: float
+    neighboring_relation: NeighboringRelation = NeighboringRelation.ADD_OR_REMOVE_ONE
+    selection: Selection | None = None
+    strategy: factorization.Strategy = factorization.INDEPENDENT
+
+    def __post_init__(self):
+        first = (*self.strategy, 0.0)[0]
+        require(first > 0, "strategy[0]", first, "positive")
+        most = f"at most 1 / sampling_prob = {1 / max(self.sampling_prob, 1e-9):.4g}"
+        require(self.bands * self.sampling_prob <= 1, "bands", self.bands, most)
+
+    @property
+    def bands(self) -> int:
+        """Returns b, the number of parts of the records that take turns."""
+        return len(self.strategy)
+
+    @property
+    def accountant(self) -> str:
+        """Returns the accountant that decides: `pld`, or `rdp` for a selection."""
+        return "pld" if self.selection is None else "rdp"
+
+    def noise_stddev(self, sensitivity: float) -> float:
+        """Returns the standard deviation of the noise on a coordinate of a clipped sum.
+
+        Args:
+          sensitivity: of the sum under `neighboring_relation`.
+        """
+        # What remains of earlier updates adds to it, see `factorization.impulse`.
+        remains = factorization.impulse(self.strategy, self.num_updates)
+        of_strategy = math.hypot(*self.strategy) * math.hypot(*remains)
+        return self.noise_multiplier * sensitivity * of_strategy
+
+    def event(self) -> dp_accounting.DpEvent:
+        """Returns the event to compose, whose noise is in units of the clip norm C."""
+        # Our multiplier is in units of the sensitivity, C or 2 C for REPLACE_ONE;
+        # dp_accounting's is in units of C, and it doubles by itself.
+        unit = clipping.BoundedSensitivityCallable(lambda: None, 1.0, False)
+        stddev = self.noise_multiplier * unit.sensitivity(self.neighboring_relation)
+        updates = dp_accounting.SelfComposedDpEvent(
+            dp_accounting.PoissonSampledDpEvent(
+                self.bands * self.sampling_prob, dp_accounting.GaussianDpEvent(stddev)
+            ),
+            -(-self.num_updates // self.bands),
+        )
+        return updates if self.selection is None else self.selection.event(updates)
+
+    def epsilon(self, delta: float, *, accountant: str | None = None) -> float:
+        """Returns the epsilon of all T updates at this delta, for training records.
+
+        Args:
+          delta: in (0, 1).
+          accountant: `pld` (tight; infinite for a selection, which it cannot compose)
+            or `rdp` (looser; infinite for `REPLACE_ONE`, which it cannot bound under
+            Poisson sampling). By default the one that decides.
+        """
+        if self.num_updates == 0:
+            return 0.0
+        accountant, relation = accountant or self.accountant, self.neighboring_relation
+        bounds_nothing = {
+            "pld": self.selection is not None,
+            "rdp": relation == NeighboringRelation.REPLACE_ONE,
+        }
+        if bounds_nothing[accountant]:
+            return float("inf")
+        with _quiet():
+            make = _ACCOUNTANTS[accountant]
+            ledger = make(neighboring_relation=relation).compose(self.event())
+            return float(ledger.get_epsilon(delta))
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silences the RDP accountant's warning about each order that does not converge."""
+    level = absl.logging.get_verbosity()
+    absl.logging.set_verbosity(absl.logging.ERROR)
+    try:
+        yield
+    finally:
+        absl.logging.set_verbosity(level)
+
+
+@functools.cache
+def _memory(folder: str) -> joblib.Memory:
+    try:
+        pathlib.Path(folder).mkdir(parents=True, exist_ok=True)
+    except OSError:  # a read-only home costs seconds, not the run
+        return joblib.Memory(None)
+    return joblib.Memory(folder if os.access(folder, os.W_OK) else None, verbose=0)
+
+
+def _cached(function, *args):
+    """Calls a function through the disk cache of these versions of the code."""
+    version = f"{accountant_version()}-{_OWN_VERSION}".replace(" ", "-")
+    return _memory(str(cache_folder() / version)).cache(function)(*args)
+
+
+def accountant_version() -> str:
+    return f"dp_accounting {importlib.metadata.version('dp-accounting')}"
+
+
+def epsilon_after(mechanism: Mechanism, num_updates: int, delta: float) -> float:
+    """Returns the epsilon of the first `num_updates` updates, cached on disk."""
+    first = dataclasses.replace(mechanism, num_updates=num_updates)
+    return _cached(Mechanism.epsilon, first, delta)
+
+
+def _calibrate(epsilon, delta, silent):
+    relation, updates = silent.neighboring_relation, silent.num_updates
+
+    def mechanism(noise_multiplier):
+        return dataclasses.replace(silent, noise_multiplier=noise_multiplier)
+
+    # RDP is quick and bounds the search roughly; PLD, whose cost grows with epsilon, is
+    # then asked only near the target.
+    high = _MAX_NOISE
+    while high > _MIN_NOISE and (
+        mechanism(high / 2).epsilon(delta, accountant="rdp") <= epsilon
+    ):
+        high /= 2
+    enough = high > _MIN_NOISE
+    while enough and high < _MAX_NOISE and mechanism(high).epsilon(delta) > epsilon:
+        high *= 2
+    low = high
+    while enough and mechanism(low).epsilon(delta) <= epsilon:
+        enough = low > _MIN_NOISE
+        low, high = max(0.8 * low, _MIN_NOISE), low
+    if not enough or low == high:
+        raise UserError(
+            f"no noise multiplier from {_MIN_NOISE:g} to {_MAX_NOISE:g} spends epsilon"
+            f" {epsilon:g} at delta {delta:g} in {updates} updates with sampling"
+            f" probability {silent.sampling_prob:.4g}: ask for another epsilon, batch"
+            " size or number of updates"
+        )
+    return dp_accounting.calibrate_dp_mechanism(
+        make_fresh_accountant=lambda: _ACCOUNTANTS[silent.accountant](
+            neighboring_relation=relation
+        ),
+        make_event_from_param=lambda value: mechanism(value).event(),
+        target_epsilon=epsilon,
+        target_delta=delta,
+        bracket_interval=dp_accounting.ExplicitBracketInterval(low, high),
+        tol=1e-5 * low,
+    )
+
+
+def calibrate(
+    *,
+    epsilon: float,
+    delta: float,
+    sampling_prob: float,
+    num_updates: int,
+    neighboring_relation: NeighboringRelation = NeighboringRelation.ADD_OR_REMOVE_ONE,
+    selection: Selection | None = None,
+    bands: int | None = 1,
+) -> Mechanism:
+    """Finds the least noise with which T updates stay within (epsilon, delta).
+
+    More bands correlate the noise of more updates, and take more of it. With `bands`
+    None, numbers of bands are tried from 1 upwards as long as the root mean squared
+    error of the sums of gradients, with the noise that RDP finds, gets less.
+
+    Formal guarantees:
+      - The epsilon of the returned mechanism, by the PLD accountant (for a selection by
+        RDP) and computed anew whatever the cache says, is at most `epsilon`.
+
+    Args:
+      epsilon: the budget, positive.
+      delta: in (0, 1).
+      sampling_prob: q in (0, 1].
+      num_updates: T, at least 1.
+      neighboring_relation: which datasets count as neighbours.
+      selection: of a private selection in which each candidate does these T updates.
+      bands: b, at most 1 / q and T; 1 is independent noise, see `factorization`.
+
+    Raises:
+      UserError: for an argument out of its range, or if no noise multiplier in a sane
+        range meets the budget.
+
+    Example:
+      >>> mechanism = dpm.calibrate(
+      ...     epsilon=1.0, delta=1e-5, sampling_prob=0.1, num_updates=1000
+      ... )
+      >>> f"{mechanism.noise_multiplier:.2f}, {mechanism.epsilon(1e-5):.3f}"
+      '11.87, 1.000'
+    """
+    for name, value, valid, allowed in (
+        ("epsilon", epsilon, 0 < epsilon < math.inf, "positive and finite"),
+        ("delta", delta, 0 < delta < 1, "in (0, 1)"),
+        ("sampling_prob", sampling_prob, 0 < sampling_prob <= 1, "in (0, 1]"),
+        ("num_updates", num_updates, num_updates >= 1, "at least 1"),
+        ("num_updates", num_updates, num_updates % 1 == 0, "a whole number"),
+    ):
+        require(valid, name, value, allowed)
+    silent = Mechanism(
+        sampling_prob=float(sampling_prob),
+        num_updates=int(num_updates),
+        noise_multiplier=0.0,
+        neighboring_relation=neighboring_relation,
+        selection=selection,
+    )
+    if bands is None:
+        bands = _cached(_least_error, silent, float(epsilon), float(delta))
+    if bands != 1:
+        strategy = _cached(factorization.strategy, int(num_updates), bands)
+        silent = dataclasses.replace(silent, strategy=strategy)
+    noise_multiplier = _cached(_calibrate, float(epsilon), float(delta), silent)
+    mechanism = dataclasses.replace(silent, noise_multiplier=noise_multiplier)
+    if selection is not None:  # or else it would fail after the training
+        selection.score_noise(epsilon, delta, neighboring_relation)
+    spent = mechanism.epsilon(delta)
+    if not spent <= epsilon:
+        raise UserError(
+            f"the cached noise multiplier {noise_multiplier:g} spends epsilon"
+            f" {spent:g}, more than {epsilon:g}: delete the cache (DPMIX_JAX_CACHE or"
+            " ~/.cache/dpmix_jax)"
+        )
+    return mechanism
+
+
+def _least_error(silent: Mechanism, epsilon: float, delta: float) -> int:
+    """Returns the number of bands whose noise, by RDP, disturbs sums least."""
+    best, least = 1, math.inf
+    for bands in sorted({*(2**k for k in range(11)), *(3 * 2**k for k in range(10))}):
+        if bands * silent.sampling_prob > 1 or bands > silent.num_updates:
+            break
+        strategy = factorization.strategy(silent.num_updates, bands)
+        needed = noise_by_rdp(
+            dataclasses.replace(silent, strategy=strategy), epsilon, delta
+        )
+        error = needed * factorization.error(strategy, silent.num_updates)
+        if error > least:
+            break
+        best, least = bands, error
+    return best
+
+
+def noise_by_rdp(silent: Mechanism, epsilon: float, delta: float) -> float:
+    """Returns the noise multiplier that a budget takes by RDP: soon, and too large.
+
+    Args:
+      silent: a mechanism, whose own noise multiplier does not matter.
+      epsilon: the budget.
+      delta: in (0, 1).
+
+    Returns:
+      The least in [0.1, 10000]; infinity if there is none, as for `REPLACE_ONE`.
+    """
+
+    def excess(log_noise: float) -> float:
+        each = dataclasses.replace(silent, noise_multiplier=math.exp(log_noise))
+        return min(each.epsilon(delta, accountant="rdp"), 1e9) - epsilon
+
+    lowest, highest = math.log(0.1), math.log(1e4)
+    if excess(lowest) < 0 or excess(highest) > 0:
+        return math.inf
+    return math.exp(scipy.optimize.brentq(excess, lowest, highest, xtol=1e-4))
