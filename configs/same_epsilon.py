@@ -56,21 +56,25 @@ ROWS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "fashion_mnist": {
         "DP-SGD": {},
-        "automatic clipping": {"privacy.clipping_rule": "automatic"},
+        "automatic clipping": {
+            "optimizer.learning_rate": 12.0,
+            "privacy.clipping_rule": "automatic",
+        },
         "correlated noise, 2 bands": {
             "privacy.mechanism": "bandmf",
             "privacy.bands": 2,
         },
         "AdamBC": {
             "optimizer.name": "adam_bc",
-            "optimizer.learning_rate": 0.003,
+            "optimizer.learning_rate": 0.01,
             "optimizer.second_moment_decay": 0.99,
         },
         "low-pass filter": {
             "optimizer.filter": "low_pass",
-            "optimizer.filter_gain": 0.3,
+            "optimizer.filter_gain": 0.6,
         },
         "Kalman filter": {
+            "optimizer.learning_rate": 16.0,
             "optimizer.filter": "kalman",
             "optimizer.filter_gain": 0.5,
         },

@@ -52,7 +52,8 @@ class Mechanism:
       strategy: how noise is correlated between updates; by default it is not.
 
     Raises:
-      UserError: for a strategy whose first coefficient is not positive, or b q above 1.
+      UserError: for a strategy with an infinite coefficient, or whose first is not
+        positive, or for b q above 1.
 
     Example:
       >>> mechanism = dpm.Mechanism(
@@ -72,6 +73,8 @@ class Mechanism:
     def __post_init__(self):
         first = (*self.strategy, 0.0)[0]
         require(first > 0, "strategy[0]", first, "positive")
+        finite = all(map(math.isfinite, self.strategy))
+        require(finite, "strategy", self.strategy, "of finite numbers")
         most = f"at most 1 / sampling_prob = {1 / max(self.sampling_prob, 1e-9):.4g}"
         require(self.bands * self.sampling_prob <= 1, "bands", self.bands, most)
 
@@ -81,12 +84,19 @@ class Mechanism:
         return len(self.strategy)
 
     @property
+    def num_turns(self) -> int:
+        """Returns T / b, rounded up: the updates that a record can be in."""
+        return -(-self.num_updates // self.bands)
+
+    @property
     def accountant(self) -> str:
         """Returns the accountant that decides: `pld`, or `rdp` for a selection."""
         return "pld" if self.selection is None else "rdp"
 
     def noise_stddev(self, sensitivity: float) -> float:
         """Returns the standard deviation of the noise on a coordinate of a clipped sum.
+
+        That of the last update: of correlated noise earlier ones have less.
 
         Args:
           sensitivity: of the sum under `neighboring_relation`.
@@ -106,7 +116,7 @@ class Mechanism:
             dp_accounting.PoissonSampledDpEvent(
                 self.bands * self.sampling_prob, dp_accounting.GaussianDpEvent(stddev)
             ),
-            -(-self.num_updates // self.bands),
+            self.num_turns,
         )
         return updates if self.selection is None else self.selection.event(updates)
 
@@ -236,7 +246,8 @@ def calibrate(
       num_updates: T, at least 1.
       neighboring_relation: which datasets count as neighbours.
       selection: of a private selection in which each candidate does these T updates.
-      bands: b, at most 1 / q and T; 1 is independent noise, see `factorization`.
+      bands: b, at most 1 / q and T; 1 is independent noise, see `factorization`. For
+        others batches must be drawn with as many, `sampling.batches(..., bands=b)`.
 
     Raises:
       UserError: for an argument out of its range, or if no noise multiplier in a sane
@@ -294,7 +305,7 @@ def _least_error(silent: Mechanism, epsilon: float, delta: float) -> int:
             dataclasses.replace(silent, strategy=strategy), epsilon, delta
         )
         error = needed * factorization.error(strategy, silent.num_updates)
-        if error > least:
+        if error >= least:  # or infinite, where RDP bounds nothing
             break
         best, least = bands, error
     return best
@@ -309,7 +320,8 @@ def noise_by_rdp(silent: Mechanism, epsilon: float, delta: float) -> float:
       delta: in (0, 1).
 
     Returns:
-      The least in [0.1, 10000]; infinity if there is none, as for `REPLACE_ONE`.
+      The least in [0.1, 10000]; infinity if that is none of them, be it less than the
+      first or more than the last, and for `REPLACE_ONE`.
     """
 
     def excess(log_noise: float) -> float:

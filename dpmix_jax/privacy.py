@@ -134,12 +134,14 @@ class NoiseState(NamedTuple):
 
     Attributes:
       key: uint32 [8], of the next update.
-      past: float32 [b - 1, d], the noise of the last updates, from which noise of b
-        bands takes back a part; None for independent noise.
+      sums: float32 [b - 1, d], the clipped sums of the last updates without any noise,
+        the latest first, of a mechanism of b bands; None for independent noise.
+      outputs: the same of these sums with their noise.
     """
 
     key: jax.Array
-    past: jax.Array | None = None
+    sums: jax.Array | None = None
+    outputs: jax.Array | None = None
 
 
 def privatizer(
@@ -154,22 +156,25 @@ def privatizer(
     Chain it before any optimizer; what follows is post-processing.
 
     Formal guarantees:
-      - Adds independent Gaussian noise of standard deviation `noise_multiplier` times
-        `gradient_fn.sensitivity(neighboring_relation)` to every coordinate of the sum,
-        once per update, on a grid to which the sum is rounded; the noise is larger by
-        what rounding adds to the sensitivity. See `noise` for how near to Gaussian.
+      - With independent noise, adds Gaussian noise of standard deviation
+        `noise_multiplier` times `gradient_fn.sensitivity(neighboring_relation)` to
+        every coordinate of the sum, once per update, on a grid to which the sum is
+        rounded; the noise is larger by what rounding adds to the sensitivity. See
+        `noise` for how near to Gaussian.
       - The noise of each update comes from a key of its own, which the state carries,
         and from which that of no earlier update can be drawn again. (A second `init`
-        starts the same noise again.) With b bands the state holds the noise of b - 1
-        updates, which `without_noise` takes out.
+        starts the same noise again.) With b bands the state also holds the last b - 1
+        sums without noise, which `without_sums` takes out.
       - Divides by the expected batch size, a constant, never by the drawn one.
-      - With a strategy c of b bands the noise w of update t is such that the sum of
-        c_k w_(t-k) over k < b is independent Gaussian noise z of |c| times the
-        standard deviation of the first line.
+      - With a strategy c of b bands, adds the noise of the first line, of |c| / c_0
+        times that standard deviation, to the sum of this update plus c_k / c_0 times
+        that of the k-th before it, for 0 < k < b. What comes out is post-processing: of
+        this, c_k / c_0 times what came out k updates before is taken away.
 
     Args:
       gradient_fn: from `clipped_gradient`; its sensitivity sets the scale.
-      mechanism: from `calibrate`.
+      mechanism: from `calibrate`. The batches must be those that it accounts for:
+        `sampling.batches(..., bands=mechanism.bands)`.
       expected_batch_size: B = q N, positive and finite.
       key: uint32 [8] from `noise_key`, secret.
 
@@ -193,7 +198,6 @@ def privatizer(
     require(is_key, "key", key, "uint32 [8], such as noise_key(seed)")
     sensitivity = gradient_fn.sensitivity(mechanism.neighboring_relation)
     first, *later = mechanism.strategy
-    # Of b sums, each c-weighted and over c_0, and each rounded to the grid.
     of_all_bands = sensitivity * math.hypot(*mechanism.strategy) / first
     share = jnp.array(later, jnp.float32) / jnp.float32(first)
 
@@ -201,37 +205,47 @@ def privatizer(
         if not later:
             return NoiseState(jnp.array(key))
         number = sum(leaf.size for leaf in jax.tree.leaves(params))
-        return NoiseState(jnp.array(key), jnp.zeros((len(later), number), jnp.float32))
+        blank = jnp.zeros((len(later), number), jnp.float32)
+        return NoiseState(jnp.array(key), blank, blank)
 
     def update(gradients, state, params=None):
         del params
         gradients = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), gradients)
         total, restored = jax.flatten_util.ravel_pytree(gradients)
+        # Each of the sums that a record moves is rounded to the grid.
         on = noise.grid(
             mechanism.noise_multiplier, of_all_bands, total.size * mechanism.bands
         )
-        taken, past = total, state.past
-        if past is not None:
-            taken = total - jnp.tensordot(share, past, 1, precision="highest")
-        noisy = noise.add_noise(taken, state.key, on)
-        if past is not None:
-            past = jnp.concatenate([(noisy - total)[None], past[:-1]])
+        next_key = noise.next_key(state.key)
+        if not later:
+            noisy = noise.add_noise(total, state.key, on)
+            return restored(noisy * jnp.float32(1 / size)), NoiseState(next_key)
+
+        def weighted(past):
+            return jnp.tensordot(share, past, 1, precision="highest")
+
+        noisy = noise.add_noise(total + weighted(state.sums), state.key, on)
+        noisy = noisy - weighted(state.outputs)  # which no longer needs privacy
+        sums, outputs = (
+            jnp.concatenate([new[None], past[:-1]])
+            for new, past in ((total, state.sums), (noisy, state.outputs))
+        )
         private = restored(noisy * jnp.float32(1 / size))
-        return private, NoiseState(noise.next_key(state.key), past)
+        return private, NoiseState(next_key, sums, outputs)
 
     return optax.GradientTransformation(init, update)
 
 
-def without_noise(state: PyTree) -> PyTree:
-    """Takes the noise of the last updates out of a state that needs it no more.
+def without_sums(state: PyTree) -> PyTree:
+    """Takes sums without noise out of the state of a finished run, see `NoiseState`.
 
     Args:
       state: of an optimizer that is chained with a `privatizer`.
     """
 
     def emptied(part):
-        if isinstance(part, NoiseState) and part.past is not None:
-            return part._replace(past=jnp.zeros_like(part.past))
+        if isinstance(part, NoiseState) and part.sums is not None:
+            return part._replace(sums=jnp.zeros_like(part.sums))
         return part
 
     return jax.tree.map(emptied, state, is_leaf=lambda x: isinstance(x, NoiseState))

@@ -99,9 +99,9 @@ def poisson_batch(
     """Draws the records of update `step`: each one independently, with one probability.
 
     Formal guarantees:
-      - Every record is in the batch with probability `sampling_prob`, independently of
-        the other records and of the other steps (Poisson sampling, as the accountant
-        assumes). Nothing is truncated.
+      - With one band every record is in the batch with probability `sampling_prob`,
+        independently of the other records and of the other steps (Poisson sampling, as
+        the accountant assumes). Nothing is truncated.
       - The batch is a pure function of the arguments.
       - With b bands every record has a turn every b steps, drawn for it alone. Then it
         is in the batch with probability b `sampling_prob`, independently of the other

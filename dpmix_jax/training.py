@@ -30,8 +30,8 @@ class TrainState(NamedTuple):
       step: scalar int32, updates done.
       params: float32 pytree.
       ema_params: average of `params` over the updates.
-      opt_state: of the chained privatizer and optimizer. It holds the key of the next
-        noise, hence is secret.
+      opt_state: of the chained privatizer and optimizer. It is secret, see
+        `privacy.NoiseState`.
     """
 
     step: jax.Array

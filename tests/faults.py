@@ -58,7 +58,7 @@ FAULTS = {
     ),
     "a noise key used twice": Fault(
         "privacy.py",
-        (("NoiseState(noise.next_key(state.key)", "NoiseState(state.key"),),
+        (("next_key = noise.next_key(state.key)", "next_key = state.key"),),
         "test_privacy.py::test_noise_is_independent_between_updates_and_coordinates",
     ),
     "a key from which the noise before can be drawn": Fault(
@@ -174,8 +174,8 @@ FAULTS = {
         "accounting.py",
         (
             (
-                "            -(-self.num_updates // self.bands),",
-                "            max(-(-self.num_updates // self.bands) - 1, 1),",
+                "            self.num_turns,",
+                "            max(self.num_turns - 1, 1),",
             ),
         ),
         "test_privacy.py::test_epsilon_is_that_of_independent_accountants",
@@ -220,10 +220,10 @@ FAULTS = {
         (("sensitivity * math.hypot(*mechanism.strategy) / first", "sensitivity"),),
         "test_factorization.py::test_weighted_by_the_strategy_the_noise_is_independent",
     ),
-    "noise of the last updates left behind": Fault(
+    "sums without noise left behind": Fault(
         "privacy.py",
-        (("part._replace(past=jnp.zeros_like(part.past))", "part"),),
-        "test_factorization.py::test_what_is_left_shows_no_noise",
+        (("part._replace(sums=jnp.zeros_like(part.sums))", "part"),),
+        "test_factorization.py::test_what_is_left_has_no_sum_without_noise",
     ),
     "padding counted": Fault(
         "gradients.py",

@@ -1,8 +1,10 @@
 """Correlated noise: its error, its sampler, its accounting, and a run with it."""
 
+import contextlib
 import dataclasses
 import json
 import math
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -15,18 +17,21 @@ from jax_privacy.experimental import accounting as of_jax_privacy
 
 from dpmix_jax import (
     Mechanism,
+    NeighboringRelation,
     UserError,
     accounting,
     audit,
     calibrate,
     clipped_gradient,
     factorization,
+    noise,
     noise_key,
     poisson_batch,
     privatizer,
 )
 from dpmix_jax.accounting import noise_by_rdp
-from dpmix_jax.privacy import without_noise
+from dpmix_jax.noise import grid
+from dpmix_jax.privacy import NoiseState, without_sums
 from dpmix_jax.run import ledger
 from dpmix_jax.run.workdir import Workdir
 from tests.runs import run
@@ -107,22 +112,59 @@ def test_weighted_by_the_strategy_the_noise_is_independent(scale):
 
 @pytest.mark.proves("privacy.privatizer", 4)
 def test_noise_does_not_depend_on_the_sums():
-    sums = np.random.default_rng(0).normal(size=(T, 50))
+    sums = np.random.default_rng(0).normal(size=(T, 50)).astype(np.float32)
     alone, _ = noisy(C, 0 * sums)
     found, states = noisy(C, sums)
     np.testing.assert_allclose(found - sums, alone, atol=1e-5)
-    np.testing.assert_allclose(states[-1].past, alone[:-3:-1], atol=1e-5)
+    np.testing.assert_array_equal(states[-1].sums, sums[:-3:-1])
+    np.testing.assert_array_equal(states[-1].outputs, found[:-3:-1])
+
+
+@pytest.mark.proves("privacy.privatizer", 4)
+def test_what_needs_privacy_is_a_weighted_sum_with_noise_on_the_grid():
+    """A record that moves one sum moves b of them, on the grid, by |c| / c_0 in all.
+
+    Outputs of before do not come into it, whatever they are.
+    """
+    ones, step = np.ones((T, 4096), np.float32), 5
+    other = ones.copy()
+    other[step] += 0.5 / 64  # of L2 norm 0.5, the clip norm
+    on = grid(1.5, 0.5 * np.linalg.norm(C) / C[0], 3 * 4096)
+    seen = []
+    with mock.patch.object(
+        noise, "add_noise", lambda total, key, on: seen.append(total / on.spacing)
+    ):
+        for sums in (ones, other):
+            state, blank = None, jnp.zeros((2, 4096))
+            add = privatizer(
+                clipped_gradient(lambda w, x: w @ x, l2_clip_norm=0.5),
+                mechanism(),
+                expected_batch_size=1.0,
+                key=noise_key(0),
+            )
+            for t in range(T):
+                past = jnp.asarray(sums[:t][::-1][:2])
+                past = jnp.concatenate([past, blank])[:2]
+                state = NoiseState(noise_key(0), past, blank)
+                with contextlib.suppress(TypeError):  # the noise is None
+                    add.update(jnp.asarray(sums[t]), state)
+    first, second = np.round(np.array(seen, np.float64).reshape(2, T, -1))
+    moved = np.linalg.norm((first - second)[step : step + 3]) * on.spacing
+    allowed = on.stddev / 1.5
+    assert 0.999 * allowed < moved <= allowed * (1 + 1e-6)
+    assert (first == second)[:step].all()
+    assert (first == second)[step + 3 :].all()
 
 
 @pytest.mark.proves("privacy.privatizer", 2)
-def test_what_is_left_shows_no_noise():
+def test_what_is_left_has_no_sum_without_noise():
     _, states = noisy(C, np.ones((T, 5)))
     trained = (states[-1], {"momentum": jnp.ones(5)})
-    (left, _), (before, momentum) = without_noise(trained), trained
-    assert not left.past.any()
-    assert before.past.any()
+    (left, momentum), (before, _) = without_sums(trained), trained
+    assert not left.sums.any()
+    assert before.sums.all()
     np.testing.assert_array_equal(left.key, before.key)
-    assert without_noise(trained)[1] == momentum
+    np.testing.assert_array_equal(momentum["momentum"], jnp.ones(5))
 
 
 def turns(bands, seeds=range(40), num_records=60, q=0.2):
@@ -146,13 +188,12 @@ def test_a_record_takes_part_in_its_turn_alone(bands):
     for batches in found.transpose(0, 2, 1).reshape(-1, T):
         assert len({step % bands for step in np.flatnonzero(batches)}) <= 1
         assert batches.sum() <= -(-T // bands)
-    # The share of turns that are used, and the share of records that have each turn.
+    # The share of turns that are used, and how the records are divided into them.
     used = found.sum() / (found.shape[0] * found.shape[2] * T / bands)
     assert used == pytest.approx(bands * 0.2, rel=0.03)
-    first = found.reshape(len(found), T // bands, bands, -1) if T % bands == 0 else None
-    if first is not None:
-        counts = first.sum((0, 1, 3))
-        assert scipy.stats.chisquare(counts).pvalue > 1e-3
+    whole = T - T % bands
+    counts = found[:, :whole].reshape(len(found), -1, bands, found.shape[2])
+    assert scipy.stats.chisquare(counts.sum((0, 1, 3))).pvalue > 1e-3
 
 
 def test_turns_are_drawn_for_each_record_alone():
@@ -255,6 +296,10 @@ def test_the_number_of_bands_is_that_of_least_error(monkeypatch):
     best = min(errors, key=errors.__getitem__)
     silent = mechanism(sampling_prob=0.3, num_updates=64, strategy=(1.0,))
     assert accounting._least_error(silent, 8.0, 1e-5) == best > 1
+    replaced = dataclasses.replace(
+        silent, neighboring_relation=NeighboringRelation.REPLACE_ONE
+    )
+    assert accounting._least_error(replaced, 8.0, 1e-5) == 1  # RDP bounds nothing
     monkeypatch.setattr(accounting, "_cached", lambda f, *args: f(*args))
     monkeypatch.setattr(accounting, "_least_error", lambda *_: 2)
     budget = {"epsilon": 1.0, "delta": 1e-5, "sampling_prob": 0.3, "num_updates": 6}
@@ -268,19 +313,21 @@ def test_refuses():
         mechanism(sampling_prob=0.34)
     with pytest.raises(UserError, match=r"strategy\[0\] is 0.0: it must be positive"):
         mechanism(strategy=())
+    with pytest.raises(UserError, match=r"strategy is .*inf.*: it must be of finite"):
+        mechanism(strategy=(1.0, math.inf))
     with pytest.raises(UserError, match=r"bands is 3: it must be 1 for these canar"):
         audit.gradient_canaries(mechanism(), 10, seed=0)
 
 
-def test_the_ledger_keeps_the_strategy(tmp_path):
+def test_the_ledger_counts_turns(tmp_path):
+    """As updates of their own probability, for readers that know no turns."""
     book = ledger.Ledger(tmp_path / "book.jsonl")
-    for each in (mechanism(), mechanism(strategy=factorization.INDEPENDENT)):
-        book.spend(each, epsilon=1.0, delta=1e-5, workdir="")
-    assert [spent.mechanism for spent in book.runs()] == [
-        mechanism(),
-        mechanism(strategy=factorization.INDEPENDENT),
-    ]
-    assert "strategy" not in book.lines()[1]["mechanism"]
+    spent = mechanism(num_updates=13)
+    book.spend(spent, epsilon=1.0, delta=1e-5, workdir="")
+    (run,) = book.runs()
+    assert run.mechanism.event() == spent.event()
+    assert run.mechanism.bands == 1
+    assert run.mechanism.num_updates == 5
 
 
 BANDED = {"privacy__mechanism": "bandmf", "privacy__bands": 3}
@@ -313,7 +360,7 @@ def test_a_run_says_how_its_noise_is_correlated_and_keeps_none_of_it(finished):
         assert words in text
     (last,) = (finished / "checkpoints").iterdir()
     left = safetensors.numpy.load_file(last)
-    (name,) = [name for name in left if name.endswith("past")]
+    (name,) = [name for name in left if name.endswith("sums")]
     assert left[name].shape[0] == 2
     assert not left[name].any()
 

@@ -52,7 +52,7 @@ def matrix_of(second):
 @pytest.mark.parametrize("l2_clip_norm", [0.01, 1.0, 100.0])
 def test_moments_are_those_of_the_loop(l2_clip_norm):
     features, labels = records()
-    moments_fn = clipped_moments(l2_clip_norm)
+    moments_fn = clipped_moments(l2_clip_norm, 100)
     found = jax.jit(moments_fn)(features, labels)
     outer, cross = np.zeros((D, D)), np.zeros((D, NUM_CLASSES))
     for x, y in zip(features.astype(np.float64), labels, strict=True):
@@ -73,7 +73,7 @@ def test_moments_are_those_of_the_loop(l2_clip_norm):
 @pytest.mark.parametrize("l2_clip_norm", [1e-10, 1.0, 1e10])
 def test_neighbours_move_moments_by_the_sensitivity_at_most(l2_clip_norm):
     """Features and labels both NaN, infinite, huge; and some do move them as far."""
-    moments_fn = clipped_moments(l2_clip_norm)
+    moments_fn = clipped_moments(l2_clip_norm, 100)
     assert moments_fn.sensitivity(ONE) == pytest.approx(math.sqrt(2))
     assert moments_fn.sensitivity(REPLACED) == pytest.approx(2 * math.sqrt(2))
     features, labels = records()
@@ -91,7 +91,7 @@ def test_neighbours_move_moments_by_the_sensitivity_at_most(l2_clip_norm):
 
 def test_records_far_apart_move_moments_by_the_root_of_four():
     """x and x' at right angles, of other labels: the terms are so as well."""
-    moments_fn = clipped_moments(2.0)
+    moments_fn = clipped_moments(2.0, 100)
     x, y = (
         1e30 * np.eye(2, D, dtype=np.float32),
         np.eye(2, NUM_CLASSES, dtype=np.float32),
@@ -106,7 +106,7 @@ def test_records_far_apart_move_moments_by_the_root_of_four():
 def test_padding_is_exactly_nothing():
     features, labels = records()
     features[4:], labels[4:] = np.nan, 1e30
-    moments_fn = jax.jit(clipped_moments(1.0))
+    moments_fn = jax.jit(clipped_moments(1.0, 100))
     found = moments_fn(features, labels, np.arange(N) >= 4)
     features[4:] = labels[4:] = 7.0
     for here, there in zip(
@@ -135,7 +135,7 @@ def test_noise_is_of_the_stated_deviation_on_every_number(relation):
     )
     changes = 1 if relation == ONE else 2
     assert stddev == pytest.approx(mechanism.noise_multiplier * changes * 2**0.5)
-    exact = clipped_moments(0.5)(features, labels)
+    exact = clipped_moments(0.5, 100)(features, labels)
     assert exact.cross[3, 5] == 2.0
     on_diagonal = np.arange(size) == np.arange(size)[:, None]
     on_diagonal = on_diagonal[np.triu_indices(size)]
@@ -168,7 +168,7 @@ def delta_of(epsilon, mu):
 def test_the_noise_is_that_of_the_closed_form(epsilon, delta):
     """Of two moments of norm 1 each, under noise of one deviation, composed."""
     mechanism = calibrate(epsilon, delta)
-    stddev = mechanism.noise_multiplier * clipped_moments(1.0).sensitivity(ONE)
+    stddev = mechanism.noise_multiplier * clipped_moments(1.0, 100).sensitivity(ONE)
     each = 1 / stddev
     least = scipy.optimize.brentq(
         lambda mu: delta_of(epsilon, mu) - delta, 1e-3, 20, xtol=1e-12
@@ -194,14 +194,14 @@ def test_other_mechanisms_are_refused():
         " all records, as `calibrate` returns"
     )
     with pytest.raises(UserError, match="l2_clip_norm is 0"):
-        clipped_moments(0)
+        clipped_moments(0, 100)
     with pytest.raises(UserError, match="epsilon is -1"):
         calibrate(-1.0, 1e-5)
 
 
 def test_the_solution_is_that_of_ridge_regression():
     features, labels = records()
-    moments = clipped_moments(100.0)(features, labels)
+    moments = clipped_moments(100.0, 100)(features, labels)
     stddev, x = 0.003, features.astype(np.float64) / 100
     ridge = stddev * math.sqrt(2 * D)
     expected = np.linalg.solve(x.T @ x + ridge * np.eye(D), x.T @ labels)
@@ -231,7 +231,7 @@ def test_the_ridge_is_the_largest_eigenvalue_of_noise():
 def test_weights_are_a_function_of_the_moments(monkeypatch):
     """What the records are has no part in them once the moments are given."""
     mechanism, calls = calibrate(1.0, 1e-5), []
-    fixed = clipped_moments(1.0)(*records()), 0.5
+    fixed = clipped_moments(1.0, 100)(*records()), 0.5
 
     def given(features, labels, **kwargs):
         calls.append(kwargs)

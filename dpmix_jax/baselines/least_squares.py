@@ -34,13 +34,17 @@ class Moments(NamedTuple):
     cross: jax.Array
 
 
-def clipped_moments(l2_clip_norm: float) -> clipping.BoundedSensitivityCallable:
+def clipped_moments(
+    l2_clip_norm: float, num_records: int
+) -> clipping.BoundedSensitivityCallable:
     """Returns the sum of the moments of records.
 
     Formal guarantees:
       - A record's term has L2 norm at most sqrt(2), for second and cross moments have
-        1 each (up to float32 rounding), so that adding or removing a record moves the
-        sum by at most `.sensitivity(ADD_OR_REMOVE_ONE)`, and replacing one by at most
+        1 each (up to float32 rounding of the term). The sum is formed in float64, and
+        what its one rounding to float32 may add to the distance of two sums is part of
+        the sensitivity. So adding or removing a record moves the sum by at most
+        `.sensitivity(ADD_OR_REMOVE_ONE)`, and replacing one by at most
         `.sensitivity(REPLACE_ONE)`, twice as much.
       - This holds for records that are NaN, infinite or huge: numbers that are not
         finite count as 0.
@@ -49,6 +53,7 @@ def clipped_moments(l2_clip_norm: float) -> clipping.BoundedSensitivityCallable:
     Args:
       l2_clip_norm: C, in [1e-10, 1e10]; features of a larger norm are scaled down to
         it, each record's by themselves.
+      num_records: N, the most records of a sum.
 
     Returns:
       `f(features [N, d], labels [N, O], is_padding_example=None) -> Moments`. Labels
@@ -64,10 +69,17 @@ def clipped_moments(l2_clip_norm: float) -> clipping.BoundedSensitivityCallable:
         x, y = _clipped(features, l2_clip_norm), _clipped(labels, 1.0)
         if is_padding_example is not None:
             x = jnp.where(is_padding_example[:, None], 0, x)
-        outer, cross = (jnp.matmul(x.T, other, precision="highest") for other in (x, y))
-        return Moments(_packed(outer), cross)
+        require(len(x) <= num_records, "records", len(x), f"at most {num_records}")
+        with jax.enable_x64(True):
+            x, y = x.astype(jnp.float64), y.astype(jnp.float64)
+            found = Moments(_packed(x.T @ x), x.T @ y)
+            return jax.tree.map(lambda sums: sums.astype(jnp.float32), found)
 
-    return clipping.BoundedSensitivityCallable(moments, math.sqrt(2), has_aux=False)
+    # A sum is at most sqrt(2) N long, and is rounded by a share of 2^-24 of that.
+    rounded = 2 * 2.0**-24 * (num_records + 1)
+    return clipping.BoundedSensitivityCallable(
+        moments, math.sqrt(2) * (1 + rounded), has_aux=False
+    )
 
 
 def _clipped(rows: jax.Array, l2_clip_norm: float) -> jax.Array:
@@ -83,7 +95,7 @@ def _clipped(rows: jax.Array, l2_clip_norm: float) -> jax.Array:
 def _packed(matrix: jax.Array) -> jax.Array:
     """[d, d], symmetric -> [d (d + 1) / 2], of the same norm."""
     rows, columns = np.triu_indices(len(matrix))
-    return matrix[rows, columns] * np.where(rows == columns, 1, 2**0.5).astype("f")
+    return matrix[rows, columns] * np.where(rows == columns, 1, 2**0.5)
 
 
 def _unpacked(packed: np.ndarray) -> np.ndarray:
@@ -147,18 +159,19 @@ def private_moments(
     query = (mechanism.sampling_prob, mechanism.num_updates)
     allowed = "(1.0, 1), one query of all records, as `calibrate` returns"
     require(query == (1, 1), "(sampling_prob, num_updates)", query, allowed)
-    moments_fn = clipped_moments(l2_clip_norm)
+    moments_fn = clipped_moments(l2_clip_norm, len(features))
     privatizer = privacy.privatizer(
         moments_fn, mechanism, expected_batch_size=1.0, key=key
     )
 
     @jax.jit
-    def query_once(features, labels):
-        total = moments_fn(features, labels)
-        return privatizer.update(total, privatizer.init(total))[0]
+    def query_once(features, labels, state):
+        return privatizer.update(moments_fn(features, labels), state)[0]
 
     sensitivity = moments_fn.sensitivity(mechanism.neighboring_relation)
-    noisy = query_once(jnp.asarray(features), jnp.asarray(labels))
+    # The key is an argument: JAX keeps what functions close over with their code.
+    state = privatizer.init(None)
+    noisy = query_once(jnp.asarray(features), jnp.asarray(labels), state)
     return noisy, mechanism.noise_multiplier * sensitivity
 
 

@@ -171,9 +171,9 @@ class FinetuneConfig:
             "'all' or a list with 'head', which is zero where no file brings it",
         )
         if self.rank is not None:
-            flat = map(traverse_util.flatten_dict, (trained, frozen))
+            added = adapters.init(traverse_util.flatten_dict(frozen), self.rank)
             trained = traverse_util.unflatten_dict(
-                next(flat) | adapters.init(next(flat), self.rank)
+                traverse_util.flatten_dict(trained) | added
             )
         more = "where more is trained than a head on a frozen encoder"
         for key, allowed in (("embeddings", "fresh"), ("whitening", None)):

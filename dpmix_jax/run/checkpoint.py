@@ -22,7 +22,8 @@ PyTree = Any
 class Checkpoints:
     """The last two states of a run, a file for each, that is whole or absent.
 
-    A checkpoint holds the key of the noise to come: it is secret until the run ends.
+    A checkpoint holds the key of the noise to come, and for correlated noise sums
+    without any: it is secret until the run ends.
     Each has a checksum, so that a damaged one is never gone on from.
     """
 

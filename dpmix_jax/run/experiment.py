@@ -229,10 +229,9 @@ def train(
                 counts = evaluate.count(confusions, parts, state) if evaluated else {}
                 if evaluated or step % every.log_every == 0:
                     log(state, sums, progress, counts)
-                if last:  # what is left must not show what noise was added
-                    checkpoints.save(
-                        state._replace(opt_state=privacy.without_noise(state.opt_state))
-                    )
+                if last:  # what is left must hold no sum without noise
+                    left = privacy.without_sums(state.opt_state)
+                    checkpoints.save(state._replace(opt_state=left))
                 elif step % every.checkpoint_every == 0:
                     checkpoints.save(state)
             stopped = hosts.agreed(signals)

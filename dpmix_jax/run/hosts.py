@@ -21,12 +21,12 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from dpmix_jax import progress
-from dpmix_jax.errors import UserError
+from dpmix_jax.errors import UserError, require
 
 PyTree = Any
 
 _NAMES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
-_MESSAGE = 4096  # bytes, so that all messages are gathered by one compiled program
+_MESSAGE = 2**16  # bytes, so that all messages are gathered by one compiled program
 _PATIENCE = 60.0  # seconds for the others to hear of a mistake
 
 
@@ -71,7 +71,7 @@ def gather(value: Any) -> list[Any]:
     """Tells all processes a value, and returns those of all, that of the first first.
 
     Args:
-      value: of JSON, at most 4 kB of it. All processes must call this alike.
+      value: of JSON, at most 64 kB of it. All processes must call this alike.
 
     Raises:
       UserError: in all processes, if one of them ends by a mistake; see `together`.
@@ -81,7 +81,7 @@ def gather(value: Any) -> list[Any]:
 
 def _exchange(value: Any, mistake: str | None) -> list[Any]:
     message = json.dumps([value, mistake]).encode().ljust(_MESSAGE)
-    assert len(message) == _MESSAGE
+    require(len(message) == _MESSAGE, "a message's size", len(message), _MESSAGE)
     rows = multihost_utils.process_allgather(np.frombuffer(message, np.uint8))
     told = [json.loads(row.tobytes()) for row in np.asarray(rows)]
     for rank, (_, line) in enumerate(told):
@@ -182,7 +182,7 @@ def together() -> Iterator[None]:
         except (UserError, OSError) as error:
             if isinstance(error, _EndedError):
                 raise
-            line = str(error)[: _MESSAGE // 16]  # a character takes up to twelve bytes
+            line = str(error)[:256]  # a character takes up to twelve bytes
             with _at_most(_PATIENCE, line):
                 _exchange(None, line)
     except _EndedError:

@@ -25,7 +25,6 @@ from dpmix_jax import data
 from dpmix_jax.accounting import RELATIONS, Mechanism
 from dpmix_jax.data.public import image_checksums
 from dpmix_jax.errors import UserError
-from dpmix_jax.factorization import INDEPENDENT
 from dpmix_jax.files import locked, naming
 from dpmix_jax.progress import say
 from dpmix_jax.run.statement import round_up
@@ -217,13 +216,13 @@ def _checksum(before: str, content: dict[str, Any]) -> str:
 def _as_dict(mechanism: Mechanism) -> dict[str, Any]:
     selection = mechanism.selection
     return {
-        "sampling_prob": mechanism.sampling_prob,
-        "num_updates": mechanism.num_updates,
+        # What the accountant counts, whatever turns records take.
+        "sampling_prob": mechanism.bands * mechanism.sampling_prob,
+        "num_updates": mechanism.num_turns,
         "noise_multiplier": mechanism.noise_multiplier,
         "neighboring_relation": mechanism.neighboring_relation.name.lower(),
         "selection": selection
         and [selection.distribution, selection.expected_candidates],
-        **({"strategy": mechanism.strategy} if mechanism.bands > 1 else {}),
     }
 
 
@@ -236,7 +235,6 @@ def _mechanism(content: dict[str, Any]) -> Mechanism:
         neighboring_relation=RELATIONS[content["neighboring_relation"]],
         selection=chosen
         and Selection(distribution=chosen[0], expected_candidates=chosen[1]),
-        strategy=tuple(content.get("strategy", INDEPENDENT)),
     )
 
 

@@ -1,11 +1,13 @@
 """What a run promises, as data and in words."""
 
 import decimal
+import math
 import textwrap
 from typing import Any
 
 from dpmix_jax import noise
 from dpmix_jax.accounting import Mechanism, accountant_version
+from dpmix_jax.factorization import INDEPENDENT
 from dpmix_jax.privacy import PrivacyConfig
 
 
@@ -87,7 +89,7 @@ def privacy_report(
             for name, value, usual in (
                 ("clipping_rule", config.clipping_rule, "clip"),
                 ("per_layer", config.per_layer, False),
-                ("strategy", list(mechanism.strategy), [1.0]),
+                ("strategy", list(mechanism.strategy), list(INDEPENDENT)),
             )
             if value != usual
         },
@@ -206,18 +208,19 @@ def statement(report: dict[str, Any]) -> str:
     rule = _RULES[report.get("clipping_rule", "clip")]
     if report.get("per_layer"):
         rule += ", layer by layer and then as a whole,"
-    correlated, sampling, chance = "", "Poisson sampling", "that"
+    correlated, sampling, turns = "", "Poisson sampling", ""
     if bands := len(report.get("strategy", ())):
-        turns = -(-report["num_updates"] // bands)
         correlated = (
-            f", before a strategy of {bands} bands and norm 1 (DP-BandMF) correlates it"
-            f" between updates: a record counts as in {turns} of them, of {bands} times"
-            " q"
+            f", and of the norm of a strategy of {bands} bands"
+            f" ({math.hypot(*report['strategy']):.4g}), by which it is correlated"
+            " between updates (DP-BandMF)"
         )
         sampling = "cyclic Poisson sampling"
-        chance = (
-            f"{bands} times that probability in its turn, every {bands}th update from a"
-            " first one that is drawn for it alone, and with no"
+        turns = (
+            f". Records take turns: each has a first update among the first {bands},"
+            f" drawn for it alone, and one in {bands} after that. In its turn it is"
+            f" drawn with {bands} times the probability q, otherwise not, so that the"
+            f" accountant counts {-(-report['num_updates'] // bands)} updates"
         )
     record, sets = "training", "training sets"
     if selection:
@@ -268,8 +271,8 @@ def statement(report: dict[str, Any]) -> str:
             f"the accountant assumes {sampling} with q ="
             f" {report['sampling_prob']:.6g} (expected batch"
             f" {report['expected_batch_size']}, N = {report['num_records']}), and so"
-            f" does the sampler: each record is drawn independently with {chance}"
-            " probability, nothing is truncated. q and N are treated as public"
+            " does the sampler: each record is drawn independently with that"
+            f" probability, nothing is truncated. q and N are treated as public{turns}"
         ),
         "Accountant": (
             f"{report['accountant']}: {', '.join(found)}, at delta ="
