@@ -126,7 +126,7 @@ def test_what_needs_privacy_is_a_weighted_sum_with_noise_on_the_grid():
 
     Outputs of before do not come into it, whatever they are.
     """
-    ones, step = np.ones((T, 4096), np.float32), 5
+    ones, step = np.random.default_rng(0).normal(size=(T, 4096)).astype("f"), 5
     other = ones.copy()
     other[step] += 0.5 / 64  # of L2 norm 0.5, the clip norm
     on = grid(1.5, 0.5 * np.linalg.norm(C) / C[0], 3 * 4096)
@@ -151,7 +151,7 @@ def test_what_needs_privacy_is_a_weighted_sum_with_noise_on_the_grid():
     first, second = np.round(np.array(seen, np.float64).reshape(2, T, -1))
     moved = np.linalg.norm((first - second)[step : step + 3]) * on.spacing
     allowed = on.stddev / 1.5
-    assert 0.999 * allowed < moved <= allowed * (1 + 1e-6)
+    assert 0.999 * allowed < moved <= allowed * (1 + 1e-5)
     assert (first == second)[:step].all()
     assert (first == second)[step + 3 :].all()
 

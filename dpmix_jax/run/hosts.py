@@ -81,7 +81,8 @@ def gather(value: Any) -> list[Any]:
 
 def _exchange(value: Any, mistake: str | None) -> list[Any]:
     message = json.dumps([value, mistake]).encode().ljust(_MESSAGE)
-    require(len(message) == _MESSAGE, "a message's size", len(message), _MESSAGE)
+    size = len(message)
+    require(size == _MESSAGE, "a message's size", size, f"at most {_MESSAGE}")
     rows = multihost_utils.process_allgather(np.frombuffer(message, np.uint8))
     told = [json.loads(row.tobytes()) for row in np.asarray(rows)]
     for rank, (_, line) in enumerate(told):
