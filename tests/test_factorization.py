@@ -353,9 +353,10 @@ def test_a_run_says_how_its_noise_is_correlated_and_keeps_none_of_it(finished):
     assert claimed.epsilon(1e-5) == pytest.approx(report["epsilon"], rel=1e-6)
     text = " ".join((finished / "PRIVACY.md").read_text().split())
     for words in (
-        "strategy of 3 bands",
-        "in 4 of them, of 3 times q",
-        "cyclic Poisson",
+        "of the norm of a strategy of 3 bands (1)",
+        "cyclic Poisson sampling with q",
+        "drawn with 3 times the probability q, otherwise not",
+        "the accountant counts 4 updates",
     ):
         assert words in text
     (last,) = (finished / "checkpoints").iterdir()

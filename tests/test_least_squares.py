@@ -73,9 +73,10 @@ def test_moments_are_those_of_the_loop(l2_clip_norm):
 @pytest.mark.parametrize("l2_clip_norm", [1e-10, 1.0, 1e10])
 def test_neighbours_move_moments_by_the_sensitivity_at_most(l2_clip_norm):
     """Features and labels both NaN, infinite, huge; and some do move them as far."""
-    moments_fn = clipped_moments(l2_clip_norm, 100)
-    assert moments_fn.sensitivity(ONE) == pytest.approx(math.sqrt(2))
-    assert moments_fn.sensitivity(REPLACED) == pytest.approx(2 * math.sqrt(2))
+    moments_fn = clipped_moments(l2_clip_norm, N)
+    assert moments_fn.sensitivity(ONE) == pytest.approx(math.sqrt(2), rel=1e-5)
+    doubled = pytest.approx(2 * math.sqrt(2), rel=1e-5)
+    assert moments_fn.sensitivity(REPLACED) == doubled
     features, labels = records()
     query = jax.jit(moments_fn)
 
@@ -87,6 +88,68 @@ def test_neighbours_move_moments_by_the_sensitivity_at_most(l2_clip_norm):
     )
     assert len(moved) > 100
     assert max(moved.values()) > math.sqrt(2) * (1 - 1e-5)
+
+
+@pytest.mark.proves("baselines.least_squares.clipped_moments", 1)
+def test_many_records_alike_move_moments_no_further():
+    """Sums of floats would be off by a hundredth of a term here."""
+    number, size = 50_000, 64
+    rng = np.random.default_rng(0)
+    features = (1 + 0.01 * rng.normal(size=(number, size))).astype(np.float32)
+    labels = np.eye(2, dtype=np.float32)[np.zeros(number, int)]
+    moments_fn = clipped_moments(1.0, number)
+    query = jax.jit(moments_fn)
+    blank = np.zeros(number, bool)
+    for index in (0, number - 1):
+        whole, rest = (
+            query(features, labels, padding)
+            for padding in (blank, np.arange(number) == index)
+        )
+        moved, missed = (
+            np.linalg.norm(
+                np.concatenate([np.ravel(a - b - c) for a, b, c in parts]), ord=2
+            )
+            for parts in (
+                [(a, b, 0) for a, b in zip(whole, rest, strict=True)],
+                zip(whole, rest, query(*_one(features, labels, index)), strict=True),
+            )
+        )
+        assert moved <= moments_fn.sensitivity(ONE)
+        assert missed <= moments_fn.sensitivity(ONE) - math.sqrt(2) + 1e-5
+    assert moments_fn.sensitivity(ONE) < 1.01 * math.sqrt(2)
+    with pytest.raises(UserError, match=r"records is 50000: it must be at most 9"):
+        clipped_moments(1.0, 9)(features, labels)
+
+
+def _one(features, labels, index):
+    return features[index : index + 1], labels[index : index + 1]
+
+
+def test_no_key_is_compiled_into_the_query(monkeypatch):
+    """JAX keeps compiled code on disk, with what functions close over."""
+    texts, jit = [], jax.jit
+
+    def spying(function):
+        compiled = jit(function)
+
+        def call(*args):
+            texts.append(compiled.lower(*args).as_text())
+            return compiled(*args)
+
+        return call
+
+    monkeypatch.setattr(least_squares.jax, "jit", spying)
+    key = noise_key(1234)
+    private_moments(
+        *records(),
+        l2_clip_norm=1.0,
+        mechanism=Mechanism(sampling_prob=1.0, num_updates=1, noise_multiplier=1.0),
+        key=key,
+    )
+    assert texts
+    for word in np.asarray(key).tolist():
+        assert str(word) not in texts[0]
+        assert f"{word:08X}" not in texts[0].upper()
 
 
 def test_records_far_apart_move_moments_by_the_root_of_four():
