@@ -32,9 +32,10 @@ from dpmix_jax import (
 from dpmix_jax.accounting import noise_by_rdp
 from dpmix_jax.noise import grid
 from dpmix_jax.privacy import NoiseState, without_sums
-from dpmix_jax.run import ledger
+from dpmix_jax.run import build, ledger
 from dpmix_jax.run.workdir import Workdir
-from tests.runs import run
+from tests import toy
+from tests.runs import config, run
 
 C = (0.8, 0.5, 0.33)
 T = 12
@@ -396,6 +397,21 @@ def test_a_run_that_goes_on_ends_with_the_same_bits(finished, tmp_path, monkeypa
         for path in (finished, tmp_path / "run")
     )
     assert one == other
+
+
+def test_a_run_draws_the_batches_that_it_accounts_for():
+    terms = build._terms_of_records(
+        config(**BANDED),
+        None,
+        toy.records(60),
+        seed=1,
+        mechanism=mechanism(),
+        num_devices=1,
+    )
+    for step in range(T):
+        (drawn,) = terms.indices(60)(step)
+        expected = poisson_batch(1, step, num_records=60, sampling_prob=0.2, bands=3)
+        np.testing.assert_array_equal(drawn.data[~drawn.mask], expected)
 
 
 @pytest.mark.parametrize(
