@@ -16,7 +16,7 @@ labels)`. Axes: B records, K images of an augmentation set, H W C image, O class
     optimizers     steps that know of the noise: what may follow the privatizer
     selection      the best of many runs, with the choice accounted for
     sampling       the Poisson batch of a step, and keys
-    allocation     batches in which a record is once an epoch, and their epsilon
+    allocation     the epsilon of batches in which a record is once an epoch
     training       one update as pure functions, and the loop over it
     audit          replay on neighbours, and attacks that bound epsilon from below
     devices        where arrays lie, and the sum over all devices

@@ -22,7 +22,7 @@ import scipy.optimize
 from dp_accounting import NeighboringRelation, pld, rdp
 from jax_privacy import clipping
 
-from dpmix_jax import factorization
+from dpmix_jax import allocation, factorization
 from dpmix_jax.errors import UserError, require
 from dpmix_jax.files import cache_folder
 from dpmix_jax.selection import Selection
@@ -50,10 +50,14 @@ class Mechanism:
       selection: of a private selection, in which the T updates are those of each
         candidate; or None.
       strategy: how noise is correlated between updates; by default it is not.
+      allocated: whether batches are those of `sampling.allocated_batch`, 1 / q of them
+        in an epoch, and not of Poisson samples.
 
     Raises:
       UserError: for a strategy with an infinite coefficient, or whose first is not
-        positive, or for b q above 1.
+        positive; for b q above 1; and for random allocation with another relation than
+        `ADD_OR_REMOVE_ONE`, a selection, correlated noise, or 1 / q that is no whole
+        number.
 
     Example:
       >>> mechanism = dpm.Mechanism(
@@ -69,14 +73,34 @@ class Mechanism:
     neighboring_relation: NeighboringRelation = NeighboringRelation.ADD_OR_REMOVE_ONE
     selection: Selection | None = None
     strategy: factorization.Strategy = factorization.INDEPENDENT
+    allocated: bool = False
 
     def __post_init__(self):
+        if self.allocated:
+            self._check_allocated()
         first = (*self.strategy, 0.0)[0]
         require(first > 0, "strategy[0]", first, "positive")
         finite = all(map(math.isfinite, self.strategy))
         require(finite, "strategy", self.strategy, "of finite numbers")
         most = f"at most 1 / sampling_prob = {1 / max(self.sampling_prob, 1e-9):.4g}"
         require(self.bands * self.sampling_prob <= 1, "bands", self.bands, most)
+
+    def _check_allocated(self):
+        with_allocation = "{} for random allocation".format
+        relation, one = self.neighboring_relation, NeighboringRelation.ADD_OR_REMOVE_ONE
+        allowed = with_allocation(one.name)
+        require(relation == one, "neighboring_relation", relation.name, allowed)
+        none = self.selection is None
+        require(none, "selection", self.selection, with_allocation("None"))
+        require(self.bands == 1, "bands", self.bands, with_allocation("1"))
+        whole = abs(self.batches_per_epoch * self.sampling_prob - 1) < 1e-9
+        allowed = with_allocation("one over a whole number")
+        require(whole, "sampling_prob", self.sampling_prob, allowed)
+
+    @property
+    def batches_per_epoch(self) -> int:
+        """Returns 1 / q, rounded: the batches of an epoch."""
+        return round(1 / self.sampling_prob)
 
     @property
     def bands(self) -> int:
@@ -107,7 +131,12 @@ class Mechanism:
         return self.noise_multiplier * sensitivity * of_strategy
 
     def event(self) -> dp_accounting.DpEvent:
-        """Returns the event to compose, whose noise is in units of the clip norm C."""
+        """Returns the event to compose, whose noise is in units of the clip norm C.
+
+        Raises:
+          UserError: for random allocation, which is no event of dp_accounting.
+        """
+        require(not self.allocated, "allocated", True, "False: it has no event")
         # Our multiplier is in units of the sensitivity, C or 2 C for REPLACE_ONE;
         # dp_accounting's is in units of C, and it doubles by itself.
         unit = clipping.BoundedSensitivityCallable(lambda: None, 1.0, False)
@@ -127,17 +156,25 @@ class Mechanism:
           delta: in (0, 1).
           accountant: `pld` (tight; infinite for a selection, which it cannot compose)
             or `rdp` (looser; infinite for `REPLACE_ONE`, which it cannot bound under
-            Poisson sampling). By default the one that decides.
+            Poisson sampling, and for random allocation). By default the one that
+            decides.
         """
         if self.num_updates == 0:
             return 0.0
         accountant, relation = accountant or self.accountant, self.neighboring_relation
         bounds_nothing = {
             "pld": self.selection is not None,
-            "rdp": relation == NeighboringRelation.REPLACE_ONE,
+            "rdp": self.allocated or relation == NeighboringRelation.REPLACE_ONE,
         }
         if bounds_nothing[accountant]:
             return float("inf")
+        if self.allocated:
+            return allocation.epsilon(
+                self.noise_multiplier,
+                num_updates=self.num_updates,
+                batches_per_epoch=self.batches_per_epoch,
+                delta=delta,
+            )
         with _quiet():
             make = _ACCOUNTANTS[accountant]
             ledger = make(neighboring_relation=relation).compose(self.event())
@@ -182,6 +219,13 @@ def epsilon_after(mechanism: Mechanism, num_updates: int, delta: float) -> float
 
 def _calibrate(epsilon, delta, silent):
     relation, updates = silent.neighboring_relation, silent.num_updates
+    if silent.allocated:
+        return allocation.calibrate(
+            epsilon=epsilon,
+            delta=delta,
+            num_updates=updates,
+            batches_per_epoch=silent.batches_per_epoch,
+        )
 
     def mechanism(noise_multiplier):
         return dataclasses.replace(silent, noise_multiplier=noise_multiplier)
@@ -228,6 +272,7 @@ def calibrate(
     neighboring_relation: NeighboringRelation = NeighboringRelation.ADD_OR_REMOVE_ONE,
     selection: Selection | None = None,
     bands: int | None = 1,
+    allocated: bool = False,
 ) -> Mechanism:
     """Finds the least noise with which T updates stay within (epsilon, delta).
 
@@ -248,6 +293,8 @@ def calibrate(
       selection: of a private selection in which each candidate does these T updates.
       bands: b, at most 1 / q and T; 1 is independent noise, see `factorization`. For
         others batches must be drawn with as many, `sampling.batches(..., bands=b)`.
+      allocated: whether batches are drawn by random allocation, as by
+        `sampling.batches(..., allocated=True)`.
 
     Raises:
       UserError: for an argument out of its range, or if no noise multiplier in a sane
@@ -274,6 +321,7 @@ def calibrate(
         noise_multiplier=0.0,
         neighboring_relation=neighboring_relation,
         selection=selection,
+        allocated=allocated,
     )
     if bands is None:
         bands = _cached(_least_error, silent, float(epsilon), float(delta))

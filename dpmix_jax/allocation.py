@@ -1,28 +1,21 @@
-"""Random allocation (balls in bins): each record in one batch of an epoch, by chance.
+"""The epsilon of random allocation (balls in bins), see `sampling.allocated_batch`.
 
-An epoch is t batches. Each record draws which of them it is in, uniformly, on its own,
-and again for every epoch: all records are used in every epoch, as by a shuffled loader,
-and still no record knows of another's place, as under Poisson sampling. (A shuffled
-loader has batches of one size, so its records do depend on each other.) Chua et al.
-(2024) and Feldman and Shenfeld (2025) show which pair of distributions bounds an epoch;
-the accountant is that of Feldman and Shenfeld (2026, arXiv 2602.17284), pld-accounting,
-an optional dependency: `pip install "dpmix_jax[allocation]"`.
+An epoch is t batches, and each record is in one of them, which it draws for itself in
+each epoch. Chua et al. (2024) and Feldman and Shenfeld (2025) show which pair of
+distributions bounds an epoch; the accountant is that of Feldman and Shenfeld (2026,
+arXiv 2602.17284), pld-accounting, an optional dependency: `pip install
+"dpmix_jax[allocation]"`.
 """
 
 import functools
 import math
-import operator
 import types
 import warnings
 
 import dp_accounting
-import numpy as np
 import scipy.optimize
 
 from dpmix_jax.errors import UserError, require
-from dpmix_jax.sampling import generator
-
-_EPOCHS = 1 << 40  # the part of the stream that is no step of `poisson_batch`
 
 # Of the accountant. Rounding, always upward, costs about a tenth of `_ROUNDING` of
 # epsilon; the time of a query is inverse to it.
@@ -32,48 +25,6 @@ _LOSS_POINTS_OF_TERMS = 5_000  # the same, on equal steps of the loss
 _LOSS_POINTS = 100  # in one standard deviation of the privacy loss of an epoch
 _TAILS = 0.01  # of delta, cut off in all
 _MIN_NOISE = 0.2  # below, no amplification is counted; floats would overflow further on
-
-
-def allocated_batch(
-    seed: int, step: int, *, num_records: int, batches_per_epoch: int
-) -> np.ndarray:
-    """Draws the records of update `step`: those that its epoch allocates to it.
-
-    Formal guarantees:
-      - Every record is in exactly one of the batches of an epoch, in each with the same
-        probability, independently of the other records and of the other epochs.
-      - The batch is a pure function of the arguments.
-      - The place of a record does not depend on the number of records: with one more
-        at the end, the others stay where they are.
-
-    Args:
-      seed: the seed of the run (see `sampling.stream_key`).
-      step: the update, from 0; its epoch is `step // batches_per_epoch`.
-      num_records: N, size of the training set.
-      batches_per_epoch: t, so that N / t records are expected in a batch.
-
-    Returns:
-      Increasing int32 indices in [0, N), of random length (0 is possible).
-
-    Raises:
-      UserError: for a negative step, or no records or batches.
-
-    Example:
-      >>> from dpmix_jax.allocation import allocated_batch
-      >>> epoch = [
-      ...     allocated_batch(1234, step, num_records=1000, batches_per_epoch=10)
-      ...     for step in range(10)
-      ... ]
-      >>> sorted(np.concatenate(epoch)) == list(range(1000))
-      True
-    """
-    require(operator.index(step) >= 0, "step", step, "at least 0")
-    require(num_records >= 1, "num_records", num_records, "at least 1")
-    _require_batches(batches_per_epoch)
-    epoch, place = divmod(step, batches_per_epoch)
-    rng = generator(seed, "sampling", _EPOCHS, epoch)
-    places = rng.integers(batches_per_epoch, size=num_records)
-    return np.flatnonzero(places == place).astype(np.int32)
 
 
 def epsilon(

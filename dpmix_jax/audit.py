@@ -297,9 +297,11 @@ def gradient_canaries(
       microbatch_size: records at a time.
 
     Raises:
-      UserError: for a mechanism whose noise is correlated.
+      UserError: for correlated noise, or random allocation.
     """
     require(mechanism.bands == 1, "bands", mechanism.bands, "1 for these canaries")
+    allocated = mechanism.allocated
+    require(not allocated, "allocated", allocated, "False for these canaries")
     gradient_fn = make_gradient(
         lambda params, axis: 1000.0 * l2_clip_norm * (params * axis).sum(),
         l2_clip_norm=l2_clip_norm,

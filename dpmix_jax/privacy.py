@@ -46,6 +46,9 @@ class PrivacyConfig:
         is correlated between updates, see `factorization`.
       bands: b, of `bandmf`; None for the number that disturbs the sums of gradients
         least among 1, 2, 3, 4, 6, 8, 12, 16 and so on, see `calibrate`.
+      sampling: `poisson`, or `allocation`, by which each record is in one batch of an
+        epoch, see `sampling.allocated_batch`; N / B must then be a whole number, but
+        for the rounding of B.
       uncovered: what else of this run was chosen by looking at the private records, in
         words, such as "the learning rate"; the statement tells it.
     """
@@ -62,6 +65,7 @@ class PrivacyConfig:
     expected_candidates: float | None = None
     mechanism: str = "gaussian"
     bands: int | None = None
+    sampling: str = "poisson"
     uncovered: str = ""
 
     def __post_init__(self):
@@ -88,6 +92,15 @@ class PrivacyConfig:
             "None for privacy.mechanism 'gaussian'",
         )
         relation = self.neighboring_relation
+        require_one_of("privacy.sampling", self.sampling, ("poisson", "allocation"))
+        for key, plain in (
+            ("neighboring_relation", "add_or_remove_one"),
+            ("selection", None),
+            ("mechanism", "gaussian"),
+        ):
+            value, allowed = getattr(self, key), f"{plain!r} for privacy.sampling"
+            fits = self.sampling == "poisson" or value == plain
+            require(fits, f"privacy.{key}", value, f"{allowed} 'allocation'")
         require_one_of("privacy.neighboring_relation", relation, RELATIONS)
         require_one_of("privacy.clipping_rule", self.clipping_rule, WEIGHTS)
         if self.private_selection and relation == "replace_one":
@@ -119,14 +132,24 @@ class PrivacyConfig:
             neighboring_relation=self.relation,
             selection=self.private_selection,
             bands=1 if self.mechanism == "gaussian" else self.bands,
+            allocated=self.sampling == "allocation",
         )
 
     def sampling_prob(self, num_records: int) -> float:
-        """Returns q = B / N, or raises `UserError` if that is no probability."""
-        size = self.expected_batch_size
+        """Returns q = B / N, or raises `UserError` if that is no probability.
+
+        For random allocation it is 1 over the number of batches in an epoch.
+        """
+        size, key = self.expected_batch_size, "privacy.expected_batch_size"
         allowed = f"at most the number of training records, {num_records}"
-        require(size <= num_records, "privacy.expected_batch_size", size, allowed)
-        return size / num_records
+        require(size <= num_records, key, size, allowed)
+        if self.sampling == "poisson":
+            return size / num_records
+        batches = round(num_records / size)
+        whole = round(num_records / batches)
+        allowed = f"a whole part of {num_records} records, such as {whole}"
+        require(size == whole, key, size, f"{allowed}, for privacy.sampling")
+        return 1 / batches
 
 
 class NoiseState(NamedTuple):

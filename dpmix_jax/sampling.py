@@ -22,7 +22,10 @@ from jax_privacy import batch_selection
 
 from dpmix_jax.errors import require, require_one_of
 
-STREAMS = ("init", "sampling", "augmentation", "groups", "pretraining", "sets", "turns")
+STREAMS = (
+    *("init", "sampling", "turns", "allocation", "groups"),
+    *("augmentation", "sets", "pretraining"),
+)
 
 
 def generator(seed: int, stream: str, *path: int) -> np.random.Generator:
@@ -147,6 +150,51 @@ def poisson_batch(
     return there[next(iter(drawn))].astype(np.int32)
 
 
+def allocated_batch(
+    seed: int, step: int, *, num_records: int, batches_per_epoch: int
+) -> np.ndarray:
+    """Draws the records of update `step`: those that its epoch allocates to it.
+
+    Random allocation (balls in bins): in an epoch of t batches all records are used, as
+    by a shuffled loader, and still no record knows of another's place, as under Poisson
+    sampling. (A shuffled loader has batches of one size, so its records do depend on
+    each other.) Its epsilon is that of `allocation`.
+
+    Formal guarantees:
+      - Every record is in exactly one of the batches of an epoch, in each with the same
+        probability, independently of the other records and of the other epochs.
+      - The batch is a pure function of the arguments.
+      - The place of a record does not depend on the number of records: with one more
+        at the end, the others stay where they are.
+
+    Args:
+      seed: the seed of the run (see `sampling.stream_key`).
+      step: the update, from 0; its epoch is `step // batches_per_epoch`.
+      num_records: N, size of the training set.
+      batches_per_epoch: t, so that N / t records are expected in a batch.
+
+    Returns:
+      Increasing int32 indices in [0, N), of random length (0 is possible).
+
+    Raises:
+      UserError: for a negative step, or no records or batches.
+
+    Example:
+      >>> draw = {"num_records": 1000, "batches_per_epoch": 10}
+      >>> epoch = [dpm.sampling.allocated_batch(1234, t, **draw) for t in range(10)]
+      >>> sorted(np.concatenate(epoch)) == list(range(1000))
+      True
+    """
+    require(operator.index(step) >= 0, "step", step, "at least 0")
+    require(num_records >= 1, "num_records", num_records, "at least 1")
+    least = "at least 1"
+    require(batches_per_epoch >= 1, "batches_per_epoch", batches_per_epoch, least)
+    epoch, place = divmod(step, batches_per_epoch)
+    rng = generator(seed, "allocation", epoch)
+    places = rng.integers(batches_per_epoch, size=num_records)
+    return np.flatnonzero(places == place).astype(np.int32)
+
+
 def microbatches(indices: np.ndarray, microbatch_size: int) -> list[np.ndarray]:
     """Splits a batch into microbatches of one fixed shape, so that nothing recompiles.
 
@@ -170,6 +218,7 @@ def batches(
     sampling_prob: float,
     microbatch_size: int,
     bands: int = 1,
+    allocated: bool = False,
 ) -> Callable[[int], list[Any]]:
     """Returns the function from an update to the microbatches of its Poisson batch.
 
@@ -179,6 +228,7 @@ def batches(
       sampling_prob: q.
       microbatch_size: m.
       bands: b, see `poisson_batch`.
+      allocated: whether batches are `allocated_batch`, 1 / q of them in an epoch.
 
     Returns:
       `f(step)`, a list of int32 arrays [m] whose padding is masked: `.data` are the
@@ -193,15 +243,24 @@ def batches(
       {(64,)}
     """
 
-    def masked(step: int) -> list[np.ma.MaskedArray]:
-        batch = poisson_batch(
+    def draw(step: int) -> np.ndarray:
+        if allocated:
+            return allocated_batch(
+                seed,
+                step,
+                num_records=num_records,
+                batches_per_epoch=round(1 / sampling_prob),
+            )
+        return poisson_batch(
             seed,
             step,
             num_records=num_records,
             sampling_prob=sampling_prob,
             bands=bands,
         )
-        parts = microbatches(batch, microbatch_size)
+
+    def masked(step: int) -> list[np.ma.MaskedArray]:
+        parts = microbatches(draw(step), microbatch_size)
         return [np.ma.MaskedArray(part, mask=part < 0) for part in parts]
 
     return masked

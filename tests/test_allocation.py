@@ -1,3 +1,4 @@
+import json
 import math
 import sys
 import types
@@ -7,10 +8,14 @@ import numpy as np
 import pytest
 import scipy.optimize
 import scipy.stats
-from dp_accounting import pld
+from dp_accounting import NeighboringRelation, pld
 
-from dpmix_jax import Mechanism, UserError, allocation
-from dpmix_jax.allocation import allocated_batch, calibrate, epsilon
+from dpmix_jax import Mechanism, UserError, allocation, batches, sampling
+from dpmix_jax import calibrate as calibrate_mechanism
+from dpmix_jax.allocation import calibrate, epsilon
+from dpmix_jax.run import ledger
+from dpmix_jax.sampling import allocated_batch
+from tests import runs
 
 PLD_accounting = allocation._library()  # as an import it would warn without numba
 
@@ -77,7 +82,7 @@ def two_sided(chi2, degrees):
     return 2 * min(below, 1 - below)
 
 
-@pytest.mark.proves("allocation.allocated_batch", 1)
+@pytest.mark.proves("sampling.allocated_batch", 1)
 def test_each_record_is_in_one_batch_of_an_epoch_independently():
     assert min(p_values(drawn(allocated)).values()) > 1e-3
 
@@ -95,7 +100,7 @@ def test_the_check_catches(sampler, caught):
     assert {name for name, value in found.items() if value < 1e-9} >= caught
 
 
-@pytest.mark.proves("allocation.allocated_batch", 2)
+@pytest.mark.proves("sampling.allocated_batch", 2)
 def test_a_batch_is_a_function_of_seed_and_step():
     for step in (0, 7, 10**6):
         np.testing.assert_array_equal(allocated(5, step), allocated(5, step))
@@ -104,13 +109,13 @@ def test_a_batch_is_a_function_of_seed_and_step():
     assert len({allocated(seed, 3).tobytes() for seed in range(50)}) == 50
 
 
-@pytest.mark.proves("allocation.allocated_batch", 3)
+@pytest.mark.proves("sampling.allocated_batch", 3)
 @pytest.mark.parametrize("batches", [1, 2, 3, 7, 64, 100, 1000, 2**31 + 1, 2**40])
 def test_another_record_at_the_end_moves_no_other(batches):
     """The more than 2^31 reject many draws, the most numbers are drawn otherwise."""
     for epoch in range(20):
         places = [
-            allocation.generator(1, "sampling", 1 << 40, epoch).integers(
+            sampling.generator(1, "sampling", 1 << 40, epoch).integers(
                 batches, size=size
             )
             for size in (1, 99, 100, 1001)
@@ -296,3 +301,112 @@ def test_a_missing_library_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "PLD_accounting", None)
     with pytest.raises(UserError, match=r'pip install "dpmix_jax\[allocation\]"'):
         spent(1.2345, 7, 1)
+
+
+# --- Of runs ----------------------------------------------------------------------
+
+
+def test_a_mechanism_answers_by_the_accountant_of_its_sampling():
+    options = {"sampling_prob": 1 / 7, "num_updates": 14, "noise_multiplier": 3.0}
+    found = Mechanism(**options, allocated=True)
+    expected = epsilon(3.0, num_updates=14, batches_per_epoch=7, delta=1e-5)
+    assert found.epsilon(1e-5) == expected != Mechanism(**options).epsilon(1e-5)
+    assert found.epsilon(1e-5, accountant="rdp") == float("inf")
+    with pytest.raises(UserError, match="it has no event"):
+        found.event()
+    budget = {"epsilon": 2.0, "delta": 1e-5, "sampling_prob": 1 / 7, "num_updates": 14}
+    calibrated = calibrate_mechanism(**budget, allocated=True)
+    assert 1.99 < calibrated.epsilon(1e-5) <= 2.0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sampling_prob": 0.3}, "must be one over a whole number for random alloc"),
+        ({"strategy": (0.8, 0.6)}, "bands is 2: it must be 1 for random allocation"),
+        ({"neighboring_relation": NeighboringRelation.REPLACE_ONE}, "is 'REPLACE_ONE'"),
+    ],
+)
+def test_a_mechanism_refuses(changes, message):
+    options = {"sampling_prob": 1 / 7, "num_updates": 14, "noise_multiplier": 3.0}
+    with pytest.raises(UserError, match=message):
+        Mechanism(**(options | changes), allocated=True)
+
+
+def test_batches_are_those_of_the_epochs():
+    draw = batches(
+        5, num_records=N, sampling_prob=1 / T, microbatch_size=8, allocated=True
+    )
+    for step in (0, 3, T + 1):
+        found = np.concatenate([part.data[~part.mask] for part in draw(step)])
+        np.testing.assert_array_equal(found, allocated(5, step))
+
+
+ALLOCATED = {
+    "privacy__sampling": "allocation",
+    "privacy__expected_batch_size": 359,  # 4 batches of 1,437 records
+    "privacy__num_updates": 8,
+}
+
+
+def test_a_run_uses_every_record_once_an_epoch_and_says_so(tmp_path, monkeypatch):
+    drawn = []
+    original = sampling.allocated_batch
+    monkeypatch.setattr(
+        sampling,
+        "allocated_batch",
+        lambda seed, step, **options: (
+            drawn.append(original(seed, step, **options)) or drawn[-1]
+        ),
+    )
+    done = runs.run(tmp_path / "run", **ALLOCATED)
+    assert done.status == 0, done.err
+    assert len(drawn) == 8
+    for epoch in (drawn[:4], drawn[4:]):
+        assert sorted(np.concatenate(epoch)) == list(range(1437))
+    report = json.loads((tmp_path / "run" / "privacy.json").read_text())
+    assert report["sampling_prob"] == 0.25
+    assert report["epsilon_rdp"] is None
+    spent = epsilon(
+        report["noise_multiplier"], num_updates=8, batches_per_epoch=4, delta=1e-5
+    )
+    assert report["epsilon"] == pytest.approx(spent, rel=1e-6)
+    text = " ".join((tmp_path / "run" / "PRIVACY.md").read_text().split())
+    assert "assumes random allocation with q = 0.25" in text
+    assert "in an epoch of 4 updates each record is in one batch" in text
+    assert "RDP bounds nothing here" in text
+
+
+@pytest.mark.parametrize(
+    ("wrong", "why"),
+    [
+        ({"privacy__sampling": "shuffle"}, "must be one of poisson, allocation"),
+        (
+            ALLOCATED | {"privacy__expected_batch_size": 256},
+            "is 256: it must be a whole part of 1437 records, such as 240",
+        ),
+        (
+            ALLOCATED | {"privacy__mechanism": "bandmf"},
+            "must be 'gaussian' for privacy.sampling 'allocation'",
+        ),
+        (
+            ALLOCATED | {"privacy__neighboring_relation": "replace_one"},
+            "must be 'add_or_remove_one' for privacy.sampling",
+        ),
+    ],
+)
+def test_a_run_refuses(tmp_path, wrong, why):
+    done = runs.run(tmp_path / "run", **wrong)
+    assert done.status == 2
+    assert why in done.err
+
+
+def test_the_ledger_adds_up_what_it_cannot_compose(tmp_path):
+    book = ledger.Ledger(tmp_path / "book.jsonl")
+    options = {"sampling_prob": 1 / 7, "num_updates": 14, "noise_multiplier": 3.0}
+    spent = [Mechanism(**options, allocated=True), Mechanism(**options)]
+    for each in spent:
+        book.spend(each, epsilon=1.0, delta=1e-5, workdir="")
+    assert [run.mechanism for run in book.runs()] == spent
+    total = ledger.composed(spent, 1e-5)
+    assert total == pytest.approx(sum(each.epsilon(5e-6) for each in spent))

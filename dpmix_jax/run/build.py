@@ -359,6 +359,7 @@ def _terms_of_records(
             sampling_prob=mechanism.sampling_prob,
             microbatch_size=microbatch_size,
             bands=mechanism.bands,
+            allocated=mechanism.allocated,
         )
 
     return Terms(

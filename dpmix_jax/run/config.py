@@ -211,13 +211,10 @@ class ExperimentConfig:
             self.finetune.embeddings,
             f"'fresh' for {method}, whose groups are drawn anew in each update",
         )
-        independent = not groups or self.privacy.mechanism == "gaussian"
-        require(
-            independent,
-            "privacy.mechanism",
-            self.privacy.mechanism,
-            f"'gaussian' for {method}",
-        )
+        for key, plain in (("mechanism", "gaussian"), ("sampling", "poisson")):
+            value = getattr(self.privacy, key)
+            fits = not groups or value == plain
+            require(fits, f"privacy.{key}", value, f"{plain!r} for {method}")
         seen, clipping = self.diagnostics.gradients, self.performance.clipping
         none = "False for {}, where no record has a gradient of its own".format
         require(not (seen and groups), "diagnostics.gradients", seen, none(method))

@@ -219,6 +219,7 @@ def _as_dict(mechanism: Mechanism) -> dict[str, Any]:
         # What the accountant counts, whatever turns records take.
         "sampling_prob": mechanism.bands * mechanism.sampling_prob,
         "num_updates": mechanism.num_turns,
+        **({"allocated": True} if mechanism.allocated else {}),
         "noise_multiplier": mechanism.noise_multiplier,
         "neighboring_relation": mechanism.neighboring_relation.name.lower(),
         "selection": selection
@@ -235,19 +236,21 @@ def _mechanism(content: dict[str, Any]) -> Mechanism:
         neighboring_relation=RELATIONS[content["neighboring_relation"]],
         selection=chosen
         and Selection(distribution=chosen[0], expected_candidates=chosen[1]),
+        allocated=content.get("allocated", False),
     )
 
 
 def composed(mechanisms: list[Mechanism], delta: float) -> float:
     """Returns the epsilon that these runs have spent together.
 
-    By PLD, or by RDP if one of them is a private selection. Relations are not mixed:
-    where there are several, epsilons and deltas add up.
+    By PLD, or by RDP if one of them is a private selection. Relations are not mixed,
+    nor random allocation with others: where there are several, epsilons and deltas add
+    up.
     """
     if len(mechanisms) <= 1:
         return sum(each.epsilon(delta) for each in mechanisms)
     relations = {each.neighboring_relation for each in mechanisms}
-    if len(relations) > 1:
+    if len(relations) > 1 or any(each.allocated for each in mechanisms):
         return sum(each.epsilon(delta / len(mechanisms)) for each in mechanisms)
     chosen = any(each.selection for each in mechanisms)
     make = rdp.RdpAccountant if chosen else pld.PLDAccountant

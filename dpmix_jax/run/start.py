@@ -116,6 +116,7 @@ def made_with(
         neighboring_relation=config.relation,
         selection=config.private_selection,
         strategy=tuple(found.get("strategy", factorization.INDEPENDENT)),
+        allocated=config.sampling == "allocation",
     )
 
 

@@ -89,6 +89,7 @@ def privacy_report(
             for name, value, usual in (
                 ("clipping_rule", config.clipping_rule, "clip"),
                 ("per_layer", config.per_layer, False),
+                ("sampling", config.sampling, "poisson"),
                 ("strategy", list(mechanism.strategy), list(INDEPENDENT)),
             )
             if value != usual
@@ -209,6 +210,13 @@ def statement(report: dict[str, Any]) -> str:
     if report.get("per_layer"):
         rule += ", layer by layer and then as a whole,"
     correlated, sampling, turns = "", "Poisson sampling", ""
+    how = "each record is drawn independently with that probability"
+    if report.get("sampling") == "allocation":
+        sampling = "random allocation"
+        how = (
+            f"in an epoch of {round(1 / report['sampling_prob'])} updates each record"
+            " is in one batch, which it draws uniformly and independently"
+        )
     if bands := len(report.get("strategy", ())):
         correlated = (
             f", and of the norm of a strategy of {bands} bands"
@@ -271,8 +279,8 @@ def statement(report: dict[str, Any]) -> str:
             f"the accountant assumes {sampling} with q ="
             f" {report['sampling_prob']:.6g} (expected batch"
             f" {report['expected_batch_size']}, N = {report['num_records']}), and so"
-            " does the sampler: each record is drawn independently with that"
-            f" probability, nothing is truncated. q and N are treated as public{turns}"
+            f" does the sampler: {how}, nothing is truncated. q and N are treated as"
+            f" public{turns}"
         ),
         "Accountant": (
             f"{report['accountant']}: {', '.join(found)}, at delta ="
