@@ -115,9 +115,7 @@ def test_another_record_at_the_end_moves_no_other(batches):
     """The more than 2^31 reject many draws, the most numbers are drawn otherwise."""
     for epoch in range(20):
         places = [
-            sampling.generator(1, "sampling", 1 << 40, epoch).integers(
-                batches, size=size
-            )
+            sampling.generator(1, "allocation", epoch).integers(batches, size=size)
             for size in (1, 99, 100, 1001)
         ]
         for fewer in places:
