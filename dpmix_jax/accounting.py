@@ -152,6 +152,8 @@ class Mechanism:
     def epsilon(self, delta: float, *, accountant: str | None = None) -> float:
         """Returns the epsilon of all T updates at this delta, for training records.
 
+        Of exactly Gaussian noise: that on a grid adds `noise.extra_delta` to delta.
+
         Args:
           delta: in (0, 1).
           accountant: `pld` (tight; infinite for a selection, which it cannot compose)
