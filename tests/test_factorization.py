@@ -133,7 +133,7 @@ def test_what_needs_privacy_is_a_weighted_sum_with_noise_on_the_grid():
     on = grid(1.5, 0.5 * np.linalg.norm(C) / C[0], 3 * 4096)
     seen = []
     with mock.patch.object(
-        noise, "add_noise", lambda total, key, on: seen.append(total / on.spacing)
+        noise, "add_noise", lambda total, _, used: seen.append((total, used))
     ):
         for sums in (ones, other):
             state, blank = None, jnp.zeros((2, 4096))
@@ -149,7 +149,10 @@ def test_what_needs_privacy_is_a_weighted_sum_with_noise_on_the_grid():
                 state = NoiseState(noise_key(0), past, blank)
                 with contextlib.suppress(TypeError):  # the noise is None
                     add.update(jnp.asarray(sums[t]), state)
-    first, second = np.round(np.array(seen, np.float64).reshape(2, T, -1))
+    totals, used = zip(*seen, strict=True)
+    assert set(used) == {on}  # of three roundings
+    rounded = np.round(np.array(totals, np.float64) / on.spacing)
+    first, second = rounded.reshape(2, T, -1)
     moved = np.linalg.norm((first - second)[step : step + 3]) * on.spacing
     allowed = on.stddev / 1.5
     assert 0.999 * allowed < moved <= allowed * (1 + 1e-5)
