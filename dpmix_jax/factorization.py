@@ -14,6 +14,7 @@ probability (Choquette-Choo et al., 2023, "(Amplified) banded matrix factorizati
 Theorem 4; the strategies are Toeplitz matrices, McKenna, 2024).
 """
 
+import functools
 import math
 
 import jax
@@ -26,6 +27,7 @@ Strategy = tuple[float, ...]
 INDEPENDENT: Strategy = (1.0,)
 
 
+@functools.cache
 def strategy(num_updates: int, bands: int) -> Strategy:
     """Returns the strategy of b bands that disturbs the sums of gradients least.
 

@@ -344,6 +344,8 @@ ALLOCATED = {
     "privacy__sampling": "allocation",
     "privacy__expected_batch_size": 359,  # 4 batches of 1,437 records
     "privacy__num_updates": 8,
+    "logging__log_every": 8,  # each line asks for an epsilon
+    "logging__eval_every": 8,
 }
 
 
