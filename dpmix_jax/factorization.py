@@ -7,7 +7,7 @@ with independent noise z, the noise w of update t is found from
     c_0 w_t + c_1 w_(t-1) + ... + c_(b-1) w_(t-b+1) = z_t,
 
 so what is released tells no more than the c-weighted sums of b updates with noise z.
-A record that is in at most one of any b updates moves these by |c| times the clip norm,
+A record that is in at most one of any b updates moves these by the norm of c times C,
 once for each time it is drawn. So the records are divided at random into b parts, which
 take turns, and from the part whose turn it is a batch is drawn with b times the
 probability (Choquette-Choo et al., 2023, "(Amplified) banded matrix factorization",
@@ -56,7 +56,7 @@ def error(strategy: Strategy, num_updates: int) -> float:
     """Returns the root mean squared error of the sums after 1, ..., T updates.
 
     Args:
-      strategy: c, of any norm; z has standard deviation |c|.
+      strategy: c, of any norm; z has the norm of c for its standard deviation.
       num_updates: T.
     """
     noise = math.hypot(*strategy) * np.cumsum(impulse(strategy, num_updates))

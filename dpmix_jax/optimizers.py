@@ -43,7 +43,7 @@ def adam_bc(
       b1: decay of the first moment, in [0, 1).
       b2: decay of the second moment, in [0, 1).
       floor: the least second moment, in squared units of the gradient, positive. No
-        coordinate moves by more than `learning_rate` |m| / sqrt(floor).
+        coordinate moves by more than `learning_rate` times m / sqrt(floor).
 
     Raises:
       UserError: for an argument out of its range.
