@@ -7,8 +7,8 @@ with independent noise z, the noise w of update t is found from
     c_0 w_t + c_1 w_(t-1) + ... + c_(b-1) w_(t-b+1) = z_t,
 
 so what is released tells no more than the c-weighted sums of b updates with noise z.
-A record that is in at most one of any b updates moves these by the norm of c times C,
-once for each time it is drawn. So the records are divided at random into b parts, which
+A record that is in at most one of any b updates moves these by the norm of c times the
+clip norm, once for each time it is drawn. So the records are divided at random into b parts, which
 take turns, and from the part whose turn it is a batch is drawn with b times the
 probability (Choquette-Choo et al., 2023, "(Amplified) banded matrix factorization",
 Theorem 4; the strategies are Toeplitz matrices, McKenna, 2024).

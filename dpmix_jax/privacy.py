@@ -191,8 +191,9 @@ def privatizer(
       - Divides by the expected batch size, a constant, never by the drawn one.
       - With a strategy c of b bands, adds the noise of the first line, of that standard
         deviation times the norm of c over c_0, to the sum of this update plus c_k / c_0
-        times that of the k-th before it, for 0 < k < b. What comes out is post-processing: of
-        this, c_k / c_0 times what came out k updates before is taken away.
+        times that of the k-th before it, for 0 < k < b. What comes out is
+        post-processing: of this, c_k / c_0 times what came out k updates before is
+        taken away.
 
     Args:
       gradient_fn: from `clipped_gradient`; its sensitivity sets the scale.
