@@ -8,10 +8,10 @@ with independent noise z, the noise w of update t is found from
 
 so what is released tells no more than the c-weighted sums of b updates with noise z.
 A record that is in at most one of any b updates moves these by the norm of c times the
-clip norm, once for each time it is drawn. So the records are divided at random into b parts, which
-take turns, and from the part whose turn it is a batch is drawn with b times the
-probability (Choquette-Choo et al., 2023, "(Amplified) banded matrix factorization",
-Theorem 4; the strategies are Toeplitz matrices, McKenna, 2024).
+clip norm, once for each time it is drawn. So the records are divided at random into b
+parts, which take turns, and from the part whose turn it is a batch is drawn with b
+times the probability (Choquette-Choo et al., 2023, "(Amplified) banded matrix
+factorization", Theorem 4; the strategies are Toeplitz matrices, McKenna, 2024).
 """
 
 import functools
