@@ -209,8 +209,15 @@ def _cached(function, *args):
     return _memory(str(cache_folder() / version)).cache(function)(*args)
 
 
-def accountant_version() -> str:
-    return f"dp_accounting {importlib.metadata.version('dp-accounting')}"
+def accountant_version(*, allocated: bool = False) -> str:
+    """Returns the accountant's name and version, for random allocation both."""
+    packages = {"dp_accounting": "dp-accounting"}
+    if allocated:
+        packages["pld-accounting"] = "pld-accounting"
+    versions = importlib.metadata.version
+    return ", ".join(
+        f"{name} {versions(package)}" for name, package in packages.items()
+    )
 
 
 def epsilon_after(mechanism: Mechanism, num_updates: int, delta: float) -> float:

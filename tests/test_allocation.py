@@ -375,6 +375,7 @@ def test_a_run_uses_every_record_once_an_epoch_and_says_so(tmp_path, monkeypatch
     assert "assumes random allocation with q = 0.25" in text
     assert "in an epoch of 4 updates each record is in one batch" in text
     assert "RDP bounds nothing here" in text
+    assert ", pld-accounting 2." in text
 
 
 @pytest.mark.parametrize(

@@ -81,7 +81,7 @@ def privacy_report(
         "clipping": clipping,
         "precision": precision,
         "secret_seed": secret_seed,
-        "accountant": accountant_version(),
+        "accountant": accountant_version(allocated=mechanism.allocated),
         **({"kept_sets": kept_sets} if kept_sets else {}),
         # Of what is as it was in the first versions nothing is said.
         **{
