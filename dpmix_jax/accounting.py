@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import functools
 import importlib.metadata
+import inspect
 import math
 import os
 import pathlib
@@ -205,6 +206,7 @@ def _memory(folder: str) -> joblib.Memory:
 
 def _cached(function, *args):
     """Calls a function through the disk cache of these versions of the code."""
+    assert inspect.isfunction(function)  # by its source another process knows it
     version = f"{accountant_version()}-{_OWN_VERSION}".replace(" ", "-")
     return _memory(str(cache_folder() / version)).cache(function)(*args)
 
@@ -357,7 +359,7 @@ def _least_error(silent: Mechanism, epsilon: float, delta: float) -> int:
     for bands in sorted({*(2**k for k in range(11)), *(3 * 2**k for k in range(10))}):
         if bands * silent.sampling_prob > 1 or bands > silent.num_updates:
             break
-        strategy = factorization.strategy(silent.num_updates, bands)
+        strategy = _cached(factorization.strategy, silent.num_updates, bands)
         needed = noise_by_rdp(
             dataclasses.replace(silent, strategy=strategy), epsilon, delta
         )

@@ -14,7 +14,6 @@ times the probability (Choquette-Choo et al., 2023, "(Amplified) banded matrix
 factorization", Theorem 4; the strategies are Toeplitz matrices, McKenna, 2024).
 """
 
-import functools
 import math
 
 import jax
@@ -27,7 +26,6 @@ Strategy = tuple[float, ...]
 INDEPENDENT: Strategy = (1.0,)
 
 
-@functools.cache
 def strategy(num_updates: int, bands: int) -> Strategy:
     """Returns the strategy of b bands that disturbs the sums of gradients least.
 
