@@ -9,6 +9,7 @@ the confidence asked for; a bound below it shows nothing, for there are other at
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from dp_accounting import NeighboringRelation
 from jax_privacy import auditing, clipping
+from scipy import special
 
 from dpmix_jax import accounting, gradients, privacy, sampling
 from dpmix_jax.errors import require
@@ -295,13 +297,7 @@ def gradient_canaries(
       l2_clip_norm: C.
       make_gradient: `clipped_gradient` or another of its kind.
       microbatch_size: records at a time.
-
-    Raises:
-      UserError: for correlated noise, or random allocation.
     """
-    require(mechanism.bands == 1, "bands", mechanism.bands, "1 for these canaries")
-    allocated = mechanism.allocated
-    require(not allocated, "allocated", allocated, "False for these canaries")
     gradient_fn = make_gradient(
         lambda params, axis: 1000.0 * l2_clip_norm * (params * axis).sum(),
         l2_clip_norm=l2_clip_norm,
@@ -317,32 +313,61 @@ def gradient_canaries(
         num_records=num_canaries,
         sampling_prob=mechanism.sampling_prob,
         microbatch_size=microbatch_size,
+        bands=mechanism.bands,
+        allocated=mechanism.allocated,
     )
-    q, params = mechanism.sampling_prob, jnp.zeros(num_canaries)
+    params, update = jnp.zeros(num_canaries), jax.jit(add_noise.update)
+    # A sum in units of C: 1 where a canary was drawn, and noise.
+    unit = mechanism.sampling_prob * num_canaries / l2_clip_norm
     sensitivity = gradient_fn.sensitivity(mechanism.neighboring_relation)
-    variance = (mechanism.noise_multiplier * sensitivity / l2_clip_norm) ** 2
+    stddev = mechanism.noise_multiplier * sensitivity / l2_clip_norm
 
     @jax.jit
     def clipped_sum(indices, is_padding):
         axes = jax.nn.one_hot(indices, num_canaries)
         return gradient_fn(params, axes, is_padding_example=is_padding)[0]
 
-    @jax.jit
-    def update(scores, total, state):
-        mean, state = add_noise.update(total, state)
-        # In units of C: 1 where a canary was drawn, and noise.
-        seen = mean * (q * num_canaries / l2_clip_norm)
-        ratio = jnp.logaddexp(jnp.log1p(-q), jnp.log(q) + (seen - 0.5) / variance)
-        return scores + ratio, state
-
     def train(included: np.ndarray) -> np.ndarray:
-        scores, state = jnp.zeros(num_canaries), add_noise.init(params)
+        seen, state = [], add_noise.init(params)
         for step in range(mechanism.num_updates):
             total = jnp.zeros(num_canaries)
             for batch in batches(step):
                 left_out = batch.mask | ~included[batch.data]
                 total += clipped_sum(batch.data, left_out)
-            scores, state = update(scores, total, state)
-        return np.asarray(scores)
+            mean, state = update(total, state)
+            seen.append(mean * unit)
+        return _log_likelihood_ratios(np.stack(seen), mechanism, stddev)
 
     return train
+
+
+def _log_likelihood_ratios(
+    seen: np.ndarray, mechanism: accounting.Mechanism, stddev: float
+) -> np.ndarray:
+    """Returns log p(seen | in) / p(seen | out) for each canary, [m].
+
+    Args:
+      seen: noisy sums of all updates, [T, m]; a canary adds 1 where it is drawn.
+      mechanism: that they came from.
+      stddev: of the noise on sums weighted by the strategy, divided by its norm.
+    """
+    # Noise on weighted sums is independent: what is seen of a canary that is drawn at
+    # update t is the strategy, in the weighted sums t, t + 1, ...
+    weights = np.asarray(mechanism.strategy) / math.hypot(*mechanism.strategy)
+    strategy = sum(
+        weight * np.eye(len(seen), k=-band) for band, weight in enumerate(weights)
+    )  # [weighted sum, update]
+    energy = (strategy**2).sum(axis=0)[:, np.newaxis]
+    drawn = (strategy.T @ strategy @ seen - energy / 2) / stddev**2
+
+    # Rows of an epoch's batches, or of updates with one turn each. Updates after the
+    # last are never seen: a canary drawn there is as likely as one that is out.
+    per_row = mechanism.batches_per_epoch if mechanism.allocated else mechanism.bands
+    drawn = np.pad(drawn, [(0, -len(drawn) % per_row), (0, 0)])
+    drawn = drawn.reshape(-1, per_row, drawn.shape[-1])
+    if mechanism.allocated:
+        return (special.logsumexp(drawn, axis=1) - math.log(per_row)).sum(axis=0)
+    q = per_row * mechanism.sampling_prob
+    with np.errstate(divide="ignore"):  # q may be 1
+        of_turns = np.logaddexp(np.log1p(-q), np.log(q) + drawn).sum(axis=0)
+    return special.logsumexp(of_turns, axis=0) - math.log(per_row)

@@ -1,7 +1,10 @@
 """Audits: they find planted faults, and nothing where there is none."""
 
+import dataclasses
 import functools
+import itertools
 import json
+import math
 import re
 import stat
 
@@ -10,6 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import scipy.linalg
+import scipy.stats
 from dp_accounting import NeighboringRelation
 from jax_privacy import clipping
 
@@ -21,6 +26,7 @@ from dpmix_jax import (
     augmentation_set,
     check_sensitivity,
     clipped_gradient,
+    factorization,
     ghost_clipped_gradient,
     record_keys,
     stream_key,
@@ -269,6 +275,71 @@ def test_a_missing_clip_is_found():
     found = audits(1.0, unclipped, repeats=1)
     assert found[0].epsilon > CLAIM
     assert found[0].auroc == 1.0
+
+
+MECHANISMS = {
+    "independent": MECHANISM,
+    "turns": dataclasses.replace(
+        MECHANISM, sampling_prob=0.25, noise_multiplier=3.0, strategy=(1.0, 0.5, 0.25)
+    ),
+    "each turn": dataclasses.replace(
+        MECHANISM, sampling_prob=0.5, noise_multiplier=6.0, strategy=(1.0, 0.5)
+    ),
+    "allocation": dataclasses.replace(
+        MECHANISM, sampling_prob=0.25, noise_multiplier=3.0, allocated=True
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ["turns", "allocation"])
+def test_less_is_found_than_is_claimed_and_more_with_a_third_of_the_noise(name):
+    """As where a participation in three updates would count for one."""
+    claimed = MECHANISMS[name]
+    for factor in (1.0, 1 / 3):
+        noise = factor * claimed.noise_multiplier
+        found = audit.audit(
+            audit.gradient_canaries(
+                dataclasses.replace(claimed, noise_multiplier=noise), 4000, seed=3
+            ),
+            4000,
+            delta=1e-5,
+            rng=np.random.default_rng(0),
+        )
+        assert found.epsilon > 0.1
+        assert (found.epsilon > claimed.epsilon(1e-5)) == (factor < 1)
+
+
+@pytest.mark.parametrize("name", MECHANISMS)
+def test_the_score_is_the_likelihood_ratio(name):
+    """Against all ways to be drawn, each with its density; T ends within an epoch."""
+    updates, claimed, stddev = 6 - (name != "turns"), MECHANISMS[name], 0.7
+    silent, (b, q) = np.zeros(updates), (claimed.bands, claimed.sampling_prob)
+    if claimed.allocated:
+        epochs = [[*range(start, start + 4)] for start in range(0, updates, 4)]
+        ways = [(4.0 ** -len(epochs), drawn) for drawn in itertools.product(*epochs)]
+    else:
+        ways = []
+        for first in range(b):
+            turns = [*range(first, updates, b)]
+            for coins in itertools.product([0, 1], repeat=len(turns)):
+                each = [b * q if coin else 1 - b * q for coin in coins]
+                ways.append((np.prod(each) / b, itertools.compress(turns, coins)))
+    column = factorization.impulse(claimed.strategy, updates)
+    noise = scipy.linalg.toeplitz(column, silent) * math.hypot(*claimed.strategy)
+    density = functools.partial(
+        scipy.stats.multivariate_normal.pdf, cov=stddev**2 * noise @ noise.T
+    )
+    seen = np.random.default_rng(0).normal(size=(updates, 3))
+    expected = np.zeros(3)
+    for chance, drawn in ways:
+        adds = silent.copy()
+        adds[[step for step in drawn if step < updates]] = 1.0
+        expected = expected + chance * density(seen.T, adds)
+    np.testing.assert_allclose(
+        audit._log_likelihood_ratios(seen, claimed, stddev),
+        np.log(expected / density(seen.T, silent)),
+        rtol=1e-9,
+    )
 
 
 def test_scores_without_signal_bound_nothing():

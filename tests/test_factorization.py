@@ -20,7 +20,6 @@ from dpmix_jax import (
     NeighboringRelation,
     UserError,
     accounting,
-    audit,
     calibrate,
     clipped_gradient,
     factorization,
@@ -246,47 +245,6 @@ def test_in_every_turn_it_is_a_gaussian_mechanism(updates, participations):
     assert delta == pytest.approx(1e-5, rel=2e-3)
 
 
-def canaries(claimed, sigma, seed, size=4000):
-    """Scores of canaries with axes of their own, by the likelihood of what was seen.
-
-    The attacker knows the turn of each: the accountant does not count on secrecy.
-    """
-    rng, b = np.random.default_rng(seed), claimed.bands
-    included, q = rng.random(size) < 0.5, claimed.sampling_prob
-    sums = np.zeros((T, size))
-    for step in range(T):
-        batch = poisson_batch(seed, step, num_records=size, sampling_prob=q, bands=b)
-        sums[step, batch] = 0.5
-    at = np.where(sums.any(0), sums.argmax(0) % b, rng.integers(b, size=size))
-    found, _ = noisy(claimed.strategy, sums * included, sigma=sigma, key=seed)
-    weighted = matrix(claimed.strategy, T) @ found / 0.5
-    variance = (claimed.noise_multiplier * np.linalg.norm(claimed.strategy)) ** 2
-    scores, square = np.zeros(size), np.square(claimed.strategy).sum()
-    for start in range(T):
-        mine = at == start % b
-        bands = np.array(claimed.strategy[: T - start])
-        inner = bands @ weighted[start : start + b][:, mine]
-        gain = (inner - square / 2) / variance
-        scores[mine] += np.logaddexp(np.log1p(-b * q), np.log(b * q) + gain)
-    return scores, included
-
-
-def test_an_attack_finds_less_than_the_claim_and_a_fault_more():
-    """With a third of the noise, as where a participation would count for a third."""
-    claimed = mechanism(sampling_prob=0.25, noise_multiplier=2.0)
-    delta = 1e-5
-    bounds = [
-        audit.bound(
-            *canaries(claimed, sigma, seed=3),
-            delta=delta,
-            rng=np.random.default_rng(0),
-            confidence=0.95,
-        ).epsilon
-        for sigma in (2.0, 2.0 / 3)
-    ]
-    assert 0.1 < bounds[0] < claimed.epsilon(delta) < bounds[1]
-
-
 def test_the_number_of_bands_is_that_of_least_error(monkeypatch):
     """With the noise that RDP finds; then the noise is by PLD."""
     errors = {}
@@ -319,8 +277,6 @@ def test_refuses():
         mechanism(strategy=())
     with pytest.raises(UserError, match=r"strategy is .*inf.*: it must be of finite"):
         mechanism(strategy=(1.0, math.inf))
-    with pytest.raises(UserError, match=r"bands is 3: it must be 1 for these canar"):
-        audit.gradient_canaries(mechanism(), 10, seed=0)
 
 
 def test_the_ledger_counts_turns(tmp_path):
