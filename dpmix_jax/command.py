@@ -20,7 +20,7 @@
 
 After these words come the flags of the program, which `dpmix train --help` lists. A
 config is one of `dpmix configs`, a Python file, or the config.json of a run; what
-follows a colon is its argument.
+follows a colon is its argument. With --dry_run a command says what it would do.
 """
 
 import itertools

@@ -35,14 +35,23 @@ _KIND = flags.DEFINE_enum(
 _CANARIES = flags.DEFINE_integer("canaries", 1000, "How many.", 8)
 _REPEATS = flags.DEFINE_integer("repeats", 1, "Audits, each with other coins.", 1)
 _CONFIDENCE = flags.DEFINE_float("confidence", 0.95, "Of each bound.")
+cli.define_dry_run()
 
 
 def main() -> int:
     path, argument = cli.config_file()
     default = cli.default_workdir(path.with_stem(f"audit-{path.stem}"), argument)
+    audited = config.from_config_dict(_CONFIG.value)
+    folder = pathlib.Path(_WORKDIR.value or default)
+    if cli.would(
+        f"audit {_REPEATS.value} time(s), with {_CANARIES.value:,} {_KIND.value}"
+        f" canaries, {audited.privacy.num_updates:,} updates of {audited.method.name}"
+        f" at epsilon {audited.privacy.epsilon:g}, and write what comes out to {folder}"
+    ):
+        return 0
     within = audit.run(
-        config.from_config_dict(_CONFIG.value),
-        pathlib.Path(_WORKDIR.value or default),
+        audited,
+        folder,
         kind=_KIND.value,
         num_canaries=_CANARIES.value,
         repeats=_REPEATS.value,

@@ -89,6 +89,7 @@ _PEAK = flags.DEFINE_float(
     lower_bound=1e-9,
 )
 _JSON = flags.DEFINE_string("json", None, "Where to write all that was measured.")
+cli.define_dry_run()
 
 COLUMNS: timing.Columns = {
     "": ("name", str),
@@ -345,6 +346,8 @@ def summarize(rows: Sequence[Row]) -> list[dict[str, Any]]:
 def benchmark() -> dict[str, Any]:
     """Does what the flags say, and returns all that was measured."""
     names, ks = select(), sorted({*_K.value})
+    if cli.would(f"time {', '.join(names)}, {_ROUNDS.value} rounds"):
+        return {}
     result: dict[str, Any] = {
         "environment": timing.environment(),
         "workload": f"{workload()[1]}, {_PRECISION.value}, {_RECORDS.value} records x"

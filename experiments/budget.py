@@ -21,12 +21,14 @@ from dpmix_jax.run import cli, config, ledger
 _CONFIG = cli.define_config()
 _DECLARE = flags.DEFINE_float("declare", None, "Epsilon of all runs together.", 0.0)
 _DELTA = flags.DEFINE_float("delta", 1e-5, "Delta of all runs together.", 0.0, 1.0)
+cli.define_dry_run()
 
 
 def main() -> None:
     cli.config_file()
     found = ledger.of(data.load(config.from_config_dict(_CONFIG.value).data))
-    if _DECLARE.value is not None:
+    budget = f"epsilon {_DECLARE.value} at delta {_DELTA.value:g}"
+    if _DECLARE.value is not None and not cli.would(f"declare a budget of {budget}"):
         found.declare(_DECLARE.value, _DELTA.value)
     print(found.table(_DELTA.value))
 

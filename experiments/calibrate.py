@@ -32,6 +32,7 @@ _RELATION = flags.DEFINE_enum(
     "relation", "add_or_remove_one", list(RELATIONS), "Which datasets are neighbours."
 )
 _PLOT = flags.DEFINE_string("plot", None, "PNG file to draw the trade-offs into.")
+cli.define_dry_run()
 
 
 def main() -> None:
@@ -45,9 +46,17 @@ def main() -> None:
         delta=_DELTA.value,
         relation=RELATIONS[_RELATION.value],
     )
+    if sigma is not None and _PLOT.value:
+        raise UserError("--plot is for --epsilon")
+    asked = f"sigma for epsilon {epsilon}" if epsilon else f"epsilon for sigma {sigma}"
+    if cli.would(
+        f"tell {asked}, delta {_DELTA.value:g}, {_UPDATES.value:,} updates of"
+        f" {_BATCH.value:g} of {_N.value:,} records"
+        + f", and draw trade-offs into {_PLOT.value}"
+        * bool(_PLOT.value)
+    ):
+        return
     if sigma is not None:
-        if _PLOT.value:
-            raise UserError("--plot is for --epsilon")
         print(calibration.spent(setting, sigma))
     if epsilon is not None:
         print(calibration.needed(setting, epsilon))

@@ -45,13 +45,15 @@ _DATA = {  # of a config
 }
 _PER_CLASS = flags.DEFINE_bool("per_class", False, "Compares each class, too.")
 _DRAWS = flags.DEFINE_integer("draws", 10, "Draws of images for a comparison.", 1)
+cli.define_dry_run()
 
 
-def measure() -> dict[str, domain_gap.Gap | None]:
-    """Does what the flags say."""
-    run = None if _ENCODER.value == "pixels" else finished(_ENCODER.value)
+def measure(
+    run: tuple[ExperimentConfig, int] | None, of_test: DataConfig
+) -> dict[str, domain_gap.Gap | None]:
+    """Returns the gap of all images, and with --per_class those of each class."""
     public = PublicConfig(name=_PUBLIC.value, path=_PUBLIC_PATH.value)
-    test, bank = domain_gap.load_images(dataset(run[0].data if run else None), public)
+    test, bank = domain_gap.load_images(of_test, public)
     features_fn, params = encoder(*run, test) if run else (pixels, ())
     both = [domain_gap.features(features_fn, params, each) for each in (bank, test)]
     gaps = {"all": domain_gap.compare(*both, num_draws=_DRAWS.value)}
@@ -110,7 +112,13 @@ def pixels(params: Any, images: jax.Array) -> jax.Array:
 
 
 def main() -> None:
-    print(domain_gap.table(measure(), _ENCODER.value))
+    run = None if _ENCODER.value == "pixels" else finished(_ENCODER.value)
+    of_test = dataset(run[0].data if run else None)
+    if not cli.would(
+        f"compare the features of {_PUBLIC.value} with those of test images of"
+        f" {of_test.name}, by {_ENCODER.value}"
+    ):
+        print(domain_gap.table(measure(run, of_test), _ENCODER.value))
 
 
 if __name__ == "__main__":

@@ -19,11 +19,17 @@ from dpmix_jax.run import cli, export
 
 _RUN = flags.DEFINE_string("run", None, "Workdir of a finished run.", required=True)
 _TO = flags.DEFINE_string("to", None, "Folder to make.", required=True)
+cli.define_dry_run()
 
 
 def main() -> None:
-    export.export(pathlib.Path(_RUN.value), pathlib.Path(_TO.value))
-    print(f"exported to {_TO.value}")
+    run, folder = pathlib.Path(_RUN.value), pathlib.Path(_TO.value)
+    export.check(run, folder)
+    files = ", ".join(export.RELEASED)
+    if cli.would(f"copy {files} from {run} to {folder}, and write README.md"):
+        return
+    export.export(run, folder)
+    print(f"exported to {folder}")
 
 
 if __name__ == "__main__":

@@ -56,11 +56,18 @@ _DIFFUSION = [
         "safety_checker", True, "Whether the model's own checker refuses images."
     ),
 ]
+cli.define_dry_run()
 
 
 def main() -> None:
     given: dict[str, Any] = {flag.name: flag.value for flag in _PLAN}
     plan = make_plan(**given)
+    shape = "x".join(map(str, plan.image_shape))
+    if cli.would(
+        f"write into {_OUT.value} what it lacks of {plan.count:,} images, {shape}, of"
+        f" {len(plan.class_names)} classes, by {_GENERATOR.value}"
+    ):
+        return
     manifest = fill(
         pathlib.Path(_OUT.value), plan, generator(plan), batch_size=_BATCH_SIZE.value
     )

@@ -29,6 +29,7 @@ _RUN = flags.DEFINE_string("run", None, "Workdir of the run.", required=True)
 _CSV = flags.DEFINE_string("csv", None, "CSV file to write.")
 _TENSORBOARD = flags.DEFINE_string("tensorboard", None, "Folder for TensorBoard.")
 _WANDB = flags.DEFINE_string("wandb", None, "Project of Weights & Biases.")
+cli.define_dry_run()
 
 
 def main() -> None:
@@ -36,8 +37,11 @@ def main() -> None:
     lines = Workdir(path).metrics() if path.is_dir() else []
     if not lines:
         raise UserError(f"--run is {path}: it must be a workdir with metrics.jsonl")
-    if _CSV.value is None and _TENSORBOARD.value is None and _WANDB.value is None:
+    targets = [f"--{x.name}={x.value}" for x in (_CSV, _TENSORBOARD, _WANDB) if x.value]
+    if not targets:
         raise UserError("give one of --csv, --tensorboard and --wandb")
+    if cli.would(f"write {len(lines)} lines of {path} to {', '.join(targets)}"):
+        return
     if _CSV.value is not None:
         write_atomically(pathlib.Path(_CSV.value), to_csv(lines), mode=0o600)
     if _TENSORBOARD.value is not None:

@@ -14,18 +14,26 @@ import pathlib
 
 from absl import flags
 
-from dpmix_jax.run import cli, predict
+from dpmix_jax.run import cli, export, predict
 
 _RUN = flags.DEFINE_string("run", None, "Workdir or export.", required=True)
 _IMAGES = flags.DEFINE_string("images", None, "Image file or folder.", required=True)
 _OUT = flags.DEFINE_string("out", "predictions.csv", "CSV file to write.")
 _ENCODER = flags.DEFINE_string("encoder", None, "The run's finetune.encoder, if any.")
 _WEIGHTS = flags.DEFINE_string("weights", None, "The run's finetune.weights, if any.")
+cli.define_dry_run()
 
 
 def main() -> None:
+    run, images, out = (pathlib.Path(flag.value) for flag in (_RUN, _IMAGES, _OUT))
+    about, found = export.read_about(run), predict.image_files(images)
+    if cli.would(
+        f"label {len(found):,} images by the {about['model']['name']} of {run}, as one"
+        f" of {len(about['class_names'])} classes, and write {out}"
+    ):
+        return
     number = predict.predict(
-        *(pathlib.Path(flag.value) for flag in (_RUN, _IMAGES, _OUT)),
+        *(run, images, out),
         encoder=_ENCODER.value,
         weights=_WEIGHTS.value,
     )

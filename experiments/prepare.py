@@ -31,20 +31,25 @@ _DOWNLOAD = flags.DEFINE_bool("download", False, "As data.download of a config."
 _TFDS_DIR = flags.DEFINE_string(
     "tfds_dir", None, "Where to write the prepared dataset."
 )
+cli.define_dry_run()
 
 
 def main() -> None:
     if _NAME.value is None:
         raise UserError("--name is missing: give the name of a dataset")
     started = time.monotonic()
-    dataset = data.load(
-        data.DataConfig(
-            name=_NAME.value,
-            path=_PATH.value,
-            image_size=_IMAGE_SIZE.value,
-            download=_DOWNLOAD.value,
-        )
+    config = data.DataConfig(
+        name=_NAME.value,
+        path=_PATH.value,
+        image_size=_IMAGE_SIZE.value,
+        download=_DOWNLOAD.value,
     )
+    if cli.would(
+        f"{get(_NAME.value)}, and decode it unless that was done"
+        + f", and write it into {_TFDS_DIR.value}" * bool(_TFDS_DIR.value)
+    ):
+        return
+    dataset = data.load(config)
     public = datasets.public_source(_NAME.value) is not None
     for split, records in (("train", dataset.train), ("test", dataset.test)):
         print(
@@ -58,6 +63,21 @@ def main() -> None:
         name = tfds.builder_of(_NAME.value) or re.findall(r"\w+", _NAME.value)[-1]
         folder = tfds.write(name, dataset.train, dataset.test, _TFDS_DIR.value)
         print(f"{folder}: read it by data.name tfds:{name}")
+
+
+def get(name: str) -> str:
+    """Says where the files of the dataset come from.
+
+    Raises:
+      UserError: if there are none, and none may be fetched.
+    """
+    try:
+        place = datasets.location(name, _PATH.value)
+    except UserError:
+        if not _DOWNLOAD.value:
+            raise
+        return f"fetch {name}"
+    return f"read {name}" + f" from {place}" * bool(place)
 
 
 if __name__ == "__main__":

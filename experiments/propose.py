@@ -27,6 +27,7 @@ _EPSILON = flags.DEFINE_float("epsilon", None, "The budget.", required=True)
 _DELTA = flags.DEFINE_float("delta", None, "Of the budget; by default below 1 / 10 N.")
 _OUT = flags.DEFINE_string("out", None, "Config to write; by default <folder>.py.")
 _TRAIN = flags.DEFINE_bool("train", False, "Whether to train it at once.")
+cli.define_dry_run()
 
 
 def main() -> None:
@@ -46,8 +47,10 @@ def main() -> None:
             f"--out is {out}: it is there, and not what is proposed; train it with"
             f" --config={out}, or give another name"
         )
-    write_atomically(out, text)
     print(text)
+    if cli.would(f"write this into {out}" + ", and train it" * _TRAIN.value):
+        return
+    write_atomically(out, text)
     say(
         f"{out} is a config: change what you know better, and train it again with"
         f" --config={out} and another --workdir"

@@ -23,12 +23,15 @@ from dpmix_jax.run.workdir import Workdir
 _CONFIG = cli.define_config()
 _RUNS = flags.DEFINE_string("runs", None, "The runs.csv of the sweep.", required=True)
 _TO = flags.DEFINE_string("to", None, "Folder to write to.", required=True)
+cli.define_dry_run()
 
 
 def main() -> None:
     cli.config_file()
     config = sweeps.from_config_dict(_CONFIG.value)
     records = sweeps.tables.read(config, pathlib.Path(_RUNS.value))
+    if cli.would(f"write tables and plots of {len(records)} runs into {_TO.value}"):
+        return
     folder = Workdir(pathlib.Path(_TO.value))
     folder.path.mkdir(parents=True, exist_ok=True)
     print(sweeps.tables.write(config, folder, records), end="")

@@ -21,17 +21,23 @@ from dpmix_jax.run import build, cli, config, report
 
 _CONFIG = cli.define_config()
 _OUT = flags.DEFINE_string("out", "set.png", "PNG file to write.")
+cli.define_dry_run()
 
 
 def main() -> None:
     cli.config_file()
     shown = config.from_config_dict(_CONFIG.value)
+    method = shown.method
+    if cli.would(
+        f"read the test records of {shown.data.name}, make a set of {method.set_size}"
+        f" images ({method.name}) of the first, and draw it into {_OUT.value}"
+    ):
+        return
     dataset = data.load(shown.data)
     shown.augmentation.check_images(dataset.test.image_shape)
     public = load_public(shown.public, shown.data, dataset)
     pool = build.make_pool(shown, public if shown.draws_public else None)
     images = build.example_set(shown, dataset.test, pool)
-    method = shown.method
     figure = report.plot_sheet(images, method.num_views, method.num_public)
     with replacing(pathlib.Path(_OUT.value)) as file:
         figure.savefig(file, format="png", dpi=150)

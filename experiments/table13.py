@@ -46,6 +46,7 @@ _CONFIG = cli.define_config()
 _RECORDS = flags.DEFINE_integer("records", 2, "At a time.", lower_bound=1)
 _ROUNDS = flags.DEFINE_integer("rounds", 5, "Timings of each row.", lower_bound=1)
 _JSON = flags.DEFINE_string("json", None, "Where to write all that was measured.")
+cli.define_dry_run()
 
 
 def random_records(config: ExperimentConfig, count: int, seed: int) -> data.Records:
@@ -113,6 +114,11 @@ def table13() -> dict[str, Any]:
     cli.config_file()
     config, count = from_config_dict(_CONFIG.value), _RECORDS.value
     timing.check_records(count)
+    if cli.would(
+        f"time {', '.join(TITLES)} of {config.model.name}, and its forward pass alone,"
+        f" {count} records at a time, {_ROUNDS.value} rounds"
+    ):
+        return {}
     environment = timing.environment()
     records = random_records(config, count, seed=0)
     workload = (

@@ -139,6 +139,10 @@ def table(columns: Columns, rows: Sequence[Mapping[str, Any]]) -> str:
 def run(json_file: str | None, benchmark: Callable[[], dict[str, Any]]) -> None:
     """Runs a benchmark, and writes what it returns to a file, if one is named.
 
+    Args:
+      json_file: the file.
+      benchmark: returns an empty dictionary under --dry_run.
+
     Raises:
       UserError: for a file that cannot be written, before anything is timed.
     """
@@ -146,5 +150,5 @@ def run(json_file: str | None, benchmark: Callable[[], dict[str, Any]]) -> None:
     fits = path is None or (path.parent.is_dir() and not path.is_dir())
     require(fits, "--json", json_file, "a file in a folder that exists")
     result = benchmark()
-    if path:
+    if path and result:
         write_atomically(path, json.dumps(result, indent=2) + "\n")

@@ -209,6 +209,55 @@ def test_what_cannot_be_labelled_is_one_line(finished, tmp_path):
     assert not (tmp_path / "out.csv").exists()
 
 
+# --- What would be done -----------------------------------------------------------
+
+
+# By program, flags in a folder with a run, photos of two classes and a runs.csv.
+WOULD = {
+    "audit": "--config=configs/digits.py",
+    "benchmark": "--cnn --k=1",
+    "budget": "--config=configs/digits.py --declare=8",
+    "calibrate": "--epsilon=2 --n=1000 --batch=100 --updates=50 --plot=plot.png",
+    "domain_gap": "--encoder=run --public=rendered_digits",
+    "export": "--run=run --to=exported",
+    "generate": "--out=bank --data=digits --generator=render",
+    "metrics": "--run=run --csv=metrics.csv --tensorboard=logs",
+    "predict": "--run=run --images=photos",
+    "prepare": "--name=digits --tfds_dir=prepared",
+    "propose": "--images=photos --epsilon=4 --train",
+    "report": "--config=configs/same_epsilon.py --runs=DIGITS --to=tables",
+    "show": "--config=configs/digits.py",
+    "table13": "--config=configs/vit_b16.py:caltech256-2",
+}
+
+
+@pytest.mark.parametrize("program", WOULD)
+def test_a_dry_run_tells_and_leaves_nothing(program, finished, tmp_path, monkeypatch):
+    monkeypatch.setenv("DPMIX_JAX_LEDGER", str(tmp_path / "ledger"))
+    (tmp_path / "run").symlink_to(finished)
+    for number in range(40):
+        path = tmp_path / "photos" / f"{number % 2}" / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(encode(np.full((32, 32, 3), number, np.uint8)))
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    runs_csv = str(ROOT / "docs" / "results" / "same_epsilon_digits.csv")
+    flags = [*WOULD[program].replace("DIGITS", runs_csv).split(), "--dry_run"]
+    done = call(f"experiments/{program}.py", flags, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (told,) = (x for x in done.stdout.splitlines() if x.startswith("would "))
+    for flag in flags:
+        name, _, value = flag.partition("=")
+        if name in ("--out", "--to", "--csv", "--plot", "--run", "--tfds_dir"):
+            assert value in told
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
+def test_every_program_has_a_dry_run():
+    tell_more = {"run", "sweep"}  # noise, work, memory and hours
+    not_programs = {"timing", "torch_wrn"}
+    assert {*WOULD} == PROGRAMS - tell_more - not_programs
+
+
 # --- Calibration ------------------------------------------------------------------
 
 

@@ -87,6 +87,27 @@ def define_config(
     return holder
 
 
+def define_dry_run() -> None:
+    """Defines `--dry_run`, which `would` asks for."""
+    flags.DEFINE_bool(
+        "dry_run",
+        False,
+        "Tells what the program would do, and does not do it.",
+        module_name=sys.argv[0],
+    )
+
+
+def would(do: str) -> bool:
+    """Returns whether `--dry_run` is given; if so, it prints what the program would do.
+
+    Args:
+      do: what follows "would ", when all that is cheap to check was found to be right.
+    """
+    if flags.FLAGS.dry_run:
+        print(f"would {do}")
+    return flags.FLAGS.dry_run
+
+
 def config_file(
     flag_values: flags.FlagValues = flags.FLAGS,
 ) -> tuple[pathlib.Path, str]:

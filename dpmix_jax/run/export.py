@@ -19,7 +19,7 @@ from dpmix_jax.run import build
 from dpmix_jax.run.config import ExperimentConfig, to_dict
 from dpmix_jax.run.workdir import Workdir
 
-_RELEASED = ("model.safetensors", "model.json", "privacy.json", "PRIVACY.md")
+RELEASED = ("model.safetensors", "model.json", "privacy.json", "PRIVACY.md")
 _FILES = ("encoder", "weights")
 _AT_A_TIME = 128  # images in one call of the model
 
@@ -78,7 +78,7 @@ def load(
       UserError: for a folder without a model, or other files than the run began with.
     """
     path = pathlib.Path(folder)
-    about = _read(path / "model.json")
+    about = read_about(path)
     given = {"encoder": encoder, "weights": weights}
     for name, file in given.items():
         began = about["finetune"][name]
@@ -134,6 +134,30 @@ def load(
     return probabilities
 
 
+def read_about(folder: pathlib.Path) -> dict[str, Any]:
+    """Returns what `describe` said of the model of a run or its export.
+
+    Raises:
+      UserError: for a folder without a model.
+    """
+    return _read(folder / "model.json")
+
+
+def check(run: pathlib.Path, folder: pathlib.Path) -> dict[str, Any]:
+    """Returns the results of a run that can be exported into a folder.
+
+    Raises:
+      UserError: for a run that is not finished or whose weights are not finite, or a
+        folder that exists.
+    """
+    results = Workdir(run).results()
+    if results is None or results.get("diverged"):
+        state = "not finished" if results is None else "of weights that are not finite"
+        raise UserError(f"--run is {run}: it is {state}")
+    require(not folder.exists(), "--to", str(folder), "a folder that does not exist")
+    return results
+
+
 def export(run: pathlib.Path, folder: pathlib.Path) -> None:
     """Writes what may be released of a finished run, and nothing else.
 
@@ -146,21 +170,16 @@ def export(run: pathlib.Path, folder: pathlib.Path) -> None:
       folder: is made; it must not exist.
 
     Raises:
-      UserError: for a run that is not finished or whose weights are not finite, or a
-        folder that exists or cannot be made.
+      UserError: as `check`, or for a folder that cannot be made.
     """
-    results = Workdir(run).results()
-    if results is None or results.get("diverged"):
-        state = "not finished" if results is None else "of weights that are not finite"
-        raise UserError(f"--run is {run}: it is {state}")
-    require(not folder.exists(), "--to", str(folder), "a folder that does not exist")
-    about, facts = _read(run / "model.json"), _read(run / "privacy.json")
+    results = check(run, folder)
+    about, facts = read_about(run), _read(run / "privacy.json")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent) as name:
             partial = pathlib.Path(name) / folder.name
             partial.mkdir()
-            for file in _RELEASED:
+            for file in RELEASED:
                 shutil.copyfile(run / file, partial / file)
             promise = (run / "PRIVACY.md").read_text().splitlines()[2]
             text = card(about, facts, results, promise, folder.name)

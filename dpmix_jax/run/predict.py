@@ -48,7 +48,7 @@ def predict(
     height, width, channels = json.loads((run / "model.json").read_text())[
         "stored_shape"
     ]
-    paths = _image_files(source)
+    paths = image_files(source)
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
     names = model.class_names  # type: ignore[attr-defined]
@@ -72,7 +72,12 @@ def predict(
     return len(paths)
 
 
-def _image_files(source: pathlib.Path) -> list[pathlib.Path]:
+def image_files(source: pathlib.Path) -> list[pathlib.Path]:
+    """Returns the file that `source` is, or the images in and below the folder.
+
+    Raises:
+      UserError: if there is none.
+    """
     if source.is_file():
         return [source]
     require(source.is_dir(), "--images", str(source), "an image file or a folder")
