@@ -192,17 +192,25 @@ def test_a_ladder_compares_methods_on_as_many_images():
     assert {b.finetune.embeddings for b in plain + built} == {"kept"}
 
 
-@pytest.mark.parametrize("base", ["digits", "fashion_mnist"])
+@pytest.mark.parametrize("base", ["digits", "fashion_mnist", "fashion_mnist_8"])
 def test_noise_and_steps_are_compared_at_the_same_epsilon(base):
-    first, *others = grid("same_epsilon", base).runs()[:6]
+    built = grid("same_epsilon", base)
+    first, *others = built.runs()[: len(built.rows)]
     assert first.row == "DP-SGD"
     for run in others:
         changed = differences(to_dict(first.config), to_dict(run.config))
         keys = {text.split(" ")[0] for text in changed}
         assert keys
         assert {key for key in keys if not key.startswith("optimizer.")} <= {
-            *("privacy.clipping_rule", "privacy.mechanism", "privacy.bands")
+            *("privacy.clipping_rule", "privacy.per_layer", "privacy.sampling"),
+            *("privacy.mechanism", "privacy.bands"),
+            *("privacy.expected_batch_size", "privacy.num_updates"),
         }
+        images = (
+            each.config.privacy.num_updates * each.config.privacy.expected_batch_size
+            for each in (first, run)
+        )
+        assert next(images) == pytest.approx(next(images), rel=0.05)
     assert {run.config.method.name for run in (first, *others)} == {"dp_sgd"}
 
 
