@@ -1,11 +1,12 @@
 """Writes the metrics of a run as CSV, for TensorBoard, or to Weights & Biases.
 
     python experiments/metrics.py --run=runs/digits --csv=digits.csv
-    python experiments/metrics.py --run=runs/digits --tensorboard=logs   # tensorboardX
-    python experiments/metrics.py --run=runs/digits --wandb=my-project   # wandb
+    python experiments/metrics.py --run=runs/digits --tensorboard=logs
+    python experiments/metrics.py --run=runs/digits --wandb=my-project
 
-It may be called while the run goes on. What is named nonprivate/... is no part of what
-the run's epsilon covers: a service that gets it is told of private records.
+The last two need `pip install "dpmix_jax[tensorboard]"` and `"dpmix_jax[wandb]"`. The
+program may be called while the run goes on. What is named nonprivate/... is no part of
+what the run's epsilon covers: a service that gets it is told of private records.
 """
 
 import signal
@@ -30,6 +31,7 @@ _CSV = flags.DEFINE_string("csv", None, "CSV file to write.")
 _TENSORBOARD = flags.DEFINE_string("tensorboard", None, "Folder for TensorBoard.")
 _WANDB = flags.DEFINE_string("wandb", None, "Project of Weights & Biases.")
 cli.define_dry_run()
+_EXTRAS = {"tensorboardX": "tensorboard", "wandb": "wandb"}
 
 
 def main() -> None:
@@ -60,7 +62,8 @@ def _package(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise UserError(f"{error}: pip install {name}") from None
+        extra = _EXTRAS[name]
+        raise UserError(f'{error}: pip install "dpmix_jax[{extra}]"') from None
 
 
 if __name__ == "__main__":
