@@ -159,6 +159,9 @@ VIEWS = {
     "method__name": "self_aug",
     "method__k_self": 0,
     "logging__eval_every": 12,
+    # Its state, with sums that came before, is more than that of independent noise.
+    "privacy__mechanism": "bandmf",
+    "privacy__bands": 2,
 }
 
 
@@ -220,7 +223,7 @@ def run_two(workdir, *, send=None, after=None, second=None, **overrides):
 
 @pytest.mark.slow
 def test_two_processes_killed_and_resumed_end_as_one(tmp_path, monkeypatch):
-    """With a seed that the first has drawn, and one line in the ledger."""
+    """With a seed that the first has drawn, correlated noise, one line in the ledger."""
     monkeypatch.setenv("DPMIX_JAX_LEDGER", str(tmp_path / "ledger"))
     workdir = tmp_path / "two"
     status, said = run_two(workdir, send=signal.SIGTERM, after="update  4/12", **VIEWS)
