@@ -17,7 +17,7 @@ from absl import flags
 from dpmix_jax import data
 from dpmix_jax.data.public import load_public
 from dpmix_jax.files import replacing
-from dpmix_jax.run import build, cli, config, report
+from dpmix_jax.run import build, cli, config, plots
 
 _CONFIG = cli.define_config()
 _OUT = flags.DEFINE_string("out", "set.png", "PNG file to write.")
@@ -38,7 +38,7 @@ def main() -> None:
     public = load_public(shown.public, shown.data, dataset)
     pool = build.make_pool(shown, public if shown.draws_public else None)
     images = build.example_set(shown, dataset.test, pool)
-    figure = report.plot_sheet(images, method.num_views, method.num_public)
+    figure = plots.plot_sheet(images, method.num_views, method.num_public)
     with replacing(pathlib.Path(_OUT.value)) as file:
         figure.savefig(file, format="png", dpi=150)
     print(f"{len(images)} images: {_OUT.value}")

@@ -79,10 +79,16 @@ def test_what_a_run_writes_and_prints(finished):
 def test_the_report_stands_alone_and_keeps_secrets(finished):
     workdir, _ = finished
     page = (workdir / "report.html").read_text()
-    assert page.count('src="data:image/png;base64,') == 2
-    assert not re.search(r'(src|href)="(?!data:)', page)
-    for words in ("Privacy statement", "EMA", "view(s), 1 mix(es)", "k_self"):
+    assert page.count("<svg ") == 3
+    assert not re.search(r'(src|href)="(?!data:|#)', page)
+    for words in ("Privacy statement</h2>", "EMA", "view(s), 1 mix(es)", "k_self"):
         assert words in page
+    results = json.loads((workdir / "results.json").read_text())
+    counts = np.array(results["confusion_ema"])
+    assert f"Confusion matrix of {counts.sum()} test images, by EMA weights" in page
+    drawn = re.findall(r">(\d+)</text>", page.split("</svg>")[1])
+    names = 2 * [str(digit) for digit in range(10)]  # of rows and columns
+    assert drawn == [*names, *map(str, counts[counts > 0])]
     for secret in ("nonprivate/loss", "nonprivate/clipped", '"seed"'):
         assert secret not in page.replace("&quot;", '"')
 

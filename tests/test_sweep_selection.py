@@ -267,3 +267,5 @@ def test_the_selected_run_is_covered_and_measures_all_metrics(draws, tmp_path, c
     assert "(8, 1e-05)-differentially private, tuning included, if" in text
     for name in ("results.json", "privacy.json", "report.html"):
         assert "validation/accuracy" not in (selected / name).read_text()
+    page = (selected / "report.html").read_text()
+    assert "Confusion matrix of 360 test images" in page  # not of validation records

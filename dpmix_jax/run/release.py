@@ -91,6 +91,7 @@ def release(
             title=f"{config.method.name} on {config.data.name}",
             results=results,
             metrics=workdir.metrics(),
+            confusion=ema,
             sheet=build.example_set(config, test, hosts.local(parts.inputs.pool)),
             method=config.method,
             class_names=test.class_names,

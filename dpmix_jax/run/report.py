@@ -1,107 +1,61 @@
-"""The report of a finished run: one HTML file with its plots inside.
+"""The report of a finished run: one HTML file with its figures inside.
 
 It shows only what may be released: nothing named `nonprivate/...`, no training record,
-no timing, no seed. Test images and test accuracy are in it.
+no timing, no seed. Test images and how they are classified are in it. It loads nothing
+and runs nothing.
 """
 
-import base64
 import html
-import io
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import markdown_it
 import matplotlib.figure
 import numpy as np
 
 from dpmix_jax.baselines.microbatch_mixup import MicrobatchMixupConfig
+from dpmix_jax.run import plots
 from dpmix_jax.run.config import Method
 from dpmix_jax.run.statement import round_up
 
+# Figures are dark on white, whatever the page is. What is wider than the page scrolls
+# in a box of its own.
 _STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 60em;
-       padding: 0 1em; color: #222; }
-img { max-width: 100%; } table { border-collapse: collapse; }
-td, th { padding: .2em .8em; border-bottom: 1px solid #ddd; text-align: right; }
-td:first-child, th:first-child { text-align: left; }
-pre { background: #f6f6f6; padding: 1em; overflow-x: auto; white-space: pre-wrap; }
-figcaption { color: #555; }
+:root { color-scheme: light dark; -webkit-text-size-adjust: 100%;
+        text-size-adjust: 100%; }
+body { font: 1rem/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 46rem;
+       padding: 1rem; overflow-wrap: break-word; }
+h1, h2 { line-height: 1.2; } h2 { margin-top: 2em; }
+figure { margin: 1.5em 0; }
+figcaption { font-size: .9em; margin-top: .5em; opacity: .8; }
+.wide { overflow-x: auto; }
+svg { display: block; width: 100%; height: auto; background: #fff; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+td, th { padding: .2em .8em; border-bottom: 1px solid #8884; text-align: right; }
+td:first-child, th:first-child { text-align: left; padding-left: 0; }
+li { margin: .4em 0; }
+summary { cursor: pointer; }
+pre { background: #8882; padding: 1em; overflow-x: auto; font-size: .85em; }
+@media print { :root { color-scheme: light; } figure, tr { break-inside: avoid; } }
 """
 
-
-def plot_progress(metrics: Sequence[Mapping[str, Any]]) -> matplotlib.figure.Figure:
-    """Plots test accuracy (raw and EMA) and epsilon against updates.
-
-    Args:
-      metrics: lines of `metrics.jsonl`: dictionaries with `step`, `epsilon` and, where
-        evaluated, `test/accuracy` and `test/accuracy_ema`.
-    """
-    figure = matplotlib.figure.Figure(figsize=(9, 3.5), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    evaluated = [line for line in metrics if "test/accuracy" in line]
-    for name, label in (("test/accuracy_ema", "EMA"), ("test/accuracy", "raw")):
-        left.plot(
-            [line["step"] for line in evaluated],
-            [100 * line[name] for line in evaluated],
-            marker="o",
-            markersize=3,
-            label=label,
-        )
-    left.set(xlabel="updates", ylabel="test accuracy (%)")
-    left.legend()
-    right.plot(
-        [0] + [line["step"] for line in metrics],
-        [0] + [line["epsilon"] for line in metrics],
-    )
-    right.set(xlabel="updates", ylabel="epsilon spent")
-    for axes in (left, right):
-        axes.grid(alpha=0.3)
-    return figure
+# Only what a statement uses: with more, a name in it could become a link or an image.
+_MARKDOWN = markdown_it.MarkdownIt("zero").enable(
+    ["heading", "list", "emphasis", "backticks"]
+)
 
 
-def plot_sheet(
-    images: np.ndarray, num_views: int, num_public: int = 0
-) -> matplotlib.figure.Figure:
-    """Draws an augmentation set: views in blue, public images green, mixes orange.
-
-    Args:
-      images: [K, H, W, C] with pixels in [0, 1]: views, public images, mixes.
-      num_views: how many are views.
-      num_public: how many are public images.
-    """
-    num_mixes = len(images) - num_views - num_public
-    members = [
-        (f"{kind} {i + 1}", colour)
-        for kind, count, colour in (
-            ("view", num_views, "tab:blue"),
-            ("public", num_public, "tab:green"),
-            ("mix", num_mixes, "tab:orange"),
-        )
-        for i in range(count)
-    ]
-    columns = min(len(images), 8)
-    rows = -(-len(images) // columns)
-    figure = matplotlib.figure.Figure(
-        figsize=(1.1 * columns, 1.25 * rows), layout="constrained"
-    )
-    grid = figure.subplots(rows, columns, squeeze=False).ravel()
-    pixels = np.clip(images if images.shape[-1] in (3, 4) else images[..., 0], 0, 1)
-    for axes, image, (name, colour) in zip(grid, pixels, members, strict=False):
-        axes.imshow(image, cmap="gray", vmin=0, vmax=1)
-        axes.set(xticks=[], yticks=[])
-        axes.set_title(name, size=8)
-        axes.spines[:].set(color=colour, linewidth=2)
-    for axes in grid[len(images) :]:
-        axes.set_axis_off()
-    return figure
+def _typeset(statement: str) -> str:
+    """Returns the HTML of a privacy statement, its headings one level lower."""
+    # Joined lines, or one that happens to begin with a dash would be a list of its own.
+    joined = statement.replace("\n  ", " ")
+    return _MARKDOWN.render(f"#{joined}" if joined.startswith("#") else joined)
 
 
-def _inline(figure: matplotlib.figure.Figure, caption: str) -> str:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=150)
-    data = base64.b64encode(buffer.getvalue()).decode()
+def _figure(figure: matplotlib.figure.Figure, name: str, caption: str) -> str:
     return (
-        f'<figure><img alt="{html.escape(caption)}" src="data:image/png;base64,{data}">'
+        f'<figure><div class="wide">{plots.inline_svg(figure, name)}</div>'
         f"<figcaption>{html.escape(caption)}</figcaption></figure>"
     )
 
@@ -111,7 +65,74 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
         return "".join(f"<{tag}>{html.escape(str(cell))}</{tag}>" for cell in cells)
 
     body = "".join(f"<tr>{row(cells, 'td')}</tr>" for cells in rows)
-    return f"<table><tr>{row(header, 'th')}</tr>{body}</table>"
+    return f'<div class="wide"><table><tr>{row(header, "th")}</tr>{body}</table></div>'
+
+
+def _folded(title: str, content: str, *, opened: bool = False) -> str:
+    """Returns a section that a reader opens and closes."""
+    start = "<details open>" if opened else "<details>"
+    return f"{start}<summary>{html.escape(title)}</summary>{content}</details>"
+
+
+def most_confused(
+    confusion: np.ndarray, class_names: Sequence[str], most: int = 10
+) -> list[tuple[str, str, int, float]]:
+    """Lists the most frequent confusions: true and predicted class, count, share.
+
+    Args:
+      confusion: [O, O + 1], see `plots.plot_confusion`.
+      class_names: O of them.
+      most: of how many to tell.
+    """
+    wrong = confusion * (1 - np.eye(*confusion.shape, dtype=confusion.dtype))
+    order = np.argsort(-wrong, axis=None, kind="stable")[:most]
+    places = zip(*np.unravel_index(order, wrong.shape), strict=True)
+    names = [*class_names, "not finite"]
+    return [
+        (names[i], names[j], int(wrong[i, j]), wrong[i, j] / confusion[i].sum())
+        for i, j in places
+        if wrong[i, j]
+    ]
+
+
+def _confusions(confusion: np.ndarray, class_names: Sequence[str]) -> str:
+    """Returns the section on which classes are taken for which."""
+    few = len(class_names) <= plots.MOST_NUMBERS
+    caption = (
+        f"Confusion matrix of {confusion.sum():,} test images, by EMA weights: "
+        + ("counts, and as colour " if few else "")
+        + "the share of each true class that is taken for a predicted one."
+        + ("" if few else " Classes are in the order of their accuracies below.")
+    )
+    pairs = [
+        (f"{true} taken for {predicted}", count, f"{100 * share:.1f}")
+        for true, predicted, count, share in most_confused(confusion, class_names)
+    ]
+    header = ("most frequent confusions", "test images", "share (%)")
+    drawn = plots.plot_confusion(confusion, class_names)
+    table = "" if few or not pairs else _table(header, pairs)
+    return _figure(drawn, "confusion", caption) + table
+
+
+def _augmentation_set(sheet: np.ndarray, method: Method) -> str:
+    """Returns the section on what one update makes of an image."""
+    num_views, num_public = method.num_views, method.num_public
+    num_mixes = len(sheet) - num_views - num_public
+    kinds = (
+        ("view(s)", num_views),
+        ("public image(s)", num_public),
+        ("mix(es)", num_mixes),
+    )
+    members = ", ".join(f"{count} {kind}" for kind, count in kinds if count)
+    of_groups = isinstance(method, MicrobatchMixupConfig)
+    what = "a group of test images" if of_groups else "a test image"
+    private = "group's" if of_groups else "record's"
+    return _figure(
+        plots.plot_sheet(sheet, num_views, num_public),
+        "sheet",
+        f"What {what} becomes in one update: {members}. A private {private} gradient is"
+        " averaged over such a set before it is clipped.",
+    )
 
 
 def render(
@@ -119,6 +140,7 @@ def render(
     title: str,
     results: Mapping[str, Any],
     metrics: Sequence[Mapping[str, Any]],
+    confusion: np.ndarray,
     sheet: np.ndarray,
     method: Method,
     class_names: Sequence[str],
@@ -130,10 +152,12 @@ def render(
     Args:
       title: of the page.
       results: of `results.json`.
-      metrics: see `plot_progress`.
-      sheet: augmentation set of one test image, see `plot_sheet`.
+      metrics: see `plots.plot_progress`.
+      confusion: [O, O + 1] of the test records, by EMA weights, see
+        `evaluate.make_confusion`.
+      sheet: augmentation set of one test image, see `plots.plot_sheet`.
       method: that made the sheet.
-      class_names: in the order of `results["per_class_accuracy_ema"]`.
+      class_names: in the order of `confusion`.
       statement: the privacy statement, Markdown.
       config: resolved config, shown as JSON but for the seed, which is the key to the
         noise.
@@ -146,44 +170,40 @@ def render(
         ("delta", round_up(results["delta"])),
         ("sigma", f"{results['noise_multiplier']:.4g}"),
     ]
+    accuracies = results["per_class_accuracy_ema"]
     classes = [
-        (name, f"{100 * value:.1f}")
-        for name, value in zip(
-            class_names, results["per_class_accuracy_ema"], strict=True
+        (name, f"{count:,}", f"{100 * accuracy:.1f}")
+        for name, count, accuracy in zip(
+            class_names, confusion.sum(axis=1), accuracies, strict=True
         )
     ]
-    num_views, num_public = method.num_views, method.num_public
-    num_mixes = len(sheet) - num_views - num_public
-    kinds = (
-        ("view(s)", num_views),
-        ("public image(s)", num_public),
-        ("mix(es)", num_mixes),
-    )
-    members = ", ".join(f"{count} {kind}" for kind, count in kinds if count)
-    of_groups = isinstance(method, MicrobatchMixupConfig)
-    what = "a group of test images" if of_groups else "a test image"
-    private = "group's" if of_groups else "record's"
     sections = [
         f"<h1>{html.escape(title)}</h1>",
         _table(("result", ""), summary),
-        _inline(
-            plot_progress(metrics),
+        _figure(
+            plots.plot_progress(metrics),
+            "progress",
             "Test accuracy of raw and EMA weights, and epsilon spent, against updates.",
         ),
-        "<h2>One augmentation set</h2>",
-        _inline(
-            plot_sheet(sheet, num_views, num_public),
-            f"What {what} becomes in one update: {members}."
-            f" A private {private} gradient is averaged over such a set before it is"
-            " clipped.",
+        "<h2>Confusion matrix</h2>",
+        _confusions(confusion, class_names),
+        _folded(
+            "Accuracy by class, EMA weights",
+            _table(("class", "test images", "accuracy (%)"), classes),
+            opened=len(classes) <= plots.MOST_NUMBERS,
         ),
-        "<h2>Accuracy by class (%)</h2>",
-        _table(("class", "EMA"), classes),
-        f"<pre>{html.escape(statement)}</pre>",
-        f"<h2>Config</h2><pre>{html.escape(json.dumps(config, indent=2))}</pre>",
+        "<h2>One augmentation set</h2>",
+        _augmentation_set(sheet, method),
+        _typeset(statement),
+        "<h2>Config</h2>",
+        _folded(
+            "All settings",
+            f"<pre>{html.escape(json.dumps(config, indent=2))}</pre>",
+        ),
     ]
     return (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{html.escape(title)}</title><style>{_STYLE}</style></head><body>"
         f"{''.join(sections)}</body></html>\n"
     )
