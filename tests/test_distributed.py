@@ -223,7 +223,7 @@ def run_two(workdir, *, send=None, after=None, second=None, **overrides):
 
 @pytest.mark.slow
 def test_two_processes_killed_and_resumed_end_as_one(tmp_path, monkeypatch):
-    """With a seed that the first has drawn, correlated noise, one line in the ledger."""
+    """With the seed of the first, correlated noise, and one line in the ledger."""
     monkeypatch.setenv("DPMIX_JAX_LEDGER", str(tmp_path / "ledger"))
     workdir = tmp_path / "two"
     status, said = run_two(workdir, send=signal.SIGTERM, after="update  4/12", **VIEWS)

@@ -159,10 +159,10 @@ def test_a_phone_sees_it_at_its_own_width():
     page = Page(render(200))
     phone = {"name": "viewport", "content": "width=device-width, initial-scale=1"}
     assert ("meta", phone) in page.elements
+    tags = [tag for tag, _ in page.elements]
     for wide in ("table", "svg"):
-        inside = [tag for tag, _ in page.elements]
-        before = {inside[i - 1] for i, tag in enumerate(inside) if tag == wide}
-        assert before == {"div"}  # which scrolls
+        before = [page.elements[i - 1] for i, tag in enumerate(tags) if tag == wide]
+        assert before == [("div", {"class": "wide"})] * 3  # around each
     assert ".wide { overflow-x: auto; }" in page.of("style")[0]
 
 
