@@ -354,11 +354,16 @@ def _log_likelihood_ratios(
     # Noise on weighted sums is independent: what is seen of a canary that is drawn at
     # update t is the strategy, in the weighted sums t, t + 1, ...
     weights = np.asarray(mechanism.strategy) / math.hypot(*mechanism.strategy)
-    strategy = sum(
-        weight * np.eye(len(seen), k=-band) for band, weight in enumerate(weights)
-    )  # [weighted sum, update]
-    energy = (strategy**2).sum(axis=0)[:, np.newaxis]
-    drawn = (strategy.T @ strategy @ seen - energy / 2) / stddev**2
+    updates, bands = seen.shape[0], len(weights)
+    weighted, matches = np.zeros(seen.shape), np.zeros(seen.shape)
+    for band, weight in enumerate(weights[:updates]):
+        weighted[band:] += weight * seen[: updates - band]
+    for band, weight in enumerate(weights[:updates]):
+        matches[: updates - band] += weight * weighted[band:]
+    # The last updates have fewer weighted sums after them than there are bands.
+    left = np.minimum(np.arange(updates, 0, -1), bands)
+    energy = np.cumsum(weights**2)[left - 1, np.newaxis]
+    drawn = (matches - energy / 2) / stddev**2
 
     # Rows of an epoch's batches, or of updates with one turn each. Updates after the
     # last are never seen: a canary drawn there is as likely as one that is out.

@@ -34,7 +34,7 @@ _KIND = flags.DEFINE_enum(
 )
 _CANARIES = flags.DEFINE_integer("canaries", 1000, "How many.", 8)
 _REPEATS = flags.DEFINE_integer("repeats", 1, "Audits, each with other coins.", 1)
-_CONFIDENCE = flags.DEFINE_float("confidence", 0.95, "Of each bound.")
+_CONFIDENCE = flags.DEFINE_float("confidence", 0.95, "Of each bound.", 0.5, 1.0)
 cli.define_dry_run()
 
 
@@ -43,10 +43,13 @@ def main() -> int:
     default = cli.default_workdir(path.with_stem(f"audit-{path.stem}"), argument)
     audited = config.from_config_dict(_CONFIG.value)
     folder = pathlib.Path(_WORKDIR.value or default)
+    audit.check(audited, _KIND.value)
+    trained = "" if _KIND.value == "gradient" else f" of {audited.method.name}"
     if cli.would(
-        f"audit {_REPEATS.value} time(s), with {_CANARIES.value:,} {_KIND.value}"
-        f" canaries, {audited.privacy.num_updates:,} updates of {audited.method.name}"
-        f" at epsilon {audited.privacy.epsilon:g}, and write what comes out to {folder}"
+        f"audit {_REPEATS.value} time(s) {audited.privacy.num_updates:,}"
+        f" updates{trained} at epsilon {audited.privacy.epsilon:g}, with"
+        f" {_CANARIES.value:,} {_KIND.value} canaries, and write what is found into"
+        f" {folder}"
     ):
         return 0
     within = audit.run(

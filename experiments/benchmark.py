@@ -346,7 +346,10 @@ def summarize(rows: Sequence[Row]) -> list[dict[str, Any]]:
 def benchmark() -> dict[str, Any]:
     """Does what the flags say, and returns all that was measured."""
     names, ks = select(), sorted({*_K.value})
-    if cli.would(f"time {', '.join(names)}, {_ROUNDS.value} rounds"):
+    if cli.would(
+        f"time {', '.join(names)}, K = {' and '.join(map(str, ks))}, {_ROUNDS.value}"
+        f" rounds{timing.written(_JSON.value)}"
+    ):
         return {}
     result: dict[str, Any] = {
         "environment": timing.environment(),

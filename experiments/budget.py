@@ -26,9 +26,15 @@ cli.define_dry_run()
 
 def main() -> None:
     cli.config_file()
-    found = ledger.of(data.load(config.from_config_dict(_CONFIG.value).data))
-    budget = f"epsilon {_DECLARE.value} at delta {_DELTA.value:g}"
-    if _DECLARE.value is not None and not cli.would(f"declare a budget of {budget}"):
+    of = config.from_config_dict(_CONFIG.value).data
+    budget = f", and declare that all may spend epsilon {_DECLARE.value}"
+    if cli.would(
+        f"tell what all runs on {of.name} have spent"
+        + budget * (_DECLARE.value is not None)
+    ):
+        return
+    found = ledger.of(data.load(of))
+    if _DECLARE.value is not None:
         found.declare(_DECLARE.value, _DELTA.value)
     print(found.table(_DELTA.value))
 

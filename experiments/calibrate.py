@@ -19,7 +19,7 @@ import pathlib
 from absl import flags
 
 from dpmix_jax.accounting import RELATIONS
-from dpmix_jax.errors import UserError
+from dpmix_jax.errors import UserError, require
 from dpmix_jax.run import calibration, cli
 
 _EPSILON = flags.DEFINE_float("epsilon", None, "The budget.")
@@ -48,7 +48,9 @@ def main() -> None:
     )
     if sigma is not None and _PLOT.value:
         raise UserError("--plot is for --epsilon")
-    asked = f"sigma for epsilon {epsilon}" if epsilon else f"epsilon for sigma {sigma}"
+    name, value = ("sigma", sigma) if epsilon is None else ("epsilon", epsilon)
+    require(bool(value and value > 0), f"--{name}", value, "positive")
+    asked = f"{'epsilon' if epsilon is None else 'sigma'} for {name} {value}"
     if cli.would(
         f"tell {asked}, delta {_DELTA.value:g}, {_UPDATES.value:,} updates of"
         f" {_BATCH.value:g} of {_N.value:,} records"

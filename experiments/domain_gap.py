@@ -49,10 +49,9 @@ cli.define_dry_run()
 
 
 def measure(
-    run: tuple[ExperimentConfig, int] | None, of_test: DataConfig
+    run: tuple[ExperimentConfig, int] | None, of_test: DataConfig, public: PublicConfig
 ) -> dict[str, domain_gap.Gap | None]:
     """Returns the gap of all images, and with --per_class those of each class."""
-    public = PublicConfig(name=_PUBLIC.value, path=_PUBLIC_PATH.value)
     test, bank = domain_gap.load_images(of_test, public)
     features_fn, params = encoder(*run, test) if run else (pixels, ())
     both = [domain_gap.features(features_fn, params, each) for each in (bank, test)]
@@ -114,11 +113,12 @@ def pixels(params: Any, images: jax.Array) -> jax.Array:
 def main() -> None:
     run = None if _ENCODER.value == "pixels" else finished(_ENCODER.value)
     of_test = dataset(run[0].data if run else None)
+    public = PublicConfig(name=_PUBLIC.value, path=_PUBLIC_PATH.value)
     if not cli.would(
         f"compare the features of {_PUBLIC.value} with those of test images of"
         f" {of_test.name}, by {_ENCODER.value}"
     ):
-        print(domain_gap.table(measure(run, of_test), _ENCODER.value))
+        print(domain_gap.table(measure(run, of_test, public), _ENCODER.value))
 
 
 if __name__ == "__main__":

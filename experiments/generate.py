@@ -61,15 +61,20 @@ cli.define_dry_run()
 
 def main() -> None:
     given: dict[str, Any] = {flag.name: flag.value for flag in _PLAN}
-    plan = make_plan(**given)
-    shape = "x".join(map(str, plan.image_shape))
+    of_diffusion = diffusion_flags()
+    of, count = given["data"] or given["classes"], given["count"]
+    images = f"{count:,} images" if count else "an image for each training record"
     if cli.would(
-        f"write into {_OUT.value} what it lacks of {plan.count:,} images, {shape}, of"
-        f" {len(plan.class_names)} classes, by {_GENERATOR.value}"
+        f"write into {_OUT.value} what it lacks of {images}, of the classes of {of}, by"
+        f" {_GENERATOR.value}"
     ):
         return
+    plan = make_plan(**given)
     manifest = fill(
-        pathlib.Path(_OUT.value), plan, generator(plan), batch_size=_BATCH_SIZE.value
+        pathlib.Path(_OUT.value),
+        plan,
+        generator(plan, of_diffusion),
+        batch_size=_BATCH_SIZE.value,
     )
     refused = manifest["refused_by_safety_checker"]
     print(
@@ -78,20 +83,27 @@ def main() -> None:
     )
 
 
-def generator(plan: Plan) -> Generator:
-    """Returns what makes the images, as the flags say."""
-    given: dict[str, Any] = {
-        flag.name: flag.value for flag in _DIFFUSION if flag.present
-    }
-    if _GENERATOR.value == "diffusion":
-        if "model" not in given:
-            raise UserError(
-                "--model is missing: give the folder of a StableDiffusionPipeline, or"
-                " its id on the hub"
-            )
-        return Diffusion(DiffusionConfig(**given), image_shape=plan.image_shape)
-    for flag in given:
+def diffusion_flags() -> dict[str, Any]:
+    """Returns those that are given.
+
+    Raises:
+      UserError: for one with another generator, or a diffusion without a model.
+    """
+    given = {flag.name: flag.value for flag in _DIFFUSION if flag.present}
+    if _GENERATOR.value == "diffusion" and "model" not in given:
+        raise UserError(
+            "--model is missing: give the folder of a StableDiffusionPipeline, or its"
+            " id on the hub"
+        )
+    for flag in given if _GENERATOR.value != "diffusion" else ():
         raise UserError(f"--{flag} is given: it is of --generator=diffusion only")
+    return given
+
+
+def generator(plan: Plan, of_diffusion: dict[str, Any]) -> Generator:
+    """Returns what makes the images, as the flags say."""
+    if _GENERATOR.value == "diffusion":
+        return Diffusion(DiffusionConfig(**of_diffusion), image_shape=plan.image_shape)
     return Render(class_names=plan.class_names, image_shape=plan.image_shape)
 
 

@@ -44,14 +44,14 @@ def main() -> None:
         raise UserError("give one of --csv, --tensorboard and --wandb")
     if cli.would(f"write {len(lines)} lines of {path} to {', '.join(targets)}"):
         return
-    if _CSV.value is not None:
+    if _CSV.value:
         write_atomically(pathlib.Path(_CSV.value), to_csv(lines), mode=0o600)
-    if _TENSORBOARD.value is not None:
+    if _TENSORBOARD.value:
         with _package("tensorboardX").SummaryWriter(_TENSORBOARD.value) as writer:
             for line in lines:
                 for name, value in line.items():
                     writer.add_scalar(name, value, line["step"])
-    if _WANDB.value is not None:
+    if _WANDB.value:
         with _package("wandb").init(project=_WANDB.value, name=path.name) as run:
             for line in lines:
                 run.log(line, step=line["step"])

@@ -20,7 +20,7 @@ import time
 from absl import flags
 
 from dpmix_jax import data
-from dpmix_jax.data import datasets, tfds
+from dpmix_jax.data import datasets, hf, tfds
 from dpmix_jax.errors import UserError
 from dpmix_jax.run import cli
 
@@ -74,7 +74,9 @@ def get(name: str) -> str:
     try:
         place = datasets.location(name, _PATH.value)
     except UserError:
-        if not _DOWNLOAD.value:
+        fetched = datasets.public_source(name) or hf.repository_of(name)
+        refused = tfds.builder_of(name) or _PATH.value is not None
+        if refused or not (_DOWNLOAD.value and fetched):
             raise
         return f"fetch {name}"
     return f"read {name}" + f" from {place}" * bool(place)

@@ -29,8 +29,8 @@ def main() -> None:
     shown = config.from_config_dict(_CONFIG.value)
     method = shown.method
     if cli.would(
-        f"read the test records of {shown.data.name}, make a set of {method.set_size}"
-        f" images ({method.name}) of the first, and draw it into {_OUT.value}"
+        f"read {shown.data.name}, make a set of {method.set_size} images"
+        f" ({method.name}) of its first test record, and draw it into {_OUT.value}"
     ):
         return
     dataset = data.load(shown.data)

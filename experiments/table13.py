@@ -117,6 +117,7 @@ def table13() -> dict[str, Any]:
     if cli.would(
         f"time {', '.join(TITLES)} of {config.model.name}, and its forward pass alone,"
         f" {count} records at a time, {_ROUNDS.value} rounds"
+        + timing.written(_JSON.value)
     ):
         return {}
     environment = timing.environment()

@@ -136,6 +136,11 @@ def table(columns: Columns, rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def written(json_file: str | None) -> str:
+    """Says for --dry_run where `run` writes to."""
+    return f", and write {json_file}" if json_file else ""
+
+
 def run(json_file: str | None, benchmark: Callable[[], dict[str, Any]]) -> None:
     """Runs a benchmark, and writes what it returns to a file, if one is named.
 

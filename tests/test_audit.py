@@ -461,6 +461,14 @@ def test_a_head_on_a_frozen_encoder_is_audited(tmp_path):
             ],
             "privacy.selection must be None: an audit is of one run",
         ),
+        (
+            [
+                "--kind=crafted",
+                "--config.privacy.sampling=allocation",
+                "--config.privacy.expected_batch_size=479",
+            ],
+            "privacy.sampling is allocation: it must be 'poisson' for crafted canaries",
+        ),
     ],
 )
 def test_the_program_refuses(tmp_path, flags, message):

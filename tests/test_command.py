@@ -212,15 +212,17 @@ def test_what_cannot_be_labelled_is_one_line(finished, tmp_path):
 # --- What would be done -----------------------------------------------------------
 
 
-# By program, flags in a folder with a run, photos of two classes and a runs.csv.
+# Flags in a folder with a run and photos of two classes, which are as good as private.
 WOULD = {
     "audit": "--config=configs/digits.py",
     "benchmark": "--cnn --k=1",
-    "budget": "--config=configs/digits.py --declare=8",
+    "budget": "--config=configs/digits.py --declare=8 --config.data.name=folder"
+    " --config.data.path=photos --config.data.image_size=8",
     "calibrate": "--epsilon=2 --n=1000 --batch=100 --updates=50 --plot=plot.png",
     "domain_gap": "--encoder=run --public=rendered_digits",
     "export": "--run=run --to=exported",
-    "generate": "--out=bank --data=digits --generator=render",
+    "generate": "--out=bank --data=folder --path=photos --image_size=8"
+    " --generator=render",
     "metrics": "--run=run --csv=metrics.csv --tensorboard=logs",
     "predict": "--run=run --images=photos",
     "prepare": "--name=digits --tfds_dir=prepared",
@@ -233,7 +235,8 @@ WOULD = {
 
 @pytest.mark.parametrize("program", WOULD)
 def test_a_dry_run_tells_and_leaves_nothing(program, finished, tmp_path, monkeypatch):
-    monkeypatch.setenv("DPMIX_JAX_LEDGER", str(tmp_path / "ledger"))
+    for kept in ("LEDGER", "CACHE", "DATA"):
+        monkeypatch.setenv(f"DPMIX_JAX_{kept}", str(tmp_path / kept))
     (tmp_path / "run").symlink_to(finished)
     for number in range(40):
         path = tmp_path / "photos" / f"{number % 2}" / f"{number}.png"
@@ -250,6 +253,37 @@ def test_a_dry_run_tells_and_leaves_nothing(program, finished, tmp_path, monkeyp
         if name in ("--out", "--to", "--csv", "--plot", "--run", "--tfds_dir"):
             assert value in told
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
+@pytest.mark.parametrize(
+    ("program", "flags", "message"),
+    [
+        ("audit", "--config=configs/digits.py --confidence=2", "--confidence"),
+        ("calibrate", "--epsilon=0 --n=9 --batch=2 --updates=5", "--epsilon is 0.0"),
+        ("domain_gap", "--encoder=pixels --data=digits --public=x", "public.name"),
+        ("generate", "--out=x --generator=diffusion", "--model is missing"),
+        ("generate", "--out=x --generator=render --model=x", "--model is given"),
+        ("prepare", "--name=cifar10 --path=nowhere --download", "data.path is nowhere"),
+        ("prepare", "--name=tfds:mnist --download", "tfds:mnist"),
+        ("prepare", "--name=cifar10", "data.download=True fetches it"),
+    ],
+)
+def test_a_dry_run_refuses_what_is_cheap_to_refuse(
+    program, flags, message, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("DPMIX_JAX_DATA", str(tmp_path))
+    done = call(f"experiments/{program}.py", [*flags.split(), "--dry_run"])
+    assert done.returncode != 0
+    assert "would" not in done.stdout
+    assert message in done.stderr
+
+
+def test_a_dataset_that_may_be_fetched_would_be(tmp_path, monkeypatch):
+    monkeypatch.setenv("DPMIX_JAX_DATA", str(tmp_path))
+    flags = ["--name=cifar10", "--download", "--dry_run"]
+    done = call("experiments/prepare.py", flags)
+    assert done.stdout == "would fetch cifar10, and decode it unless that was done\n"
+    assert not any(tmp_path.iterdir())
 
 
 def test_every_program_has_a_dry_run():

@@ -1,3 +1,4 @@
+import functools
 import json
 import math
 import re
@@ -131,6 +132,12 @@ def test_a_spoiled_cache_is_caught(monkeypatch):
     monkeypatch.setattr(accounting, "_cached", lambda *args: 0.5)
     with pytest.raises(UserError, match=r"the cached noise multiplier 0.5 spends"):
         calibrate(epsilon=1.0, delta=1e-5, sampling_prob=0.1, num_updates=100)
+
+
+def test_what_another_process_would_not_find_is_not_cached():
+    """As a function without a source, which joblib knows by its address in memory."""
+    with pytest.raises(AssertionError):
+        accounting._cached(functools.cache(math.sqrt), 2.0)
 
 
 def test_without_a_writable_cache_results_are_the_same(monkeypatch):

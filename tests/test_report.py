@@ -126,7 +126,12 @@ def render(num_classes=3, **changed):
         "method": MethodConfig(name="dp_mix_self", k_base=2, k_self=1),
         "class_names": [f"class {i}" for i in range(len(confusion))],
         "statement": "# Privacy statement\n",
-        "config": {"seed": 424242, "data": {"name": "digits"}},
+        "config": {
+            "seed": 424242,
+            "data": {"name": "digits", "path": "/home/of/me/photos"},
+            "finetune": {"encoder": None, "weights": "/home/of/me/model.safetensors"},
+            "public": {"path": "/home/of/me/bank"},
+        },
     }
     return report.render(**{**given, **changed})
 
@@ -144,6 +149,8 @@ def test_every_tag_is_closed_and_no_id_is_there_twice(num_classes, finite):
     assert {a or b for a, b in targets} <= {*ids}
     tags = [tag for tag, _ in page.elements]
     assert tags.count("svg") == 3
+    drawn = [found for tag, found in page.elements if tag == "svg"]
+    assert all(each["role"] == "img" and each["aria-label"] for each in drawn)
     assert not {"script", "iframe", "link", "object"} & {*tags}
 
 
@@ -257,6 +264,8 @@ def test_secrets_are_not_in_it():
     page = render(statement=privacy_statement())
     for secret in ("nonprivate/loss", "54321", "98765", "424242", "&quot;seed&quot;"):
         assert secret not in page
+    assert "/home" not in page
+    assert page.count("&quot;path&quot;: &quot;photos&quot;") == 1
     assert "&quot;name&quot;: &quot;digits&quot;" in page
 
 

@@ -28,6 +28,16 @@ CANARIES = ("gradient", "mislabelled", "crafted")
 _PRIVATE = "Made of training records without any privacy: not to be released."
 
 
+def check(config: ExperimentConfig, kind: str) -> None:
+    """Raises `UserError` for a config whose runs cannot be audited by such canaries."""
+    if config.privacy.selection is not None:
+        raise UserError("privacy.selection must be None: an audit is of one run")
+    # How many records there are is not known before the coins are thrown.
+    whole = config.privacy.sampling == "allocation" and kind != "gradient"
+    allowed = f"'poisson' for {kind} canaries: of so many records as the coins let in"
+    require(not whole, "privacy.sampling", config.privacy.sampling, allowed)
+
+
 def run(
     config: ExperimentConfig,
     folder: pathlib.Path,
@@ -56,10 +66,10 @@ def run(
       Whether every bound is at most the claim.
 
     Raises:
-      UserError: for a config that cannot run, or canaries that it has no room for.
+      UserError: as `check`, for a config that cannot run, or for canaries that it has
+        no room for.
     """
-    if config.privacy.selection is not None:
-        raise UserError("privacy.selection must be None: an audit is of one run")
+    check(config, kind)
     dataset = data.load(config.data)
     config.augmentation.check_images(dataset.train.image_shape)
     config.performance.check_devices(jax.device_count())

@@ -140,20 +140,25 @@ def read_about(folder: pathlib.Path) -> dict[str, Any]:
     Raises:
       UserError: for a folder without a model.
     """
-    return _read(folder / "model.json")
+    about = _read(folder / "model.json")
+    if not isinstance(about, dict) or not {"model", "class_names"} <= about.keys():
+        raise UserError(f"{folder / 'model.json'} is damaged: give a finished run")
+    return about
 
 
 def check(run: pathlib.Path, folder: pathlib.Path) -> dict[str, Any]:
     """Returns the results of a run that can be exported into a folder.
 
     Raises:
-      UserError: for a run that is not finished or whose weights are not finite, or a
-        folder that exists.
+      UserError: for a run that is not finished, lacks a file or has weights that are
+        not finite, or a folder that exists.
     """
     results = Workdir(run).results()
     if results is None or results.get("diverged"):
         state = "not finished" if results is None else "of weights that are not finite"
         raise UserError(f"--run is {run}: it is {state}")
+    for name in RELEASED:
+        require((run / name).is_file(), "--run", str(run), f"a folder with {name}")
     require(not folder.exists(), "--to", str(folder), "a folder that does not exist")
     return results
 

@@ -110,7 +110,7 @@ def plot_confusion(
     if not confusion[:, -1].any():
         confusion, predicted = confusion[:, :-1], names
     shares = confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
-    side = float(np.clip(0.4 * len(names), 1.6, 6.4))  # inches, as are those below
+    side = float(np.clip(0.4 * len(names), 1.6, 6.4))  # inches
     points = 72 * side / len(names)  # of a cell
     size = min(9.0, 0.8 * points)
     named = size >= 5
@@ -171,7 +171,7 @@ def _label(name: str, most: int = 18) -> str:
     )
 
 
-def inline_svg(figure: matplotlib.figure.Figure, name: str) -> str:
+def inline_svg(figure: matplotlib.figure.Figure, name: str, says: str) -> str:
     """Returns a figure as an `<svg>` element, the same for the same figure.
 
     Its text is text, in the font of whoever reads it. It is as wide as there is room,
@@ -180,6 +180,7 @@ def inline_svg(figure: matplotlib.figure.Figure, name: str) -> str:
     Args:
       figure: to draw.
       name: what its ids begin with, so that those of two figures differ.
+      says: what a screen reader reads in its place.
     """
     settings: Any = {
         "svg.fonttype": "none",
@@ -208,5 +209,6 @@ def inline_svg(figure: matplotlib.figure.Figure, name: str) -> str:
             element.attrib[key] = value.replace("url(#", f"url(#{name}-")
     width = 96 * figure.get_figwidth()  # CSS pixels
     del root.attrib["width"], root.attrib["height"]
+    root.attrib |= {"role": "img", "aria-label": says}
     root.attrib["style"] = f"max-width: {width:.0f}px; min-width: {width / 1.5:.0f}px"
     return ElementTree.tostring(root, encoding="unicode")

@@ -7,6 +7,7 @@ and runs nothing.
 
 import html
 import json
+import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -40,6 +41,12 @@ pre { background: #8882; padding: 1em; overflow-x: auto; font-size: .85em; }
 @media print { :root { color-scheme: light; } figure, tr { break-inside: avoid; } }
 """
 
+# Settings that are paths.
+_FILES = [
+    *(("data", "path"), ("public", "path")),
+    *(("finetune", "encoder"), ("finetune", "weights")),
+]
+
 # Only what a statement uses: with more, a name in it could become a link or an image.
 _MARKDOWN = markdown_it.MarkdownIt("zero").enable(
     ["heading", "list", "emphasis", "backticks"]
@@ -47,15 +54,24 @@ _MARKDOWN = markdown_it.MarkdownIt("zero").enable(
 
 
 def _typeset(statement: str) -> str:
-    """Returns the HTML of a privacy statement, its headings one level lower."""
+    """Returns the HTML of a privacy statement, its title one level lower."""
     # Joined lines, or one that happens to begin with a dash would be a list of its own.
     joined = statement.replace("\n  ", " ")
     return _MARKDOWN.render(f"#{joined}" if joined.startswith("#") else joined)
 
 
+def _shown(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns of a config what anybody may know."""
+    shown = {key: value for key, value in config.items() if key != "seed"}
+    for group, key in _FILES:
+        if path := shown.get(group, {}).get(key):
+            shown[group] = {**shown[group], key: pathlib.Path(path).name}
+    return shown
+
+
 def _figure(figure: matplotlib.figure.Figure, name: str, caption: str) -> str:
     return (
-        f'<figure><div class="wide">{plots.inline_svg(figure, name)}</div>'
+        f'<figure><div class="wide">{plots.inline_svg(figure, name, caption)}</div>'
         f"<figcaption>{html.escape(caption)}</figcaption></figure>"
     )
 
@@ -102,7 +118,7 @@ def _confusions(confusion: np.ndarray, class_names: Sequence[str]) -> str:
         f"Confusion matrix of {confusion.sum():,} test images, by EMA weights: "
         + ("counts, and as colour " if few else "")
         + "the share of each true class that is taken for a predicted one."
-        + ("" if few else " Classes are in the order of their accuracies below.")
+        + ("" if few else " Classes are in the order of the table below.")
     )
     pairs = [
         (f"{true} taken for {predicted}", count, f"{100 * share:.1f}")
@@ -159,10 +175,10 @@ def render(
       method: that made the sheet.
       class_names: in the order of `confusion`.
       statement: the privacy statement, Markdown.
-      config: resolved config, shown as JSON but for the seed, which is the key to the
-        noise.
+      config: resolved config, shown as JSON without the seed, which is the key to the
+        noise, and without the folders of files.
     """
-    config = {key: value for key, value in config.items() if key != "seed"}
+    config = _shown(config)
     summary = [
         ("test accuracy, EMA weights", f"{100 * results['test_accuracy_ema']:.2f} %"),
         ("test accuracy, raw weights", f"{100 * results['test_accuracy']:.2f} %"),
