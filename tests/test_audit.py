@@ -467,7 +467,7 @@ def test_a_head_on_a_frozen_encoder_is_audited(tmp_path):
                 "--config.privacy.sampling=allocation",
                 "--config.privacy.expected_batch_size=479",
             ],
-            "privacy.sampling is allocation: it must be 'poisson' for crafted canaries",
+            "privacy.sampling is 'allocation': it must be 'poisson' for crafted",
         ),
     ],
 )
