@@ -4,12 +4,12 @@ import os
 import pathlib
 import tempfile
 
-# Most of a test's time is LLVM's, whose later passes change rounding only, and what is
+# Much of a test's time is LLVM's, whose passes change rounding only, and what is
 # compiled once is kept for all tests of a session, processes and workers among them.
 # Both are set before jax is imported.
 os.environ.setdefault("USERS_XLA_FLAGS", os.environ.get("XLA_FLAGS", ""))
 os.environ["XLA_FLAGS"] = (
-    os.environ["USERS_XLA_FLAGS"] + " --xla_backend_optimization_level=1"
+    os.environ["USERS_XLA_FLAGS"] + " --xla_backend_optimization_level=0"
 )
 if "PYTEST_XDIST_WORKER" not in os.environ:
     KEPT = tempfile.TemporaryDirectory(prefix="dpmix_jax-tests-")
