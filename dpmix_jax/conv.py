@@ -16,7 +16,7 @@ import itertools
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,8 +31,29 @@ FORMULATIONS = ("auto", "rows", "shifted", "batch_group", "plain")
 _MAX_TAPS = 64
 
 
+class Batched(NamedTuple):
+    """A convolution of B records, each with both operands of its own.
+
+    Attributes:
+      conv: parameters of `lax.conv_general_dilated`, for one record, but for that of
+        sharding, which is of a mesh and not of the convolution.
+      lhs: shape [B, ...] and type of one operand.
+      rhs: shape [B, ...] and type of the other.
+      out: shape and type of the output of one record.
+    """
+
+    conv: dict[str, Any]
+    lhs: jax.ShapeDtypeStruct
+    rhs: jax.ShapeDtypeStruct
+    out: jax.ShapeDtypeStruct
+
+
+# One of `FORMULATIONS`, or what names one for each convolution when it is traced.
+Formulation = str | Callable[[Batched], str]
+
+
 def fast_convolutions(
-    function: Callable[..., Any], *, formulation: str = "auto"
+    function: Callable[..., Any], *, formulation: Formulation = "auto"
 ) -> Callable[..., Any]:
     """Makes a gradient function of one record fast under `jax.vmap` over records.
 
@@ -55,7 +76,8 @@ def fast_convolutions(
         `batch_group` (one convolution with `batch_group_count`), `plain` (JAX's own
         rule), or `auto`, which chooses by shape and by the platform that is compiled
         for. Where `rows` does not apply, `shifted` does; where no other applies,
-        `plain` does.
+        `plain` does. A function of `Batched` names one of these for each convolution,
+        see `tuning.chooser`.
 
     Returns:
       A function of the same signature.
@@ -69,7 +91,8 @@ def fast_convolutions(
       [[2. 0.]
        [0. 2.]]
     """
-    require_one_of("formulation", formulation, FORMULATIONS)
+    if isinstance(formulation, str):
+        require_one_of("formulation", formulation, FORMULATIONS)
 
     @functools.wraps(function)
     def rewritten(*args, **kwargs):
@@ -183,13 +206,14 @@ def _dot(conv, images: jax.Array, gradients: jax.Array) -> jax.Array:
 # The convolutions of all records, each with both operands of its own.
 
 
-def _batched(conv, formulation: str, lhs, rhs) -> jax.Array:
+def batched(conv, formulation: Formulation, lhs, rhs) -> jax.Array:
     """Computes one convolution for each entry of the operands' leading axis."""
     plain: Callable[..., Any] = functools.partial(lax.conv_general_dilated, **conv)
     result = jax.eval_shape(lambda lhs, rhs: plain(lhs[0], rhs[0]), lhs, rhs)
+    name = _named(formulation, conv, lhs, rhs, result)
 
     def computed(lhs, rhs, *, on_cpu: bool):
-        chosen = _choose(conv, result.shape, formulation, on_cpu)
+        chosen = choose(conv, result.shape, name, on_cpu)
         if chosen == "plain":
             return _apart(jax.vmap(plain), lhs, rhs)
         if chosen == "batch_group":
@@ -209,7 +233,18 @@ def _batched(conv, formulation: str, lhs, rhs) -> jax.Array:
     )
 
 
-def _choose(conv, shape, formulation: str, on_cpu: bool) -> str:
+def _named(formulation: Formulation, conv, *operands_and_out) -> str:
+    """Returns the name that was given, or that which is chosen for a convolution."""
+    if isinstance(formulation, str):
+        return formulation
+    own = {key: value for key, value in conv.items() if key != "out_sharding"}
+    types = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in operands_and_out)
+    name = formulation(Batched(own, *types))
+    require_one_of("formulation", name, FORMULATIONS)
+    return name
+
+
+def choose(conv, shape, formulation: str, on_cpu: bool) -> str:
     """Picks the formulation for an output of this shape, `plain` where none applies.
 
     For CPUs `auto` is timed. For accelerators it is estimated, nothing was timed: of
@@ -299,7 +334,7 @@ def _crops_and_pads(conv: dict[str, Any]) -> bool:
     return any(low < 0 < high for low, high in conv["padding"])
 
 
-def _convolve(conv: dict[str, Any], formulation: str, lhs, rhs) -> jax.Array:
+def _convolve(conv: dict[str, Any], formulation: Formulation, lhs, rhs) -> jax.Array:
     """Computes a convolution, by our batching rule if it is batched."""
     conv, lhs = _cropped(conv, lhs)
     plain: Callable[..., Any] = functools.partial(lax.conv_general_dilated, **conv)
@@ -308,8 +343,8 @@ def _convolve(conv: dict[str, Any], formulation: str, lhs, rhs) -> jax.Array:
     @convolution.def_vmap
     def rule(axis_size, in_batched, lhs, rhs):
         if all(in_batched):
-            return _batched(conv, formulation, lhs, rhs), True
-        axes = [0 if batched else None for batched in in_batched]
+            return batched(conv, formulation, lhs, rhs), True
+        axes = [0 if is_batched else None for is_batched in in_batched]
         return jax.vmap(plain, axes, axis_size=axis_size)(lhs, rhs), True
 
     differentiable = jax.custom_jvp(convolution)  # a custom_vmap has no reverse mode
@@ -323,7 +358,7 @@ def _convolve(conv: dict[str, Any], formulation: str, lhs, rhs) -> jax.Array:
 # All that is needed of JAX's extension points is below.
 
 
-def _evaluate(closed: core.ClosedJaxpr, args: Sequence[Any], formulation: str):
+def _evaluate(closed: core.ClosedJaxpr, args: Sequence[Any], formulation: Formulation):
     """Evaluates a jaxpr with its convolutions replaced."""
     try:
         return _interpret(closed.jaxpr, closed.consts, args, formulation)
@@ -347,7 +382,7 @@ def _mixes_records(conv: dict[str, Any]) -> bool:
     return grouped or _crops_and_pads(conv)
 
 
-def _interpret(jaxpr: core.Jaxpr, consts, args, formulation: str) -> list[Any]:
+def _interpret(jaxpr: core.Jaxpr, consts, args, formulation: Formulation) -> list[Any]:
     values: dict[core.Var, Any] = {}
     values.update(zip(jaxpr.constvars, consts, strict=True))
     values.update(zip(jaxpr.invars, args, strict=True))
@@ -374,7 +409,7 @@ def bind(equation, inputs: Sequence[Any], params: dict[str, Any]) -> Sequence[An
     return found if equation.primitive.multiple_results else [found]
 
 
-def _rewrite(param: Any, formulation: str) -> Any:
+def _rewrite(param: Any, formulation: Formulation) -> Any:
     """Rewrites the jaxprs in a parameter of an equation, if they hold a convolution."""
     if type(param) in (tuple, list):
         return type(param)(_rewrite(item, formulation) for item in param)

@@ -72,7 +72,7 @@ def ghost_clipped_gradient(
     *,
     l2_clip_norm: float,
     weight: Weight = clip,
-    convolutions: str = "auto",
+    convolutions: conv.Formulation = "auto",
     keep: Callable[[int, int, int], bool] = cheaper_as_factors,
 ) -> clipping.BoundedSensitivityCallable:
     """`gradients.clipped_gradient` that keeps small factors instead of large matrices.

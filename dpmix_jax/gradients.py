@@ -39,7 +39,7 @@ def clipped_gradient(
     l2_clip_norm: float,
     weight: Weight = clip,
     per_layer: bool = False,
-    convolutions: str = "auto",
+    convolutions: conv.Formulation = "auto",
     magnitudes: bool = False,
 ) -> clipping.BoundedSensitivityCallable:
     """Transforms a loss into the clipped sum of its per-record gradients.

@@ -13,6 +13,7 @@ from jax_privacy import clipping
 
 from dpmix_jax import (
     accounting,
+    conv,
     devices,
     ghost,
     gradients,
@@ -74,6 +75,7 @@ class Parts:
       host_records: images and labels of a training set that stays on the host, or ().
       sets: makes the augmentation sets of a microbatch.
       accumulate: adds a microbatch to the sums of its batch.
+      accumulate_by: makes it anew with another formulation of its convolutions.
       apply_update: takes the sum to the next state.
       state: before the first update, of the parameters that are trained.
       frozen: the parameters that are not.
@@ -89,6 +91,7 @@ class Parts:
     host_records: tuple[np.ndarray, ...]
     sets: training.MakeSets
     accumulate: Any
+    accumulate_by: Callable[[conv.Formulation], Any]
     apply_update: Callable[[training.TrainState, PyTree], training.TrainState]
     state: training.TrainState
     frozen: PyTree
@@ -210,16 +213,23 @@ def build(
 
     encode = model.encode if finetune.is_head(trained, frozen) else None
     make_terms = _terms_of_groups if _has_groups(config) else _terms_of_records
-    terms = make_terms(
-        config,
-        finetune.on_embeddings(head_gradient(config, model, platform), encode)
-        if encode
-        else _gradient(config, loss_fn, platform),
-        records,
-        seed=seed,
-        mechanism=mechanism,
-        num_devices=mesh.size,
-    )
+
+    def terms_by(formulation: conv.Formulation) -> Terms:
+        return make_terms(
+            config,
+            finetune.on_embeddings(head_gradient(config, model, platform), encode)
+            if encode
+            else _gradient(config, loss_fn, platform, formulation),
+            records,
+            seed=seed,
+            mechanism=mechanism,
+            num_devices=mesh.size,
+        )
+
+    def accumulate_by(formulation: conv.Formulation) -> Any:
+        return accumulate(config, sets, terms_by(formulation).gradient_fn, mesh)
+
+    terms = terms_by(config.performance.formulation)
     sets = training.make_sets(
         terms.record_set,
         normalize=records.normalize,
@@ -255,6 +265,7 @@ def build(
         host_records=() if on_device else arrays,
         sets=sets,
         accumulate=accumulate(config, sets, terms.gradient_fn, mesh),
+        accumulate_by=accumulate_by,
         apply_update=training.make_update(
             privatize_and_step, ema_decay=config.optimizer.ema_decay
         ),
@@ -295,7 +306,12 @@ def initial_params(
 
 
 def _gradient(
-    config, loss_fn, platform: str, *, linear_head: bool = False
+    config,
+    loss_fn,
+    platform: str,
+    formulation: conv.Formulation,
+    *,
+    linear_head: bool = False,
 ) -> clipping.BoundedSensitivityCallable:
     name = config.performance.clipping_of(linear_head, platform)
     options: dict[str, Any] = {
@@ -311,7 +327,7 @@ def _gradient(
     return clipped_gradient(
         loss_fn,
         l2_clip_norm=config.privacy.l2_clip_norm,
-        convolutions=config.performance.convolutions,
+        convolutions=formulation,
         **options,
     )
 
@@ -334,7 +350,8 @@ def head_gradient(
         return optax.softmax_cross_entropy(logits, labels).mean()
 
     linear_head = suits_ghost(config, model)
-    return _gradient(config, loss_fn, platform, linear_head=linear_head)
+    formulation = config.performance.formulation
+    return _gradient(config, loss_fn, platform, formulation, linear_head=linear_head)
 
 
 def accumulate(config, sets: training.MakeSets, gradient_fn, mesh) -> Any:

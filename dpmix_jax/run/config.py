@@ -228,10 +228,12 @@ class ExperimentConfig:
 
     def check_processes(self, num_processes: int) -> None:
         """Raises `UserError` for what one process alone can do."""
+        own = self.performance
         for key, value, allowed in (
             ("pretrain.num_updates", self.pretrain.num_updates, 0),
             ("finetune.embeddings", self.finetune.embeddings, "fresh"),
             ("diagnostics.gradients", self.diagnostics.gradients, False),
+            ("performance.convolutions", own.convolutions, own.formulation),
         ):
             valid = num_processes == 1 or value == allowed
             require(valid, key, value, f"{allowed!r} in a run of several processes")

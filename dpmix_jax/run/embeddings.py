@@ -183,6 +183,7 @@ def on_kept(
     arrays = tuple(rows[name] for name in rows.dtype.names or ())
     on_device = config.performance.keeps_on_device(rows.nbytes, parts.mesh.size)
     gradient_fn = head_gradient(config, model, devices.platform(parts.mesh))
+    accumulates = accumulate(config, kept.sets, gradient_fn, parts.mesh)
     return dataclasses.replace(
         parts,
         terms=dataclasses.replace(
@@ -193,6 +194,7 @@ def on_kept(
         ),
         host_records=() if on_device else arrays,
         sets=kept.sets,
-        accumulate=accumulate(config, kept.sets, gradient_fn, parts.mesh),
+        accumulate=accumulates,
+        accumulate_by=lambda _: accumulates,  # a head has no convolutions
         expected_records=config.privacy.expected_batch_size,
     )

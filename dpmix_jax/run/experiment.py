@@ -14,6 +14,7 @@ from dpmix_jax.data.public import load_public
 from dpmix_jax.progress import Progress, say
 from dpmix_jax.run import (
     build,
+    convolutions,
     diagnostics,
     embeddings,
     evaluate,
@@ -39,8 +40,9 @@ def run(
     Args:
       config: what to run.
       workdir: receives `config.json`, `metrics.jsonl`, `checkpoints/`,
-        `model.safetensors`, `model.json`, `privacy.json`, `PRIVACY.md`, `report.html`
-        and, last of all, `results.json`.
+        `model.safetensors`, `model.json`, `privacy.json`, `PRIVACY.md`, `report.html`,
+        with measured convolutions `convolutions.json`, and, last of all,
+        `results.json`.
       stopping: signals at which it saves and stops.
 
     Returns:
@@ -200,6 +202,11 @@ def train(
         size = min(hosts.gather(parts.microbatch_size(config.performance)))
         if config.performance.microbatch_size == "auto":
             say(f"microbatches of {size} records")
+        is_measured = config.performance.convolutions == performance.MEASURED
+        if is_measured and first < num_updates:
+            parts = convolutions.measured(
+                parts, config.performance, size, workdir, goes_on=first > 0
+            )
         updates = training.train(
             state,
             parts.accumulate,

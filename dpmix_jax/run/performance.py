@@ -16,6 +16,7 @@ from dpmix_jax.errors import UserError, require, require_one_of
 from dpmix_jax.run import hosts
 
 PRECISIONS = ("float32", "tensorfloat32", "bfloat16")
+MEASURED = "measured"
 CLIPPINGS = ("auto", "instantiate", "ghost")
 PLACES = ("auto", "device", "host")
 _GIB = 2**30
@@ -38,7 +39,9 @@ class PerformanceConfig:
       precision: of the model's forward and backward pass, one of `PRECISIONS`.
         Parameters, clipping, sums and noise are float32 whatever it is.
       convolutions: how per-record gradients of convolutions are computed, see
-        `conv.fast_convolutions`.
+        `conv.fast_convolutions`, or `measured`: before its first update a run of one
+        process times the formulations of each convolution on its device, and keeps the
+        fastest; see `run.convolutions`.
       clipping: `instantiate` forms every record's gradient, `ghost` keeps factors of
         large matrices, see `ghost.ghost_clipped_gradient`; in float32 only. `auto` is
         `ghost` where a linear head on a frozen encoder is trained in float32, whose
@@ -66,7 +69,8 @@ class PerformanceConfig:
         allowed = "positive, or 0 for what there is"
         require(0 <= memory < math.inf, "performance.memory_gib", memory, allowed)
         require_one_of("performance.precision", self.precision, PRECISIONS)
-        require_one_of("performance.convolutions", self.convolutions, conv.FORMULATIONS)
+        formulations = (*conv.FORMULATIONS, MEASURED)
+        require_one_of("performance.convolutions", self.convolutions, formulations)
         require_one_of("performance.clipping", self.clipping, CLIPPINGS)
         require_one_of("performance.dataset_on", self.dataset_on, PLACES)
         require(
@@ -75,6 +79,11 @@ class PerformanceConfig:
             self.precision,
             "float32 for performance.clipping 'ghost'",
         )
+
+    @property
+    def formulation(self) -> str:
+        """Of convolutions, as long as nothing is measured."""
+        return "auto" if self.convolutions == MEASURED else self.convolutions
 
     def clipping_of(self, linear_head: bool, platform: str) -> str:
         """Returns what `clipping` comes to, for a linear head or another model."""

@@ -112,6 +112,10 @@ class Workdir:
         """The file of the whitening that the run began with, which is public."""
         return self.path / "whitening.safetensors"
 
+    def choices(self) -> dict[str, Any] | None:
+        """Returns what `run.convolutions` has kept, or None."""
+        return self._read_json("convolutions.json")
+
     def _drop_embeddings(self) -> None:
         for path in self.path.glob(f"{self.embeddings.name}*"):  # whole or partial
             path.unlink()
