@@ -217,7 +217,9 @@ def build(
     def terms_by(formulation: conv.Formulation) -> Terms:
         return make_terms(
             config,
-            finetune.on_embeddings(head_gradient(config, model, platform), encode)
+            finetune.on_embeddings(
+                head_gradient(config, model, platform, formulation), encode
+            )
             if encode
             else _gradient(config, loss_fn, platform, formulation),
             records,
@@ -226,15 +228,16 @@ def build(
             num_devices=mesh.size,
         )
 
-    def accumulate_by(formulation: conv.Formulation) -> Any:
-        return accumulate(config, sets, terms_by(formulation).gradient_fn, mesh)
-
     terms = terms_by(config.performance.formulation)
     sets = training.make_sets(
         terms.record_set,
         normalize=records.normalize,
         num_classes=records.num_classes,
     )
+
+    def accumulate_by(formulation: conv.Formulation) -> Any:
+        return accumulate(config, sets, terms_by(formulation).gradient_fn, mesh)
+
     sensitivity = terms.gradient_fn.sensitivity(mechanism.neighboring_relation)
     privatize_and_step = optax.chain(
         privacy.privatizer(
@@ -340,7 +343,7 @@ def suits_ghost(config, model: Classifier) -> bool:
 
 
 def head_gradient(
-    config, model: Classifier, platform: str
+    config, model: Classifier, platform: str, formulation: conv.Formulation
 ) -> clipping.BoundedSensitivityCallable:
     """Returns the clipped sum of a head over embeddings."""
 
@@ -350,7 +353,6 @@ def head_gradient(
         return optax.softmax_cross_entropy(logits, labels).mean()
 
     linear_head = suits_ghost(config, model)
-    formulation = config.performance.formulation
     return _gradient(config, loss_fn, platform, formulation, linear_head=linear_head)
 
 

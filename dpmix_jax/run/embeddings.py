@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
+from jax_privacy.clipping import BoundedSensitivityCallable
 
-from dpmix_jax import devices
+from dpmix_jax import conv, devices
 from dpmix_jax.data import Records
 from dpmix_jax.errors import UserError
 from dpmix_jax.models import kept, whitening
@@ -182,19 +183,26 @@ def on_kept(
 
     arrays = tuple(rows[name] for name in rows.dtype.names or ())
     on_device = config.performance.keeps_on_device(rows.nbytes, parts.mesh.size)
-    gradient_fn = head_gradient(config, model, devices.platform(parts.mesh))
-    accumulates = accumulate(config, kept.sets, gradient_fn, parts.mesh)
+    platform = devices.platform(parts.mesh)
+
+    def gradient_by(formulation: conv.Formulation) -> BoundedSensitivityCallable:
+        return head_gradient(config, model, platform, formulation)
+
+    def accumulate_by(formulation: conv.Formulation) -> Any:
+        return accumulate(config, kept.sets, gradient_by(formulation), parts.mesh)
+
+    formulation = config.performance.formulation
     return dataclasses.replace(
         parts,
         terms=dataclasses.replace(
-            parts.terms, gradient_fn=gradient_fn, indices=indices
+            parts.terms, gradient_fn=gradient_by(formulation), indices=indices
         ),
         inputs=parts.inputs._replace(
             records=devices.put_everywhere(arrays, parts.mesh) if on_device else ()
         ),
         host_records=() if on_device else arrays,
         sets=kept.sets,
-        accumulate=accumulates,
-        accumulate_by=lambda _: accumulates,  # a head has no convolutions
+        accumulate=accumulate_by(formulation),
+        accumulate_by=accumulate_by,
         expected_records=config.privacy.expected_batch_size,
     )
