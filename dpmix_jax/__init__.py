@@ -7,6 +7,7 @@ labels)`. Axes: B records, K images of an augmentation set, H W C image, O class
     pool           public images of which sets draw a few  [M,H,W,C]
     mixup          the augmentation set of one record      -> [K,H,W,C], [K,O]
     conv           convolutions whose per-record gradients are fast, in any model
+    tuning         which of their formulations is the fastest on this device
     gradients      loss -> clipped sum of per-record gradients, with its sensitivity
     ghost          the same from the factors of gradients, where these are smaller
     accounting     (epsilon, delta) <-> noise multiplier

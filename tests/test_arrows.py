@@ -9,7 +9,7 @@ from tests.conftest import ROOT
 
 PACKAGE = ROOT / "dpmix_jax"
 CORE = [
-    *("augment", "pool", "mixup", "conv", "ghost", "gradients", "privacy"),
+    *("augment", "pool", "mixup", "conv", "tuning", "ghost", "gradients", "privacy"),
     *("selection", "sampling", "allocation", "training", "devices", "noise", "audit"),
     *("accounting", "factorization", "optimizers"),
 ]

@@ -11,8 +11,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dpmix_jax import Mechanism, UserError, conv, data, fast_convolutions, tuning
-from dpmix_jax.run import build, convolutions
+from dpmix_jax import (
+    Mechanism,
+    UserError,
+    clipped_gradient,
+    conv,
+    data,
+    fast_convolutions,
+    ghost_clipped_gradient,
+    tuning,
+)
+from dpmix_jax.run import build, convolutions, embeddings
 from dpmix_jax.run.performance import PerformanceConfig
 from dpmix_jax.run.workdir import Workdir
 from tests import runs
@@ -97,6 +106,23 @@ def test_each_convolution_is_computed_by_its_own_choice():
         assert_close(function(kernels, images), expected, message=str(names))
         texts.add(function.lower(kernels, images).as_text())
     assert len(texts) == 3
+
+
+@pytest.mark.parametrize("transform", [clipped_gradient, ghost_clipped_gradient])
+def test_clipped_sums_take_choices(transform):
+    kernel, images = PADDED.operands()
+
+    def make(formulation):
+        return transform(PADDED.loss, l2_clip_norm=1.0, convolutions=formulation)
+
+    found = tuning.find(make, (kernel, images))
+    assert len(found) == 1
+    texts = [
+        str(jax.make_jaxpr(make(formulation))(kernel, images))
+        for formulation in (tuning.chooser(dict.fromkeys(found, "plain")), "plain")
+    ]
+    named = str(jax.make_jaxpr(make("auto"))(kernel, images))
+    assert texts[0].count("\n") == texts[1].count("\n") != named.count("\n")
 
 
 def test_refuses_a_name_that_there_is_not():
@@ -250,12 +276,16 @@ def timing(seconds, calls=None):
 
 @functools.cache
 def parts_of(formulation):
-    config, records = runs.config(performance__convolutions=formulation), digits()
-    model = build.classifier(config, records)
+    return build_parts(runs.config(performance__convolutions=formulation))[0]
+
+
+def build_parts(config):
+    model = build.classifier(config, digits())
     mechanism = Mechanism(sampling_prob=0.1, num_updates=1, noise_multiplier=1.0)
-    return build.build(
-        config, model, model.shapes, records, mechanism=mechanism, seed=0
+    parts = build.build(
+        config, model, model.shapes, digits(), mechanism=mechanism, seed=0
     )
+    return parts, model
 
 
 @functools.cache
@@ -328,6 +358,23 @@ def test_parts_compute_by_what_was_measured_kept_or_found_in_the_cache(
         measured(tmp_path / "fourth")
     assert len(calls) == 3 + 6
     assert json.loads(file.read_text()) == content
+
+
+def test_convolutions_of_a_head_are_found_too():
+    """Of embeddings, made anew or kept; a frozen encoder needs no gradients."""
+    config = runs.config(
+        model__name="scattering_cnn",
+        model__features="4",
+        model__scales=1,
+        finetune__trainable="head",
+        performance__clipping="instantiate",
+    )
+    parts, model = build_parts(config)
+    rows = embeddings.blank_rows(parts, config, model, 8)
+    kept = embeddings.on_kept(parts, config, model, rows, seed=0)
+    for each in (parts, kept):
+        (key,) = tuning.find(each.accumulate_by, each.arguments(8))
+        assert key.startswith("8 records of float32[3,4,4,")
 
 
 def test_what_needs_more_memory_than_there_is_is_not_chosen(tmp_path, cache, capsys):
