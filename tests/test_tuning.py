@@ -447,6 +447,11 @@ def test_a_run_that_is_stopped_ends_with_the_same_bits(tmp_path, cache, monkeypa
     content = Workdir(stopped).choices()
     Workdir(stopped).write_json("convolutions.json", {**content, "device": "H100"})
     shutil.rmtree(cache)
+    (stopped / "convolutions.json").rename(tmp_path / "aside")
+    lost = start(stopped)
+    assert lost.status == 2
+    assert "has no convolutions.json" in lost.err.splitlines()[-1]
+    (tmp_path / "aside").rename(stopped / "convolutions.json")
     with timing({}):
         done = start(stopped)
     assert done.status == 0, done.err
