@@ -34,7 +34,7 @@ from absl import flags
 from jax.sharding import NamedSharding, PartitionSpec
 from jax_privacy import clipping
 
-from dpmix_jax import conv, devices, models
+from dpmix_jax import conv, devices, models, tuning
 from dpmix_jax.errors import UserError
 from dpmix_jax.ghost import always, ghost_clipped_gradient
 from dpmix_jax.gradients import clipped_gradient
@@ -44,7 +44,11 @@ from dpmix_jax.run.performance import PRECISIONS, PerformanceConfig
 BASE, PEER, TORCH_BASE = "non-private", "jax_privacy", "torch non-private"
 GHOST, ALL_DEVICES = "ours:ghost", "ours on all devices"
 HEAD = "ours:head"
-FORMULATIONS = tuple(f"ours:{name}" for name in conv.FORMULATIONS if name != "auto")
+MEASURED = "ours:measured"
+FORMULATIONS = (
+    *(f"ours:{name}" for name in conv.FORMULATIONS if name != "auto"),
+    MEASURED,
+)
 IN_JAX = (BASE, "ours", GHOST, HEAD, ALL_DEVICES, *FORMULATIONS, PEER)
 IN_TORCH = (
     TORCH_BASE,
@@ -128,8 +132,15 @@ class Row(timing.Row):
 # What is timed.
 
 
-def jax_gradients(loss_fn: Callable[..., jax.Array]) -> dict[str, Callable[..., Any]]:
-    """Returns functions of (params, images [B, K, ...], labels [B, K, O])."""
+def jax_gradients(
+    loss_fn: Callable[..., jax.Array], measured: Callable[..., conv.Formulation]
+) -> dict[str, Callable[..., Any]]:
+    """Returns functions of (params, images [B, K, ...], labels [B, K, O]).
+
+    Args:
+      loss_fn: of a record.
+      measured: `f(make)` returns the fastest formulations of `make(formulation)`.
+    """
 
     def nonprivate(params, images, labels):
         images, labels = (x.reshape(-1, *x.shape[2:]) for x in (images, labels))
@@ -138,6 +149,9 @@ def jax_gradients(loss_fn: Callable[..., jax.Array]) -> dict[str, Callable[..., 
     def ours(transform, **options):
         function = transform(loss_fn, l2_clip_norm=L2_CLIP_NORM, **options)
         return lambda *args: function(*args)[0]
+
+    def by(formulation: conv.Formulation):
+        return ours(clipped_gradient, convolutions=formulation)
 
     default, mesh = ours(clipped_gradient), devices.make_mesh()
     of_all_devices = devices.sum_over_devices(
@@ -152,7 +166,7 @@ def jax_gradients(loss_fn: Callable[..., jax.Array]) -> dict[str, Callable[..., 
             params, jnp.int32(0), records, ()
         ),
         **{
-            name: ours(clipped_gradient, convolutions=name.removeprefix("ours:"))
+            name: by(measured(by) if name == MEASURED else name.removeprefix("ours:"))
             for name in FORMULATIONS
         },
         PEER: clipping.clipped_grad(
@@ -241,7 +255,14 @@ def make_rows(names: Sequence[str], k: int) -> list[Row]:
         return optax.softmax_cross_entropy(logits, labels).mean()
 
     args, rows = (params, jnp.asarray(images), jnp.asarray(labels)), []
-    for name, function in jax_gradients(loss_fn).items():
+
+    def measured(make):
+        if MEASURED not in names:
+            return "auto"
+        with jax.default_matmul_precision(performance().matmul_precision):
+            return tuning.chooser(tuning.measure(tuning.find(make, args)))
+
+    for name, function in jax_gradients(loss_fn, measured).items():
         placed = on_all_devices(*args) if name == ALL_DEVICES else args
         if name in names:
             rows.append(jax_row(name, k, function, placed))
