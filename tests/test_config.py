@@ -77,6 +77,7 @@ def test_differences_name_what_changes_the_outcome():
         ("privacy.epsilon", 3.0, 8.0),
         ("seed", 3, None),
         ("performance.precision", "float32", "bfloat16"),
+        ("performance.convolutions", "auto", "plain"),
     ):
         other = to_dict(runs.config(**{key.replace(".", "__"): here}))
         assert differences(old, other) == [f"{key} ({there} there, {here} here)"]

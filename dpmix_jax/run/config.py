@@ -248,7 +248,7 @@ class ExperimentConfig:
 # most, but not in `_FIXED`, which change rounding so that two sums under the same noise
 # would show the records.
 _FREE = ("performance", "logging", "evaluate", "data.download", "public.download")
-_FIXED = ("performance.clipping", "performance.precision")
+_FIXED = tuple(f"performance.{x}" for x in ("clipping", "convolutions", "precision"))
 
 
 def from_config_dict(values: Mapping[str, Any], cls: Any = ExperimentConfig) -> Any:

@@ -29,8 +29,8 @@ _SHARE_OF_DATASET = 0.25
 class PerformanceConfig:
     """What changes memory and speed, and results by rounding at most.
 
-    A run that goes on must keep its `clipping` and `precision`: other rounding under
-    the same noise would show the records.
+    A run that goes on must keep its `clipping`, `convolutions` and `precision`: other
+    rounding under the same noise would show the records.
 
     Attributes:
       microbatch_size: records whose gradients are held at once, over all devices, or
