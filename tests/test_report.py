@@ -266,6 +266,7 @@ def test_secrets_are_not_in_it():
         assert secret not in page
     assert "/home" not in page
     assert page.count("&quot;path&quot;: &quot;photos&quot;") == 1
+    assert "&quot;public&quot;: null" in render(config={"public": None})
     assert "&quot;name&quot;: &quot;digits&quot;" in page
 
 

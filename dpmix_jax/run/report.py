@@ -64,7 +64,7 @@ def _shown(config: Mapping[str, Any]) -> dict[str, Any]:
     """Returns of a config what anybody may know."""
     shown = {key: value for key, value in config.items() if key != "seed"}
     for group, key in _FILES:
-        if path := shown.get(group, {}).get(key):
+        if path := (shown.get(group) or {}).get(key):
             shown[group] = {**shown[group], key: pathlib.Path(path).name}
     return shown
 
