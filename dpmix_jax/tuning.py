@@ -78,21 +78,28 @@ def find(
 
 def applicable(found: conv.Batched) -> tuple[str, ...]:
     """Returns the formulations to be timed, first the one that `auto` comes to."""
-    platform = jax.default_backend()
+    platform = timed_on()
     names = ("auto", *_CANDIDATES.get(platform, conv.FORMULATIONS[1:]))
     shape, on_cpu = found.out.shape, platform == "cpu"
     each = (conv.choose(found.conv, shape, name, on_cpu) for name in names)
     return tuple(dict.fromkeys(each))
 
 
+def timed_on() -> str:
+    """Returns the platform of the device that `seconds_of` times, the first one."""
+    return jax.devices()[0].platform
+
+
 def seconds_of(found: conv.Batched, name: str) -> float:
-    """Times a formulation on the default device; returns the median of a few calls.
+    """Times a formulation on the first device; returns the median of a few calls.
 
     Operands are drawn from a normal distribution, by a constant key.
     """
     function = jax.jit(functools.partial(conv.batched, found.conv, name))
     operands = [
-        jax.random.normal(jax.random.key(i), x.shape, x.dtype)
+        jax.device_put(
+            jax.random.normal(jax.random.key(i), x.shape, x.dtype), jax.devices()[0]
+        )
         for i, x in enumerate((found.lhs, found.rhs))
     ]
     jax.block_until_ready(function(*operands))
