@@ -32,6 +32,15 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 ROOT = pathlib.Path(__file__).parent.parent
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Marks as slow what `fast` does not name of a test's cases."""
+    for item in items:
+        fast = item.get_closest_marker("fast")
+        if fast and item.callspec.id not in fast.args:
+            item.add_marker("slow")
+
+
 @pytest.fixture
 def as_on_accelerators(monkeypatch):
     """Computes on this machine what is chosen for accelerators."""

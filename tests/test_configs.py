@@ -45,6 +45,7 @@ NOISE_MULTIPLIERS |= {
         "scattering_cifar10": (10.3342, 5.5900, 3.9505, 3.6698, 2.4653),
     }.items()
 }
+NOISE_MULTIPLIERS["wrn_digits"] = NOISE_MULTIPLIERS["digits"]
 NOISE_MULTIPLIERS["scattering_digits"] = {
     epsilon: NOISE_MULTIPLIERS["digits"][epsilon] for epsilon in ("1", "2", "4", "8")
 }
@@ -71,6 +72,7 @@ SWEEPS = (
     "table10",
     "table11",
     "table12",
+    "trainable_digits",
 )
 
 
@@ -120,6 +122,7 @@ def test_every_argument_round_trips_and_is_what_it_says(name):
         assert to_dict(from_config_dict(default)) == to_dict(load(name, stated[1]))
 
 
+@pytest.mark.fast("digits", "wrn16_4_cifar10", "scattering_fashion_mnist")
 @pytest.mark.parametrize("name", NOISE_MULTIPLIERS)
 def test_a_config_keeps_its_budget(name):
     for argument, noise_multiplier in NOISE_MULTIPLIERS[name].items():
@@ -230,6 +233,27 @@ def test_an_ablation_changes_one_part_in_each_row():
         assert gone == pytest.approx(8 * 0.1 * 280 / 0.1)
 
 
+def test_what_is_trained_is_all_that_differs():
+    built = grid("trainable_digits")
+    runs = {run.row: run.config for run in built.runs()[: len(built.rows)]}
+    whole, scratch = runs["all"], runs["all, not pre-trained"]
+    assert (whole.finetune.weights, scratch.finetune.weights) == (
+        "runs/drawn_digits/model.safetensors",
+        None,
+    )
+    trained = {
+        row: config.finetune
+        for row, config in runs.items()
+        if config.finetune.trainable != "all"
+    }
+    assert len(trained) == len(runs) - 2
+    for row in trained:
+        changed = differences(to_dict(whole), to_dict(runs[row]))
+        assert {text.split(" ")[0] for text in changed} <= {
+            *("finetune.trainable", "finetune.rank", "optimizer.learning_rate"),
+        }
+
+
 SIX = [
     f"{encoder}-{data}"
     for encoder in ("vit_b16", "convnext_base")
@@ -237,6 +261,12 @@ SIX = [
 ]
 
 
+@pytest.mark.fast(
+    "figure2-digits",
+    "from_scratch-cifar10",
+    "table12-cifar100",
+    "fine_tuned-vit_b16-cifar10",
+)
 @pytest.mark.parametrize(
     ("name", "argument"),
     [

@@ -36,6 +36,17 @@ def proven():
     }
 
 
+def test_each_fast_case_is_there(request):
+    """A case that is misspelt would be slow, and nobody would see it."""
+    named, found = set(), set()
+    for item in request.session.items:
+        if fast := item.get_closest_marker("fast"):
+            test = item.nodeid.split("[")[0]
+            named |= {(test, case) for case in fast.args}
+            found.add((test, item.callspec.id))
+    assert named - found == set()
+
+
 def test_each_guarantee_is_proven_and_nothing_else_is_claimed():
     assert len(promised()) >= 20
     assert promised() - proven() == set()

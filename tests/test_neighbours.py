@@ -1,5 +1,6 @@
 """Neighbouring batches on one device, on four, and on two processes."""
 
+import functools
 import os
 import socket
 import subprocess
@@ -12,6 +13,7 @@ from tests import clipped_sums
 from tests.conftest import ROOT
 
 TOPOLOGIES = list(clipped_sums.METHODS_ON)
+SLOW = {"two processes": pytest.mark.slow}
 FOUR_DEVICES = "--xla_force_host_platform_device_count=4"
 BOUND = clipped_sums.CLIP_NORM * (1 + 1e-5)
 
@@ -38,37 +40,46 @@ def load(process, out):
 
 
 @pytest.fixture(scope="module")
-def by_topology(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("sums")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    outs = [folder / f"{name}.npz" for name in ("four", "first", "second")]
-    processes = [
-        start(outs[0], flags=FOUR_DEVICES),
-        *(start(out, address, "2", str(i)) for i, out in enumerate(outs[1:])),
-    ]
-    try:
-        one = clipped_sums.sums(clipped_sums.METHODS_ON["one device"])
-        four, first, second = map(load, processes, outs)
-    finally:
-        for process in processes:
-            process.kill()
-    for name in first:
-        np.testing.assert_array_equal(first[name], second[name])
-    return dict(zip(TOPOLOGIES, (one, four, first), strict=True))
+def sums_on(tmp_path_factory):
+    """A function from a topology to its sums, which are computed once."""
+
+    @functools.cache
+    def sums(topology):
+        if topology == "one device":
+            return clipped_sums.sums(clipped_sums.METHODS_ON[topology])
+        folder = tmp_path_factory.mktemp("sums")
+        if topology == "four devices":
+            out = folder / "four.npz"
+            return load(start(out, flags=FOUR_DEVICES), out)
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            address = f"127.0.0.1:{free.getsockname()[1]}"
+        outs = [folder / "first.npz", folder / "second.npz"]
+        processes = [start(out, address, "2", str(i)) for i, out in enumerate(outs)]
+        try:
+            first, second = map(load, processes, outs)
+        finally:
+            for process in processes:
+                process.kill()
+        for name in first:
+            np.testing.assert_array_equal(first[name], second[name])
+        return first
+
+    return sums
 
 
 @pytest.mark.proves("training.make_clipped_sum", 2)
 @pytest.mark.proves("training.make_accumulate", 1)
 @pytest.mark.parametrize(
     ("topology", "method"),
-    [(on, method) for on in TOPOLOGIES for method in clipped_sums.METHODS_ON[on]],
+    [
+        pytest.param(on, method, marks=SLOW.get(on, ()))
+        for on in TOPOLOGIES
+        for method in clipped_sums.METHODS_ON[on]
+    ],
 )
-def test_a_changed_record_moves_the_sum_by_the_sensitivity(
-    by_topology, topology, method
-):
-    sums = by_topology[topology]
+def test_a_changed_record_moves_the_sum_by_the_sensitivity(sums_on, topology, method):
+    sums = sums_on(topology)
     prefixes = ["", "other_pool_"] if method in clipped_sums.WITH_PUBLIC else [""]
 
     for prefix in prefixes:  # other public images: another sum, the same bound
@@ -94,31 +105,33 @@ def test_a_changed_record_moves_the_sum_by_the_sensitivity(
 
 @pytest.mark.proves("training.make_accumulate", 2)
 @pytest.mark.proves("devices.sum_over_devices", 1)
-@pytest.mark.parametrize("topology", TOPOLOGIES[1:])
-def test_topologies_agree(by_topology, topology):
-    one = by_topology["one device"]
+@pytest.mark.parametrize(
+    "topology", [pytest.param(on, marks=SLOW.get(on, ())) for on in TOPOLOGIES[1:]]
+)
+def test_topologies_agree(sums_on, topology):
+    one = sums_on("one device")
     others = "shard_map", "rows"
-    compared = [n for n in by_topology[topology] if not n.startswith(others)]
+    compared = [n for n in sums_on(topology) if not n.startswith(others)]
     methods = {*clipped_sums.METHODS_ON[topology]}
     assert {name.split("/")[0] for name in compared} == methods
     assert "dp_sgd/host" in compared
     for name in compared:
-        np.testing.assert_allclose(by_topology[topology][name], one[name], atol=1e-6)
+        np.testing.assert_allclose(sums_on(topology)[name], one[name], atol=1e-6)
 
 
 @pytest.mark.proves("devices.on_every_device", 1)
 @pytest.mark.proves("models.kept.make_embed", 1)
-def test_each_device_embeds_its_own_records(by_topology):
+def test_each_device_embeds_its_own_records(sums_on):
     """On four devices a row is what it is on one, and of its record alone."""
-    found = by_topology["four devices"]
+    found = sums_on("four devices")
     for name, rows in clipped_sums.rows().items():
         np.testing.assert_array_equal(found[name], rows)
     same = (found["rows/base"] == found["rows/replaced"]).all(1)
     assert list(np.flatnonzero(~same)) == [clipped_sums.CHANGED]
 
 
-def test_the_check_catches_a_sum_before_the_clip(by_topology):
+def test_the_check_catches_a_sum_before_the_clip(sums_on):
     """`jax.shard_map` with its default `check_vma` breaks the bound on four devices."""
-    sums = by_topology["four devices"]
+    sums = sums_on("four devices")
     moved = np.linalg.norm(sums["shard_map/base"] - sums["shard_map/replaced"])
     assert moved > 3 * clipped_sums.CLIP_NORM  # of 2 that are allowed

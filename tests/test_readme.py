@@ -3,12 +3,15 @@
 import re
 import tomllib
 
+import pytest
+
 import dpmix_jax
 from tests.conftest import ROOT
 
 README = (ROOT / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_the_library_example_runs(capsys):
     (code,) = re.findall(r"```python\n(.*?)```", README, re.S)
     assert (ROOT / "examples/minimal.py").read_text().endswith(f'"""\n\n{code}')

@@ -56,6 +56,7 @@ def timer_of(seconds, calls=None):
 # --- Choices, and the programs that they make ---------------------------------------
 
 
+@pytest.mark.fast("padded-rows", "dilated-shifted", "depthwise-plain")
 @pytest.mark.parametrize("name", conv.FORMULATIONS)
 @pytest.mark.parametrize("case", ["padded", "dilated", "depthwise"])
 def test_a_choice_makes_the_program_of_the_formulation_of_that_name(case, name):
@@ -310,6 +311,7 @@ def measured(path, *, goes_on=False, size=8, budget=0.0):
     return convolutions.measured(parts, config, 8, Workdir(path), goes_on=goes_on)
 
 
+@pytest.mark.slow
 def test_parts_compute_by_what_was_measured_kept_or_found_in_the_cache(
     tmp_path, cache, capsys
 ):
@@ -418,6 +420,7 @@ def test_several_processes_are_refused():
         config.check_processes(2)
 
 
+@pytest.mark.slow
 def test_a_run_that_is_stopped_ends_with_the_same_bits(tmp_path, cache, monkeypatch):
     start = functools.partial(
         runs.run,
