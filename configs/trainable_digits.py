@@ -19,11 +19,13 @@ Hardware: two CPU cores. Hours: 0.5. Accuracy: docs/results/trainable_digits.md;
 paper has no such table.
 """
 
+from typing import Any
+
 import ml_collections
 
 WEIGHTS = "runs/drawn_digits/model.safetensors"
 # By row: what differs.
-ROWS = {
+ROWS: dict[str, dict[str, Any]] = {
     "all": {},
     "last layer": {"finetune.trainable": "Dense_0"},
     "last layer, biases": {"finetune.trainable": "Dense_0,bias"},

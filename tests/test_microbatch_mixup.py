@@ -297,7 +297,7 @@ def test_a_run_adds_noise_for_groups():
         num_parameters=10**6,
         images_per_record=config.method.set_size,
         secret_seed=False,
-        sensitivity=parts.terms.gradient_fn.sensitivity(config.privacy.relation),
+        sensitivity=parts.gradient_fn.sensitivity(config.privacy.relation),
         num_groups=int(parts.terms.expected),
     )
     text = " ".join(statement(report).split())

@@ -46,7 +46,6 @@ class Terms:
 
     Attributes:
       record_set: makes the augmentation set of a term.
-      gradient_fn: the clipped sum over sets, with its sensitivity.
       expected: expected number of terms of a batch, by which the sum is divided.
       shape: of the records of a term: () for one record, (c,) for a group.
       indices: `f(microbatch size)` returns the function from an update to the indices
@@ -56,7 +55,6 @@ class Terms:
     """
 
     record_set: mixup.RecordSet
-    gradient_fn: clipping.BoundedSensitivityCallable
     expected: float
     shape: tuple[int, ...]
     indices: Callable[[int], Indices]
@@ -74,6 +72,7 @@ class Parts:
       inputs: what stays on the devices.
       host_records: images and labels of a training set that stays on the host, or ().
       sets: makes the augmentation sets of a microbatch.
+      gradient_fn: the clipped sum over sets, with its sensitivity.
       accumulate: adds a microbatch to the sums of its batch.
       accumulate_by: makes it anew with another formulation of its convolutions.
       apply_update: takes the sum to the next state.
@@ -90,6 +89,7 @@ class Parts:
     inputs: training.Inputs
     host_records: tuple[np.ndarray, ...]
     sets: training.MakeSets
+    gradient_fn: clipping.BoundedSensitivityCallable
     accumulate: Any
     accumulate_by: Callable[[conv.Formulation], Any]
     apply_update: Callable[[training.TrainState, PyTree], training.TrainState]
@@ -212,36 +212,33 @@ def build(
         return optax.softmax_cross_entropy(logits, labels).mean()
 
     encode = model.encode if finetune.is_head(trained, frozen) else None
-    make_terms = _terms_of_groups if _has_groups(config) else _terms_of_records
+    groups = _has_groups(config)
 
-    def terms_by(formulation: conv.Formulation) -> Terms:
-        return make_terms(
-            config,
-            finetune.on_embeddings(
-                head_gradient(config, model, platform, formulation), encode
-            )
-            if encode
-            else _gradient(config, loss_fn, platform, formulation),
-            records,
-            seed=seed,
-            mechanism=mechanism,
-            num_devices=mesh.size,
-        )
+    def gradient_by(formulation: conv.Formulation) -> Any:
+        if encode:
+            of_head = head_gradient(config, model, platform, formulation)
+            gradient_fn = finetune.on_embeddings(of_head, encode)
+        else:
+            gradient_fn = _gradient(config, loss_fn, platform, formulation)
+        return microbatch_mixup.of_groups(gradient_fn) if groups else gradient_fn
 
-    terms = terms_by(config.performance.formulation)
+    def accumulate_by(formulation: conv.Formulation) -> Any:
+        return accumulate(config, sets, gradient_by(formulation), mesh)
+
+    terms = (_terms_of_groups if groups else _terms_of_records)(
+        config, records, seed=seed, mechanism=mechanism, num_devices=mesh.size
+    )
     sets = training.make_sets(
         terms.record_set,
         normalize=records.normalize,
         num_classes=records.num_classes,
     )
 
-    def accumulate_by(formulation: conv.Formulation) -> Any:
-        return accumulate(config, sets, terms_by(formulation).gradient_fn, mesh)
-
-    sensitivity = terms.gradient_fn.sensitivity(mechanism.neighboring_relation)
+    gradient_fn = gradient_by(config.performance.formulation)
+    sensitivity = gradient_fn.sensitivity(mechanism.neighboring_relation)
     privatize_and_step = optax.chain(
         privacy.privatizer(
-            terms.gradient_fn,
+            gradient_fn,
             mechanism,
             expected_batch_size=terms.expected,
             key=sampling.noise_key(seed),
@@ -267,7 +264,8 @@ def build(
         ),
         host_records=() if on_device else arrays,
         sets=sets,
-        accumulate=accumulate(config, sets, terms.gradient_fn, mesh),
+        gradient_fn=gradient_fn,
+        accumulate=accumulate(config, sets, gradient_fn, mesh),
         accumulate_by=accumulate_by,
         apply_update=training.make_update(
             privatize_and_step, ema_decay=config.optimizer.ema_decay
@@ -367,7 +365,7 @@ def accumulate(config, sets: training.MakeSets, gradient_fn, mesh) -> Any:
 
 
 def _terms_of_records(
-    config, gradient_fn, records: Records, *, seed, mechanism, num_devices
+    config, records: Records, *, seed, mechanism, num_devices
 ) -> Terms:
     del num_devices
 
@@ -383,7 +381,6 @@ def _terms_of_records(
 
     return Terms(
         record_set=_record_set(config, records),
-        gradient_fn=gradient_fn,
         expected=config.privacy.expected_batch_size,
         shape=(),
         indices=indices,
@@ -393,7 +390,7 @@ def _terms_of_records(
 
 
 def _terms_of_groups(
-    config, gradient_fn, records: Records, *, seed, mechanism, num_devices
+    config, records: Records, *, seed, mechanism, num_devices
 ) -> Terms:
     method = config.method
     num_groups = method.num_groups(config.privacy.expected_batch_size)
@@ -413,7 +410,6 @@ def _terms_of_groups(
 
     return Terms(
         record_set=_record_set(config, records),
-        gradient_fn=microbatch_mixup.of_groups(gradient_fn),
         expected=num_groups,
         shape=(method.group_size,),
         indices=indices,

@@ -194,14 +194,13 @@ def on_kept(
     formulation = config.performance.formulation
     return dataclasses.replace(
         parts,
-        terms=dataclasses.replace(
-            parts.terms, gradient_fn=gradient_by(formulation), indices=indices
-        ),
+        terms=dataclasses.replace(parts.terms, indices=indices),
         inputs=parts.inputs._replace(
             records=devices.put_everywhere(arrays, parts.mesh) if on_device else ()
         ),
         host_records=() if on_device else arrays,
         sets=kept.sets,
+        gradient_fn=gradient_by(formulation),
         accumulate=accumulate_by(formulation),
         accumulate_by=accumulate_by,
         expected_records=config.privacy.expected_batch_size,

@@ -52,7 +52,7 @@ def release(
         num_parameters=sum(p.size for p in jax.tree.leaves(state.params)),
         images_per_record=config.method.set_size,
         secret_seed=config.seed is None,
-        sensitivity=parts.terms.gradient_fn.sensitivity(config.privacy.relation),
+        sensitivity=parts.gradient_fn.sensitivity(config.privacy.relation),
         clipping=parts.clipping,
         precision=config.performance.precision,
         num_groups=int(parts.terms.expected) if parts.terms.shape else None,

@@ -142,7 +142,7 @@ def compiled(
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
     arguments = jax.tree.map(there, (*others, batch, inputs))
-    step = build.accumulate(config, parts.sets, parts.terms.gradient_fn, mesh)
+    step = build.accumulate(config, parts.sets, parts.gradient_fn, mesh)
     return step.lower(*arguments).compile()
 
 
