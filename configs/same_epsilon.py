@@ -10,8 +10,8 @@ batches can bring more.
 
 Each row has the settings of the best mean accuracy of EMA weights on validation
 records, with two other seeds, of those that docs/results/same_epsilon_digits.md and
-docs/results/fashion_mnist.md list; clipping per layer, random allocation and the rows
-at epsilon 8 have DP-SGD's learning rate. Random allocation needs
+docs/results/fashion_mnist.md list; clipping per layer (on digits), random allocation
+and the rows at epsilon 8 have DP-SGD's learning rate. Random allocation needs
 `pip install "dpmix_jax[allocation]"`.
 
 Hardware: two CPU cores. Hours: 0.15 for digits, 1 for fashion_mnist, 0.5 for
@@ -77,7 +77,7 @@ ROWS: dict[str, dict[str, dict[str, Any]]] = {
             "optimizer.learning_rate": 12.0,
             "privacy.clipping_rule": "automatic",
         },
-        "clipping per layer": {"privacy.per_layer": True},
+        # Not per layer: a linear classifier is one.
         "correlated noise, 2 bands": {
             "privacy.mechanism": "bandmf",
             "privacy.bands": 2,

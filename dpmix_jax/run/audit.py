@@ -6,14 +6,12 @@ import pathlib
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import matplotlib.figure
 import numpy as np
 
 from dpmix_jax import data
-from dpmix_jax.accounting import Mechanism
 from dpmix_jax.audit import Audit, audit, gradient_canaries
 from dpmix_jax.data.public import load_public
 from dpmix_jax.errors import UserError, require
@@ -87,7 +85,12 @@ def run(
         rng = np.random.default_rng([seed, num_canaries])
         of_repeat = dataclasses.replace(config, seed=seed)
         if kind == "gradient":
-            train = _of_gradients(of_repeat, mechanism, num_canaries)
+            train = gradient_canaries(
+                mechanism,
+                num_canaries,
+                seed=seed,
+                l2_clip_norm=config.privacy.l2_clip_norm,
+            )
         else:
             train = _of_records(of_repeat, dataset, kind, num_canaries, rng)
         found.append(
@@ -106,18 +109,6 @@ def run(
         )
     _write(folder, kind, claim, found)
     return all(each.epsilon <= claim for each in found)
-
-
-def _of_gradients(
-    config: ExperimentConfig, mechanism: Mechanism, num_canaries: int
-) -> Train:
-    assert config.seed is not None
-    return gradient_canaries(
-        mechanism,
-        num_canaries,
-        seed=config.seed,
-        l2_clip_norm=config.privacy.l2_clip_norm,
-    )
 
 
 def _of_records(
@@ -178,21 +169,15 @@ def _write(
 ) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        report = {"canaries": kind, "claim": claim, "audits": [*map(_numbers, audits)]}
-        text = json.dumps(report, indent=2) + "\n"
+        numbers = [dataclasses.asdict(each) for each in audits]
+        report = {"canaries": kind, "claim": claim, "audits": numbers}
+        text = json.dumps(report, indent=2, default=np.ndarray.tolist) + "\n"
         write_atomically(folder / "audit.json", text, mode=0o600)
         write_atomically(folder / "audit.md", table(kind, claim, audits), mode=0o600)
         with replacing(folder / "audit.png", mode=0o600) as file:
             plot(claim, audits).savefig(file, format="png", dpi=150)
     except OSError as error:
         raise UserError(f"--workdir {folder} is not writable: {error}") from None
-
-
-def _numbers(found: Audit) -> dict[str, Any]:
-    return {
-        key: value.tolist() if isinstance(value, np.ndarray) else value
-        for key, value in dataclasses.asdict(found).items()
-    }
 
 
 def table(kind: str, claim: float, audits: Sequence[Audit]) -> str:

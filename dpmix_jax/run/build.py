@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -23,7 +23,7 @@ from dpmix_jax import (
     sampling,
     training,
 )
-from dpmix_jax.baselines import microbatch_mixup, pretraining
+from dpmix_jax.baselines import microbatch_mixup
 from dpmix_jax.data import Records
 from dpmix_jax.models import finetune
 from dpmix_jax.models.classifier import Classifier, make_classifier
@@ -45,18 +45,14 @@ class Terms:
     """How the records of a batch become the terms of its sum.
 
     Attributes:
-      record_set: makes the augmentation set of a term.
       expected: expected number of terms of a batch, by which the sum is divided.
-      shape: of the records of a term: () for one record, (c,) for a group.
       indices: `f(microbatch size)` returns the function from an update to the indices
         of its microbatches.
       padding: `f(microbatch size)` returns the indices of a microbatch of padding.
       least: the fewest records that a device can take at a time.
     """
 
-    record_set: mixup.RecordSet
     expected: float
-    shape: tuple[int, ...]
     indices: Callable[[int], Indices]
     padding: Callable[[int], np.ndarray]
     least: int
@@ -212,7 +208,7 @@ def build(
         return optax.softmax_cross_entropy(logits, labels).mean()
 
     encode = model.encode if finetune.is_head(trained, frozen) else None
-    groups = _has_groups(config)
+    groups = has_groups(config)
 
     def gradient_by(formulation: conv.Formulation) -> Any:
         if encode:
@@ -229,7 +225,7 @@ def build(
         config, records, seed=seed, mechanism=mechanism, num_devices=mesh.size
     )
     sets = training.make_sets(
-        terms.record_set,
+        _record_set(config, records),
         normalize=records.normalize,
         num_classes=records.num_classes,
     )
@@ -282,7 +278,8 @@ def build(
     )
 
 
-def _has_groups(config: ExperimentConfig) -> bool:
+def has_groups(config: ExperimentConfig) -> bool:
+    """Whether the terms of a sum are groups of records."""
     return isinstance(config.method, microbatch_mixup.MicrobatchMixupConfig)
 
 
@@ -380,9 +377,7 @@ def _terms_of_records(
         )
 
     return Terms(
-        record_set=_record_set(config, records),
         expected=config.privacy.expected_batch_size,
-        shape=(),
         indices=indices,
         padding=lambda microbatch_size: np.full(microbatch_size, -1),
         least=1,
@@ -409,9 +404,7 @@ def _terms_of_groups(
         return microbatch_mixup.blank_microbatch(method, microbatch_size, num_devices)
 
     return Terms(
-        record_set=_record_set(config, records),
         expected=num_groups,
-        shape=(method.group_size,),
         indices=indices,
         padding=padding,
         least=padding(1).size // num_devices,
@@ -420,7 +413,7 @@ def _terms_of_groups(
 
 def _record_set(config, records: Records) -> mixup.RecordSet:
     """Returns what makes the set of a record, or of a group of them."""
-    if _has_groups(config):
+    if has_groups(config):
         return microbatch_mixup.group_set(config.method, config.augmentation)
     return mixup.augmentation_set(
         config.method, config.augmentation, normalize=records.normalize
@@ -436,28 +429,6 @@ def make_pool(config, public: Records | None) -> pool.Pool | None:
         public.labels,
         public.class_names,
         draw=config.method.draw if config.method.num_public else "uniform",
-    )
-
-
-def pretrain(
-    parts: Parts,
-    state: training.TrainState,
-    config: ExperimentConfig,
-    records: Records,
-    *,
-    seed: int,
-) -> Iterator[tuple[training.TrainState, jax.Array]]:
-    """Goes on with `pretraining.pretrain` on the public images of a run."""
-    assert parts.inputs.pool is not None  # the config has seen to it
-    return pretraining.pretrain(
-        jax.device_put(state, devices.everywhere(parts.mesh)),
-        parts.loss_fn,
-        config.pretrain,
-        config.augmentation,
-        parts.inputs.pool,
-        constants=parts.inputs.constants,
-        normalize=records.normalize,
-        key=sampling.stream_key(seed, "pretraining"),
     )
 
 

@@ -87,28 +87,16 @@ class Checkpoints:
 
 
 def _tensors(tree: Any) -> dict[str, np.ndarray]:
-    """Returns arrays by their path; typed keys as the integers they are made of."""
+    """Returns arrays by their path."""
     return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(
-            jax.random.key_data(leaf) if _is_key(leaf) else leaf
-        )
+        jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf)
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
     }
 
 
 def _state(tensors: Mapping[str, np.ndarray], like: TrainState) -> TrainState:
-    def restored(path, leaf):
-        array = tensors[jax.tree_util.keystr(path, simple=True, separator="/")]
-        if _is_key(leaf):
-            words = jnp.asarray(array)
-            return jax.random.wrap_key_data(words, impl=jax.random.key_impl(leaf))
-        return jnp.asarray(array)
-
-    return jax.tree_util.tree_map_with_path(restored, like)
-
-
-def _is_key(array: jax.Array) -> bool:
-    return jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key)
+    leaves = [jnp.asarray(tensors[name]) for name in _tensors(like)]
+    return jax.tree.unflatten(jax.tree.structure(like), leaves)
 
 
 def _checksum(tensors: Mapping[str, np.ndarray]) -> str:

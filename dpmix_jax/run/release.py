@@ -55,7 +55,7 @@ def release(
         sensitivity=parts.gradient_fn.sensitivity(config.privacy.relation),
         clipping=parts.clipping,
         precision=config.performance.precision,
-        num_groups=int(parts.terms.expected) if parts.terms.shape else None,
+        num_groups=int(parts.terms.expected) if build.has_groups(config) else None,
         public_data=public_data,
         kept_sets=config.finetune.sets * (config.finetune.embeddings == "kept"),
     )

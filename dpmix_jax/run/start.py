@@ -9,7 +9,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dpmix_jax import accounting, data, factorization, privacy, training
+from dpmix_jax import (
+    accounting,
+    data,
+    devices,
+    factorization,
+    privacy,
+    sampling,
+    training,
+)
+from dpmix_jax.baselines import pretraining
 from dpmix_jax.errors import UserError
 from dpmix_jax.progress import Progress, say
 from dpmix_jax.run import build, ledger
@@ -166,20 +175,30 @@ def pretrain(
     started: float,
 ) -> training.TrainState | None:
     """Trains the initial weights on public images; None if stopped before the end."""
-    pretraining, every = config.pretrain, config.logging
+    phase, every = config.pretrain, config.logging
     checkpoints = Checkpoints(workdir.path / "pretraining")
-    like = training.init_state(parts.state.params, pretraining.build())
+    like = training.init_state(parts.state.params, phase.build())
     state = checkpoints.restore(like) or like
-    updates = build.pretrain(parts, state, config, train_set, seed=seed)
+    assert parts.inputs.pool is not None  # the config has seen to it
+    updates = pretraining.pretrain(
+        jax.device_put(state, devices.everywhere(parts.mesh)),
+        parts.loss_fn,
+        phase,
+        config.augmentation,
+        parts.inputs.pool,
+        constants=parts.inputs.constants,
+        normalize=train_set.normalize,
+        key=sampling.stream_key(seed, "pretraining"),
+    )
     first = int(state.step)
-    with Progress(first, pretraining.num_updates, started) as progress:
+    with Progress(first, phase.num_updates, started) as progress:
         for state, loss in updates:
             step = int(state.step)
-            last = step == pretraining.num_updates
-            progress.add(pretraining.batch_size)
+            last = step == phase.num_updates
+            progress.add(phase.batch_size)
             if step % every.log_every == 0 or last:
                 say(
-                    f"pre-training {step}/{pretraining.num_updates}  loss {loss:.4f}"
+                    f"pre-training {step}/{phase.num_updates}  loss {loss:.4f}"
                     f"  ETA {progress.eta()}"
                 )
             stopped = bool(signals) and not last
