@@ -26,11 +26,21 @@ import ml_collections
 WEIGHTS = "runs/drawn_digits/model.safetensors"
 # By row: what differs.
 ROWS: dict[str, dict[str, Any]] = {
-    "all": {},
-    "last layer": {"finetune.trainable": "Dense_0"},
-    "last layer, biases": {"finetune.trainable": "Dense_0,bias"},
-    "last layer, biases, scales": {"finetune.trainable": "Dense_0,bias,scale"},
-    "last layer, rank 4": {"finetune.trainable": "Dense_0", "finetune.rank": 4},
+    "all": {"optimizer.learning_rate": 2.0},
+    "last layer": {"finetune.trainable": "Dense_0", "optimizer.learning_rate": 6.0},
+    "last layer, biases": {
+        "finetune.trainable": "Dense_0,bias",
+        "optimizer.learning_rate": 6.0,
+    },
+    "last layer, biases, scales": {
+        "finetune.trainable": "Dense_0,bias,scale",
+        "optimizer.learning_rate": 6.0,
+    },
+    "last layer, rank 4": {
+        "finetune.trainable": "Dense_0",
+        "finetune.rank": 4,
+        "optimizer.learning_rate": 2.0,
+    },
 }
 
 
@@ -42,8 +52,9 @@ def get_config() -> ml_collections.ConfigDict:
             "base": "configs/wrn_digits.py:3",
             "rows": (
                 *((row, pretrained | settings) for row, settings in ROWS.items()),
-                ("all, not pre-trained", {}),
+                ("all, not pre-trained", ROWS["all"]),
             ),
+            "common": {"privacy": {"num_updates": 40}, "logging": {"eval_every": 40}},
             "seeds": 5,
             "metric": "test_accuracy_ema",
             "baseline": "all",
