@@ -45,6 +45,16 @@ def experiment(**groups: dict[str, Any]) -> ml_collections.ConfigDict:
     return config
 
 
+def sweep(**values: Any) -> ml_collections.ConfigDict:
+    """Returns the config of a sweep, of five seeds unless told otherwise.
+
+    Args:
+      values: settings of a `SweepConfig`; without `metric` the test accuracy.
+    """
+    usual = {"seeds": 5, "metric": "test_accuracy_ema"}
+    return ml_collections.ConfigDict(usual | values)
+
+
 def method(
     name: str, *, k_base: int = 0, k_diff: int = 0, k_self: int = 0, **others: int
 ) -> dict[str, Any]:

@@ -19,7 +19,7 @@ validation records (one seed, epsilon 1 and 8).
 
 import ml_collections
 
-from configs._base import method
+from configs._base import method, sweep
 from dpmix_jax.run.config import choose
 
 # By data: config of one run, its public images, updates of pre-training, learning
@@ -62,13 +62,9 @@ def get_config(data: str = "digits") -> ml_collections.ConfigDict:
             self_aug[16] | public | {"pretrain.num_updates": pretrain},
         ),
     )
-    return ml_collections.ConfigDict(
-        {
-            "title": f"The paper's methods and baselines, {data}",
-            "base": f"configs/{base}.py:{{epsilon}}",
-            "rows": rows,
-            "columns": {"epsilon": ("1", "8")},
-            "seeds": 5,
-            "metric": "test_accuracy_ema",
-        }
+    return sweep(
+        title=f"The paper's methods and baselines, {data}",
+        base=f"configs/{base}.py:{{epsilon}}",
+        rows=rows,
+        columns={"epsilon": ("1", "8")},
     )

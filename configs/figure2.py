@@ -20,7 +20,7 @@ others not measured. Accuracy: docs/results/figure2_digits.md.
 import ml_collections
 
 from configs import fine_tuned
-from configs._base import method
+from configs._base import method, sweep
 from dpmix_jax.run.config import choose
 
 # By data: config of one run, its synthetic images, k_base, k_diff and k_self.
@@ -43,18 +43,12 @@ def get_config(data: str = "cifar10") -> ml_collections.ConfigDict:
         "source": "Appendix B.5 of Bao et al., 2023.",
         "cells": tuple(zip(names, PAPER.get(data, ()), strict=False)),
     }
-    return ml_collections.ConfigDict(
-        {
-            "title": f"Figure 2: gradients before the clip, {data}",
-            "base": f"configs/{base}".replace("{epsilon}", "1"),
-            "rows": (
-                *of_paper,
-                (f"Self-Aug, K = {equal}", method("self_aug", k_base=equal)),
-            ),
-            "common": {"diagnostics": {"gradients": True}},
-            "seeds": 5,
-            "metric": "nonprivate/gradient_stddev",
-            "baseline": names[0],
-            "paper": paper if data in PAPER else None,
-        }
+    return sweep(
+        title=f"Figure 2: gradients before the clip, {data}",
+        base=f"configs/{base}".replace("{epsilon}", "1"),
+        rows=(*of_paper, (f"Self-Aug, K = {equal}", method("self_aug", k_base=equal))),
+        common={"diagnostics": {"gradients": True}},
+        metric="nonprivate/gradient_stddev",
+        baseline=names[0],
+        paper=paper if data in PAPER else None,
     )

@@ -16,7 +16,7 @@ others not measured. Accuracy: docs/results/fine_tuned_digits.md.
 import ml_collections
 
 from configs import vit_b16
-from configs._base import method
+from configs._base import method, sweep
 from dpmix_jax.run.config import choose
 
 # By encoder and data: config of one run, its synthetic images, k_base, k_diff, k_self.
@@ -66,16 +66,12 @@ def get_config(point: str = "vit_b16-cifar10") -> ml_collections.ConfigDict:
         for epsilon, value in zip(EPSILONS, values, strict=True)
     )
     source = "Re-runs by the first author of DP-Mix: Bao and Bindschaedler, 2024."
-    return ml_collections.ConfigDict(
-        {
-            "title": f"A linear head on a frozen encoder, {point}",
-            "base": f"configs/{base}",
-            "rows": rows,
-            "columns": {"epsilon": EPSILONS},
-            "seeds": 5,
-            "metric": "test_accuracy_ema",
-            "paper": {"source": source, "cells": cells} if cells else None,
-        }
+    return sweep(
+        title=f"A linear head on a frozen encoder, {point}",
+        base=f"configs/{base}",
+        rows=rows,
+        columns={"epsilon": EPSILONS},
+        paper={"source": source, "cells": cells} if cells else None,
     )
 
 

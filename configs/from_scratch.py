@@ -13,7 +13,7 @@ others not measured. Accuracy: docs/results/from_scratch_digits.md.
 import ml_collections
 
 from configs import table11
-from configs._base import method
+from configs._base import method, sweep
 from dpmix_jax.run.config import choose
 
 # By data: config of one run, k_base, k_self.
@@ -41,14 +41,10 @@ RERUNS = {
 
 def get_config(data: str = "cifar10") -> ml_collections.ConfigDict:
     base, k_base, k_self = choose(BASES, data, "data")
-    return ml_collections.ConfigDict(
-        {
-            "title": f"Training from scratch, {data}",
-            "base": f"configs/{base}.py:{{epsilon}}",
-            "rows": (("DP-SGD", method("dp_sgd")), *table11.rows(k_base, k_self)),
-            "columns": {"epsilon": EPSILONS},
-            "seeds": 5,
-            "metric": "test_accuracy_ema",
-            "paper": RERUNS if data == "cifar10" else None,
-        }
+    return sweep(
+        title=f"Training from scratch, {data}",
+        base=f"configs/{base}.py:{{epsilon}}",
+        rows=(("DP-SGD", method("dp_sgd")), *table11.rows(k_base, k_self)),
+        columns={"epsilon": EPSILONS},
+        paper=RERUNS if data == "cifar10" else None,
     )

@@ -24,6 +24,7 @@ import importlib
 
 import ml_collections
 
+from configs._base import sweep
 from dpmix_jax import data
 from dpmix_jax.run.config import choose
 
@@ -46,14 +47,12 @@ def get_config(base: str = "vit_b16:cifar10-1") -> ml_collections.ConfigDict:
     file = importlib.import_module(f"configs.{name}")
     config = file.get_config(*filter(None, [argument]))
     records = len(data.blank(data.DataConfig(**config.data.to_dict())))
-    return ml_collections.ConfigDict(
-        {
-            "title": f"Learning rates, {base}",
-            "base": f"configs/{name}.py" + (f":{argument}" if argument else ""),
-            "rows": (("DP-SGD", {}),) if config.method.name == "dp_sgd" else ROWS,
-            "columns": {"optimizer": {"learning_rate": rates}},
-            "common": {"data": {"validation_size": records // 10}},
-            "seeds": 3,
-            "metric": "nonprivate/validation/accuracy_ema",
-        }
+    return sweep(
+        title=f"Learning rates, {base}",
+        base=f"configs/{name}.py" + (f":{argument}" if argument else ""),
+        rows=(("DP-SGD", {}),) if config.method.name == "dp_sgd" else ROWS,
+        columns={"optimizer": {"learning_rate": rates}},
+        common={"data": {"validation_size": records // 10}},
+        seeds=3,
+        metric="nonprivate/validation/accuracy_ema",
     )

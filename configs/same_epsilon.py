@@ -24,7 +24,7 @@ from typing import Any
 
 import ml_collections
 
-from configs._base import method
+from configs._base import method, sweep
 from dpmix_jax.run.config import choose
 
 # Epochs of seven batches; the others take 7.3 to see as many records.
@@ -114,16 +114,12 @@ BASES = {
 
 def get_config(base: str = "digits") -> ml_collections.ConfigDict:
     rows, (path, epsilon) = choose(ROWS, base, "base"), BASES[base]
-    return ml_collections.ConfigDict(
-        {
-            "title": f"Noise and steps for the same epsilon, {base}",
-            "base": path,
-            "rows": tuple(
-                (row, method("dp_sgd") | settings) for row, settings in rows.items()
-            ),
-            "columns": {"epsilon": (epsilon,)},
-            "seeds": 5,
-            "metric": "test_accuracy_ema",
-            "baseline": "DP-SGD",
-        }
+    return sweep(
+        title=f"Noise and steps for the same epsilon, {base}",
+        base=path,
+        rows=tuple(
+            (row, method("dp_sgd") | settings) for row, settings in rows.items()
+        ),
+        columns={"epsilon": (epsilon,)},
+        baseline="DP-SGD",
     )

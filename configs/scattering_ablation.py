@@ -13,7 +13,7 @@ Accuracy: docs/results/fashion_mnist.md.
 
 import ml_collections
 
-from configs._base import method
+from configs._base import method, sweep
 
 BASELINE = "as configured"
 ROWS: tuple[tuple[str, dict], ...] = (
@@ -42,14 +42,12 @@ ROWS: tuple[tuple[str, dict], ...] = (
 
 
 def get_config() -> ml_collections.ConfigDict:
-    return ml_collections.ConfigDict(
-        {
-            "title": "What each part is worth on Fashion-MNIST",
-            "base": "configs/scattering_fashion_mnist.py:3",
-            "rows": ROWS,
-            "common": {"data": {"validation_size": 5000}},
-            "seeds": 3,
-            "metric": "nonprivate/validation/accuracy_ema",
-            "baseline": BASELINE,
-        }
+    return sweep(
+        title="What each part is worth on Fashion-MNIST",
+        base="configs/scattering_fashion_mnist.py:3",
+        rows=ROWS,
+        common={"data": {"validation_size": 5000}},
+        seeds=3,
+        metric="nonprivate/validation/accuracy_ema",
+        baseline=BASELINE,
     )

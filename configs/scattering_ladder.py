@@ -15,7 +15,7 @@ Accuracy: docs/results/fashion_mnist.md.
 
 import ml_collections
 
-from configs._base import method
+from configs._base import method, sweep
 from dpmix_jax.run.config import choose
 
 ROWS = {
@@ -52,16 +52,12 @@ PUBLISHED = {
 
 
 def get_config(rows: str = "plain") -> ml_collections.ConfigDict:
-    return ml_collections.ConfigDict(
-        {
-            "title": "Scattering and a linear classifier on Fashion-MNIST",
-            "base": "configs/scattering_fashion_mnist.py:{epsilon}",
-            "seeds": 5,
-            "rows": choose(ROWS, rows, "rows"),
-            "columns": {"epsilon": EPSILONS[rows]},
-            "common": COMMON[rows],
-            "metric": "test_accuracy_ema",
-            "baseline": "DP-SGD",
-            "paper": PUBLISHED if rows == "plain" else None,
-        }
+    return sweep(
+        title="Scattering and a linear classifier on Fashion-MNIST",
+        base="configs/scattering_fashion_mnist.py:{epsilon}",
+        rows=choose(ROWS, rows, "rows"),
+        columns={"epsilon": EPSILONS[rows]},
+        common=COMMON[rows],
+        baseline="DP-SGD",
+        paper=PUBLISHED if rows == "plain" else None,
     )

@@ -17,7 +17,7 @@ is of ViT-B-16 and ConvNeXt, fine-tuned, and is not comparable.
 
 import ml_collections
 
-from configs._base import method
+from configs._base import method, sweep
 from dpmix_jax.run.config import choose
 
 # By data: config of one run, its synthetic images.
@@ -33,22 +33,15 @@ BASES = {
 def get_config(data: str = "digits") -> ml_collections.ConfigDict:
     base, synthetic = choose(BASES, data, "data")
     diff = method("dp_mix_diff", k_base=16, k_diff=2, k_self=18)
-    return ml_collections.ConfigDict(
-        {
-            "title": f"Table 10: methods A, B and C, {data}",
-            "base": f"configs/{base}.py:{{epsilon}}",
-            "rows": (
-                ("Self-Aug, K = 36", method("self_aug", k_base=36)),
-                ("A: DP-Mix_self", method("dp_mix_self", k_base=16, k_self=18)),
-                ("B: DP-Mix_diff, synthetic", diff | synthetic),
-                (
-                    "C: DP-Mix_diff, S2",
-                    diff | {"public.name": data, "public.half": 2},
-                ),
-            ),
-            "columns": {"epsilon": ("2",)},
-            "common": {"data": {"half": 1}},
-            "seeds": 5,
-            "metric": "test_accuracy_ema",
-        }
+    return sweep(
+        title=f"Table 10: methods A, B and C, {data}",
+        base=f"configs/{base}.py:{{epsilon}}",
+        rows=(
+            ("Self-Aug, K = 36", method("self_aug", k_base=36)),
+            ("A: DP-Mix_self", method("dp_mix_self", k_base=16, k_self=18)),
+            ("B: DP-Mix_diff, synthetic", diff | synthetic),
+            ("C: DP-Mix_diff, S2", diff | {"public.name": data, "public.half": 2}),
+        ),
+        columns={"epsilon": ("2",)},
+        common={"data": {"half": 1}},
     )

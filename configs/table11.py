@@ -14,7 +14,7 @@ CPU cores (docs/results/table11_digits.md). Accuracy: printed beside the paper's
 
 import ml_collections
 
-from configs._base import method
+from configs._base import method, sweep
 from dpmix_jax.run.config import choose
 
 # By data: config of one run, k_base, k_self.
@@ -39,16 +39,12 @@ PAPER = {
 
 def get_config(data: str = "cifar10") -> ml_collections.ConfigDict:
     base, k_base, k_self = choose(BASES, data, "data")
-    return ml_collections.ConfigDict(
-        {
-            "title": f"Table 11: Self-Aug and DP-Mix_self, {data}",
-            "base": f"configs/{base}.py:{{epsilon}}",
-            "rows": rows(k_base, k_self),
-            "columns": {"epsilon": ("1", "8")},
-            "seeds": 5,
-            "metric": "test_accuracy_ema",
-            "paper": PAPER if data == "cifar10" else None,
-        }
+    return sweep(
+        title=f"Table 11: Self-Aug and DP-Mix_self, {data}",
+        base=f"configs/{base}.py:{{epsilon}}",
+        rows=rows(k_base, k_self),
+        columns={"epsilon": ("1", "8")},
+        paper=PAPER if data == "cifar10" else None,
     )
 
 

@@ -15,7 +15,7 @@ cifar100 not measured. Accuracy: docs/results/fine_tuned_digits.md.
 import ml_collections
 
 from configs import fine_tuned
-from configs._base import method
+from configs._base import method, sweep
 from dpmix_jax.run.config import choose
 
 # By data: row of `configs/fine_tuned.py`.
@@ -39,15 +39,11 @@ def get_config(data: str = "cifar100") -> ml_collections.ConfigDict:
         " and mixups Pure-DP-Mix_diff draws.",
         "cells": tuple(zip(names, "1111", PAPER, strict=False)),
     }
-    return ml_collections.ConfigDict(
-        {
-            "title": f"Table 12: DP-Mix_diff without views, {data}",
-            "base": f"configs/{base}",
-            "rows": rows,
-            "columns": {"epsilon": ("1",)},
-            "seeds": 5,
-            "metric": "test_accuracy_ema",
-            "baseline": names[0],
-            "paper": paper if data == "cifar100" else None,
-        }
+    return sweep(
+        title=f"Table 12: DP-Mix_diff without views, {data}",
+        base=f"configs/{base}",
+        rows=rows,
+        columns={"epsilon": ("1",)},
+        baseline=names[0],
+        paper=paper if data == "cifar100" else None,
     )

@@ -23,6 +23,8 @@ from typing import Any
 
 import ml_collections
 
+from configs._base import sweep
+
 WEIGHTS = "runs/drawn_digits/model.safetensors"
 # By row: what differs.
 ROWS: dict[str, dict[str, Any]] = {
@@ -46,17 +48,13 @@ ROWS: dict[str, dict[str, Any]] = {
 
 def get_config() -> ml_collections.ConfigDict:
     pretrained = {"finetune.weights": WEIGHTS}
-    return ml_collections.ConfigDict(
-        {
-            "title": "What is trained after pre-training, digits",
-            "base": "configs/wrn_digits.py:3",
-            "rows": (
-                *((row, pretrained | settings) for row, settings in ROWS.items()),
-                ("all, not pre-trained", ROWS["all"]),
-            ),
-            "common": {"privacy": {"num_updates": 40}, "logging": {"eval_every": 40}},
-            "seeds": 5,
-            "metric": "test_accuracy_ema",
-            "baseline": "all",
-        }
+    return sweep(
+        title="What is trained after pre-training, digits",
+        base="configs/wrn_digits.py:3",
+        rows=(
+            *((row, pretrained | settings) for row, settings in ROWS.items()),
+            ("all, not pre-trained", ROWS["all"]),
+        ),
+        common={"privacy": {"num_updates": 40}, "logging": {"eval_every": 40}},
+        baseline="all",
     )
