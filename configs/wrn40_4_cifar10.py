@@ -23,7 +23,7 @@ exactly.
 
 import ml_collections
 
-from configs._base import experiment
+from configs import wrn16_4_cifar10
 from dpmix_jax.run.config import choose
 
 # By epsilon: updates, learning rate.
@@ -39,15 +39,9 @@ ROWS = {
 
 def get_config(epsilon: str = "8") -> ml_collections.ConfigDict:
     num_updates, learning_rate = choose(ROWS, epsilon)
-    return experiment(
-        data={"name": "cifar10"},
-        model={"name": "wrn", "depth": 40, "width": 4, "groups": 16, "order": 0},
-        method={"name": "self_aug", "k_base": 32},  # as De et al.
-        privacy={
-            "epsilon": float(epsilon),
-            "expected_batch_size": 16_384,
-            "num_updates": num_updates,
-        },
-        optimizer={"learning_rate": learning_rate},
-        logging={"log_every": 10, "eval_every": 100, "checkpoint_every": 50},
-    )
+    config = wrn16_4_cifar10.get_config(epsilon)
+    config.model.depth = 40
+    config.method.update(name="self_aug", k_base=32)  # as De et al.
+    config.privacy.update(expected_batch_size=16_384, num_updates=num_updates)
+    config.optimizer.learning_rate = learning_rate
+    return config
