@@ -19,19 +19,15 @@ validation records (one seed, epsilon 1 and 8).
 
 import ml_collections
 
+from configs import table10
 from configs._base import method, sweep
 from dpmix_jax.run.config import choose
 
 # By data: config of one run, its public images, updates of pre-training, learning
 # rates of microbatch_mixup at m = 2 and 8.
 BASES = {
-    "digits": ("digits", {"public.name": "rendered_digits"}, 200, (0.1, 0.03)),
-    "cifar10": (
-        "wrn16_4_cifar10",
-        {"public.name": "bank", "public.path": "banks/cifar10"},
-        20_000,
-        (0.1, 0.03),
-    ),
+    "digits": (*table10.BASES["digits"], 200, (0.1, 0.03)),
+    "cifar10": (*table10.BASES["cifar10"], 20_000, (0.1, 0.03)),
 }
 
 
