@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from flax import linen as nn
 
-from dpmix_jax.errors import UserError
+from dpmix_jax.errors import UserError, require_one_of
 from dpmix_jax.models.cnn import CNN
 from dpmix_jax.models.convnext import ConvNeXt
 from dpmix_jax.models.layers import EncoderAndHead, LinearHead
@@ -71,10 +71,7 @@ def create(
 
 
 def _model(name: str) -> type[nn.Module]:
-    if name not in list(REGISTRY):  # whatever a config holds
-        raise UserError(
-            f"model.name is {name!r}: it must be one of {', '.join(sorted(REGISTRY))}"
-        )
+    require_one_of("model.name", name, sorted(REGISTRY))
     return REGISTRY[name]
 
 

@@ -10,7 +10,7 @@ import jax
 from flax import traverse_util
 from jax_privacy import clipping
 
-from dpmix_jax.errors import UserError, require
+from dpmix_jax.errors import UserError, require, require_one_of
 from dpmix_jax.models import adapters, pretrained
 
 PyTree = Any
@@ -60,30 +60,19 @@ class FinetuneConfig:
     whitening: float | None = None
 
     def __post_init__(self):
-        if not _names(self.trainable):
-            raise UserError(
-                f"finetune.trainable is {self.trainable!r}: it must be 'all' or names"
-                " of modules or parameters separated by commas"
-            )
-        if self.skip and self.weights is None:
-            raise UserError(
-                f"finetune.weights is None: it must be a file for finetune.skip"
-                f" {self.skip!r}"
-            )
+        named = bool(_names(self.trainable))
+        allowed = "'all' or names of modules or parameters separated by commas"
+        require(named, "finetune.trainable", self.trainable, allowed)
+        if self.skip:
+            allowed = f"a file for finetune.skip {self.skip!r}"
+            require(self.weights is not None, "finetune.weights", None, allowed)
         rank_ok = self.rank is None or self.rank >= 1
         require(rank_ok, "finetune.rank", self.rank, "at least 1, or None")
-        if self.embeddings not in EMBEDDINGS:
-            raise UserError(
-                f"finetune.embeddings is {self.embeddings!r}: it must be one of"
-                f" {', '.join(EMBEDDINGS)}"
-            )
-        if self.sets < 1:
-            raise UserError(f"finetune.sets is {self.sets}: it must be at least 1")
-        if self.sets > 1 and self.embeddings != "kept":
-            raise UserError(
-                f"finetune.sets is {self.sets}: it must be 1 unless"
-                " finetune.embeddings is 'kept'"
-            )
+        require_one_of("finetune.embeddings", self.embeddings, EMBEDDINGS)
+        require(self.sets >= 1, "finetune.sets", self.sets, "at least 1")
+        if self.embeddings != "kept":
+            allowed = "1 unless finetune.embeddings is 'kept'"
+            require(self.sets == 1, "finetune.sets", self.sets, allowed)
         require(
             self.whitening is None or 1e-4 <= self.whitening < math.inf,
             "finetune.whitening",

@@ -30,7 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 
-from dpmix_jax.errors import UserError
+from dpmix_jax.errors import UserError, require
 
 PyTree = Any
 
@@ -133,10 +133,8 @@ def load_weights(
     """
     path, wanted = pathlib.Path(path), _flat(like)
     for name in skip:
-        if not any(name in key.split("/") for key in wanted):
-            raise UserError(
-                f"skip is {name!r}: it must be the name of a module of the model"
-            )
+        known = any(name in key.split("/") for key in wanted)
+        require(known, "skip", name, "the name of a module of the model")
     stored = _read(path, "the model.safetensors of a run")
     what, prefix = "weights of the same model", "ema_params/"
     keys = {ours: prefix + ours for ours in wanted}

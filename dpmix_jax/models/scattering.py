@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from dpmix_jax.errors import require
 from dpmix_jax.models.layers import max_pool
 
 _SIGMA, _FREQUENCY = 0.8, 0.75 * np.pi  # of the finest wavelet, in pixels and radians
@@ -72,18 +73,11 @@ class Scattering(nn.Module):
         return normalize(found, self.groups, self.epsilon) if self.groups else found
 
     def _check(self, shape: tuple[int, ...]) -> None:
-        for name, least, most in (
-            ("scales", 1, None),
-            ("angles", 1, None),
-            ("order", 1, 2),
-            ("groups", 0, None),
-        ):
-            value = getattr(self, name)
-            if value < least or (most is not None and value > most):
-                limits = f"at least {least}" if most is None else f"{least} or {most}"
-                raise ValueError(f"{name} is {value}: it must be {limits}")
-        if not 0 < self.epsilon < math.inf:
-            raise ValueError(f"epsilon is {self.epsilon}: it must be positive")
+        require(self.scales >= 1, "scales", self.scales, "at least 1")
+        require(self.angles >= 1, "angles", self.angles, "at least 1")
+        require(self.order in (1, 2), "order", self.order, "1 or 2")
+        require(self.groups >= 0, "groups", self.groups, "at least 0")
+        require(0 < self.epsilon < math.inf, "epsilon", self.epsilon, "positive")
         if min(shape[1:3]) < 2**self.scales:
             raise ValueError(
                 f"images are {shape[1]}x{shape[2]} pixels: they must be at least"

@@ -15,7 +15,7 @@ import signal
 import time
 from collections.abc import Collection, Mapping, Sequence
 
-from dpmix_jax.errors import UserError
+from dpmix_jax.errors import UserError, require
 from dpmix_jax.files import locked, write_atomically
 from dpmix_jax.progress import say
 from dpmix_jax.run import experiment, performance
@@ -122,11 +122,10 @@ class Jobs:
             for value in getattr(self, name):
                 if not re.fullmatch(pattern, value):
                     raise UserError(f"--{name} has {value!r}: it must be {form}")
-        if self.devices and (self.parallel or 0) > len(set(self.devices)):
-            raise UserError(
-                f"--parallel is {self.parallel}: it must be at most"
-                f" {len(set(self.devices))}, a run for each of --devices"
-            )
+        if self.devices:
+            most = len(set(self.devices))
+            allowed = f"at most {most}, a run for each of --devices"
+            require((self.parallel or 0) <= most, "--parallel", self.parallel, allowed)
 
     def run(self, runs: Sequence[Run], path: pathlib.Path, signals: Signals) -> Ended:
         """Does the runs of a sweep that are left; see `launch.launch`.

@@ -28,7 +28,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from dpmix_jax.errors import UserError
+from dpmix_jax.errors import UserError, require
 from dpmix_jax.run import config as run_config
 from dpmix_jax.run.cli import load_experiment
 
@@ -112,11 +112,10 @@ class SweepConfig:
     def __post_init__(self):
         if not self.rows:
             raise UserError("rows is empty: it must have at least one row")
-        if self.seeds < 1:
-            raise UserError(f"seeds is {self.seeds}: it must be at least 1")
+        require(self.seeds >= 1, "seeds", self.seeds, "at least 1")
         for key, values in self.columns.items():
-            if not isinstance(values, tuple | list) or not values:
-                raise UserError(f"columns.{key} is {values!r}: it must be a list")
+            listed = isinstance(values, tuple | list) and bool(values)
+            require(listed, f"columns.{key}", values, "a list")
         for key in re.findall(r"{(.*?)}", self.base):
             if key not in self.columns:
                 raise UserError(f"base is {self.base}: {key} is none of the columns")
@@ -129,11 +128,8 @@ class SweepConfig:
             run_config.check_keys(cells, allowed, "where.")
             one_of += [(f"where.{k}", v, allowed[k]) for k, v in cells.items()]
         for key, value, values in one_of:
-            if value not in values:
-                raise UserError(
-                    f"{key} is {value!r}: it must be one of"
-                    f" {', '.join(map(str, values))}"
-                )
+            names = ", ".join(map(str, values))
+            require(value in values, key, value, f"one of {names}")
         for folder in _repeated([run.folder for run in self.candidates()]):
             raise UserError(
                 f"rows or columns share the folder {folder.parent}: rename one"
@@ -249,8 +245,7 @@ def from_config_dict(config: Any, settings: Iterable[str] = ()) -> SweepConfig:
     values = {"columns": {}, "common": {}, **config.to_dict()}
     for name, kind in (("rows", str), ("where", dict)):
         pairs = values.get(name, ())
-        if not isinstance(pairs, tuple):
-            raise UserError(f"{name} is {pairs!r}: it must be of type tuple")
+        require(isinstance(pairs, tuple), name, pairs, "of type tuple")
         for pair in pairs:
             if not (isinstance(pair, tuple) and [*map(type, pair)] == [kind, dict]):
                 raise UserError(
@@ -261,8 +256,7 @@ def from_config_dict(config: Any, settings: Iterable[str] = ()) -> SweepConfig:
         raise UserError(f"rows has {name!r} twice")
     values["rows"] = dict(values["rows"])
     for name in ("columns", "common"):
-        if not isinstance(values[name], dict):
-            raise UserError(f"{name} is {values[name]!r}: it must be of type dict")
+        require(isinstance(values[name], dict), name, values[name], "of type dict")
         values[name] = run_config.flatten(values[name])
     for setting in settings:
         key, equals, value = setting.partition("=")

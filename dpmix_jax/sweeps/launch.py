@@ -12,7 +12,7 @@ import numpy as np
 
 from dpmix_jax import data
 from dpmix_jax.data.public import load_public
-from dpmix_jax.errors import UserError
+from dpmix_jax.errors import UserError, require
 from dpmix_jax.files import write_atomically
 from dpmix_jax.progress import duration, say
 from dpmix_jax.run.config import ExperimentConfig, differences, to_dict
@@ -101,18 +101,14 @@ def launch(
 
 def _check_metric(metric: str, config: ExperimentConfig) -> None:
     """Raises `UserError` for a metric that a run does not measure."""
-    if "validation" in metric and not config.data.validation_size:
-        raise UserError(
-            f"data.validation_size is 0: it must be positive for metric {metric!r}"
-        )
-    if "views" in metric and config.evaluate.views == 1:
-        raise UserError(
-            f"evaluate.views is 1: it must be more than 1 for metric {metric!r}"
-        )
-    if "gradient" in metric and not config.diagnostics.gradients:
-        raise UserError(
-            f"diagnostics.gradients is False: it must be True for metric {metric!r}"
-        )
+    size, views = config.data.validation_size, config.evaluate.views
+    gradients, what_for = config.diagnostics.gradients, f"for metric {metric!r}"
+    if "validation" in metric:
+        require(size > 0, "data.validation_size", size, f"positive {what_for}")
+    if "views" in metric:
+        require(views > 1, "evaluate.views", views, f"more than 1 {what_for}")
+    if "gradient" in metric:
+        require(gradients, "diagnostics.gradients", gradients, f"True {what_for}")
 
 
 def _check_inputs(runs: Sequence[Run]) -> None:

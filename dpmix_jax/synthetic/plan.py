@@ -12,7 +12,7 @@ from typing import NamedTuple
 from dpmix_jax.data import DataConfig, blank, datasets
 from dpmix_jax.data.rendered import image_seed
 from dpmix_jax.data.trees import reading
-from dpmix_jax.errors import UserError
+from dpmix_jax.errors import UserError, require
 
 
 class Wanted(NamedTuple):
@@ -51,13 +51,10 @@ class Plan:
         for name in self.class_names:
             if self.class_names.count(name) > 1:
                 raise UserError(f"class {name!r} is named twice: names must differ")
-        if not 0 < len(self.class_names) <= self.count:
-            raise UserError(
-                f"--count is {self.count}: it must be at least 1 for each of the"
-                f" {len(self.class_names)} classes"
-            )
-        if self.seed < 0:
-            raise UserError(f"--seed is {self.seed}: it must be at least 0")
+        classes = len(self.class_names)
+        allowed = f"at least 1 for each of the {classes} classes"
+        require(0 < classes <= self.count, "--count", self.count, allowed)
+        require(self.seed >= 0, "--seed", self.seed, "at least 0")
 
     def wanted(self) -> Iterator[Wanted]:
         """Yields first tries, classes in turn: a bank is balanced while it grows."""
