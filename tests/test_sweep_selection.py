@@ -75,7 +75,7 @@ def pretend(scores, calls=None):
             workdir.write("secret.json", "{}")  # as a kill may leave it
             results = {"epsilon": 2.0, "delta": 1e-5, "noise_multiplier": 1.0}
             results |= {"test_accuracy": 0.5, "test_accuracy_ema": 0.5, "seconds": 1.0}
-            workdir.end({**results, "score": score})
+            workdir.write_json("results.json", {**results, "score": score})
         return None
 
     return run_one

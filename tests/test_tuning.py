@@ -384,12 +384,12 @@ def test_what_needs_more_memory_than_there_is_is_not_chosen(tmp_path, cache, cap
     needed = mock.patch.object(build.Parts, "bytes_needed", return_value=2**30)
     with timing(SHIFTED), needed:
         measured(tmp_path / "fits", size="auto", budget=1.0)
-        chosen = Workdir(tmp_path / "fits").choices()["choices"]
+        chosen = Workdir(tmp_path / "fits").read_json("convolutions.json")["choices"]
         assert [*chosen.values()] == ["shifted"] * 2
         parts = measured(tmp_path / "not", size="auto", budget=0.99)
     assert "the fastest need more memory than there is" in capsys.readouterr().err
     assert text(parts) == text_by("auto")
-    assert Workdir(tmp_path / "not").choices()["choices"] == {}
+    assert Workdir(tmp_path / "not").read_json("convolutions.json")["choices"] == {}
 
 
 @pytest.mark.parametrize(
@@ -448,7 +448,7 @@ def test_a_run_that_is_stopped_ends_with_the_same_bits(tmp_path, cache, monkeypa
     with timing(SHIFTED), monkeypatch.context() as patch:
         patch.setattr(Workdir, "add_metrics", stop_after_four)
         assert start(stopped).status == 128 + signal.SIGTERM
-    content = Workdir(stopped).choices()
+    content = Workdir(stopped).read_json("convolutions.json")
     Workdir(stopped).write_json("convolutions.json", {**content, "device": "H100"})
     shutil.rmtree(cache)
     (stopped / "convolutions.json").rename(tmp_path / "aside")

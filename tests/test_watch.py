@@ -23,7 +23,7 @@ def half_way(tmp_path):
     done, running, failed, _ = runs = config().runs()
     workdir = Workdir(tmp_path / done.folder)
     finish(workdir, done.config)
-    workdir.end({**workdir.results(), "seconds": 8.0})
+    workdir.write_json("results.json", {**workdir.results(), "seconds": 8.0})
     workdir = Workdir(tmp_path / running.folder)
     with workdir.locked():
         for step, seconds in ((1, 5.0), (2, 9.0)):

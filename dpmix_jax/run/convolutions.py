@@ -46,7 +46,7 @@ def measured(
     Raises:
       UserError: if the choice of a run that goes on is missing or damaged.
     """
-    kept = workdir.choices()
+    kept = workdir.read_json("convolutions.json")
     if kept is None:
         if goes_on:
             raise UserError(

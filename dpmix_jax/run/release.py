@@ -101,7 +101,7 @@ def release(
         workdir.write("report.html", page)
     except Exception as error:  # a picture is not worth the run
         say(f"no report.html: {type(error).__name__}: {error}")
-    workdir.end(results)
+    workdir.write_json("results.json", results)  # the run is finished
 
 
 def score(correct: int, noise: float, config: ExperimentConfig) -> int:

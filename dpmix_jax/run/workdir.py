@@ -61,7 +61,7 @@ class Workdir:
 
     def kept(self) -> dict[str, Any] | None:
         """Returns what `begin` has kept, or None for a run that has not begun."""
-        return self._read_json("secret.json")
+        return self.read_json("secret.json")
 
     def begin(self, seed: int | None, *, data: str, **mechanism: Any) -> int | None:
         """Keeps what the rest of the run needs, or checks that it is the same run.
@@ -112,10 +112,6 @@ class Workdir:
         """The file of the whitening that the run began with, which is public."""
         return self.path / "whitening.safetensors"
 
-    def choices(self) -> dict[str, Any] | None:
-        """Returns what `run.convolutions` has kept, or None."""
-        return self._read_json("convolutions.json")
-
     def _drop_embeddings(self) -> None:
         for path in self.path.glob(f"{self.embeddings.name}*"):  # whole or partial
             path.unlink()
@@ -126,10 +122,6 @@ class Workdir:
         began = self.kept()
         assert began is not None
         self._keep({**began, "seed": None})
-
-    def end(self, results: Mapping[str, Any]) -> None:
-        """Writes the results, which mark the run as finished."""
-        self.write_json("results.json", results)
 
     def clean_up(self) -> None:
         """Deletes what a finished run does not need: its secret, its whitening."""
@@ -146,9 +138,14 @@ class Workdir:
 
     def results(self) -> dict[str, Any] | None:
         """Returns `results.json`, or None if the run is not finished."""
-        return self._read_json("results.json")
+        return self.read_json("results.json")
 
-    def _read_json(self, name: str) -> dict[str, Any] | None:
+    def read_json(self, name: str) -> dict[str, Any] | None:
+        """Returns what `write_json` wrote, or None if there is no such file.
+
+        Raises:
+          UserError: if it is damaged.
+        """
         path = self.path / name
         try:
             content = json.loads(path.read_text())
