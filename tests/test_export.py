@@ -126,6 +126,11 @@ def test_what_cannot_be_exported_is_one_line(finished, tmp_path):
         assert not (tmp_path / "out").exists()
     with pytest.raises(UserError, match=r"model\.json is missing or damaged: give"):
         export.load(ROOT / "docs")
+    about = json.loads((finished / "model.json").read_text())
+    about["model"]["feature"] = [4]
+    (unfinished / "model.json").write_text(json.dumps(about))
+    with pytest.raises(UserError, match="unknown key feature: did you mean features"):
+        export.load(unfinished)
     with pytest.raises(
         UserError, match=r"encoder is '.*': it must be None for this mo"
     ):

@@ -16,7 +16,12 @@ from dpmix_jax.errors import UserError, require
 from dpmix_jax.models import finetune, pretrained
 from dpmix_jax.models.classifier import make_classifier
 from dpmix_jax.run import build
-from dpmix_jax.run.config import ExperimentConfig, to_dict
+from dpmix_jax.run.config import (
+    ExperimentConfig,
+    ModelConfig,
+    from_config_dict,
+    to_dict,
+)
 from dpmix_jax.run.workdir import Workdir
 
 RELEASED = ("model.safetensors", "model.json", "privacy.json", "PRIVACY.md")
@@ -94,13 +99,10 @@ def load(
         stddev=tuple(about["stddev"]),
         resize=about["resize"],
     )
+    config = from_config_dict(about["model"], ModelConfig)
     model = make_classifier(
-        about["model"]["name"],
-        {
-            name: tuple(value) if isinstance(value, list) else value
-            for name, value in about["model"].items()
-            if name != "name"
-        },
+        config.name,
+        config.options,
         image_shape=like.image_shape,
         num_classes=like.num_classes,
         whitening=tuning.whitening is not None,
