@@ -12,9 +12,9 @@ the order that they had.
 
 import functools
 import pathlib
-import urllib.parse
 from collections.abc import Mapping, Sequence
 from typing import Any
+from urllib.parse import quote, unquote
 
 import numpy as np
 from sklearn.model_selection import train_test_split
@@ -143,20 +143,15 @@ def class_folders(tree: Tree) -> Listing:
 
 
 def class_folder(name: str) -> str:
-    """Returns the name of the folder of a class in a bank; `class_of` is its inverse.
+    """Returns the name of the folder of a class in a bank, which `unquote` inverts.
 
     Percent-encoded are slashes, what is not ASCII, and what would hide the folder:
     `T-shirt/top` is in `T-shirt%2Ftop`.
     """
-    quoted = urllib.parse.quote(name, safe=_PLAIN)
+    quoted = quote(name, safe=_PLAIN)
     if name.startswith(".") or name == "__MACOSX":
         quoted = f"%{ord(name[0]):02X}{quoted[1:]}"
     return quoted
-
-
-def class_of(folder_name: str) -> str:
-    """Returns the class whose folder this is."""
-    return urllib.parse.unquote(folder_name)
 
 
 def load_bank(
@@ -208,11 +203,11 @@ def load_bank(
 def _bank(tree: Tree, class_names: Sequence[str]) -> Listing:
     labels = {name: label for label, name in enumerate(class_names)}
     for name in sorted(tree.folders):
-        if class_of(name.split("/")[0]) not in labels:
+        if unquote(name.split("/")[0]) not in labels:
             some = ", ".join(map(repr, class_names[:10]))
             more = ", ..." if len(class_names) > 10 else ""
             raise UserError(f"folder {name!r} is of no class; classes are {some}{more}")
-    folders = {name: labels[class_of(name)] for name in _below(tree, "")}
+    folders = {name: labels[unquote(name)] for name in _below(tree, "")}
     return _labelled(tree, class_names, folders)
 
 

@@ -37,10 +37,6 @@ class Classifier:
     classify: Callable[[PyTree, jax.Array], jax.Array]
     cpu_images: int | None
 
-    @property
-    def num_parameters(self) -> int:
-        return sum(leaf.size for leaf in jax.tree.leaves(self.shapes))
-
 
 def make_classifier(
     name: str,

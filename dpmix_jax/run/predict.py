@@ -2,7 +2,6 @@
 
 import csv
 import io
-import json
 import pathlib
 
 import numpy as np
@@ -45,9 +44,7 @@ def predict(
         cannot be decoded or has another size.
     """
     model = export.load(run, encoder=encoder, weights=weights)
-    height, width, channels = json.loads((run / "model.json").read_text())[
-        "stored_shape"
-    ]
+    height, width, channels = export.read_about(run)["stored_shape"]
     paths = image_files(source)
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
