@@ -74,8 +74,9 @@ def measure(rows: Sequence[Row], rounds: int) -> None:
             row.seconds.append(time.perf_counter() - begin)
 
 
-def profile(call: Callable[[], Any], calls: int = 3) -> list[tuple[str, float]]:
+def profile(call: Callable[[], Any]) -> list[tuple[str, float]]:
     """Returns the operations of a call and their seconds, longest first."""
+    calls = 3
     spent: dict[str, float] = collections.defaultdict(float)
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):

@@ -160,15 +160,11 @@ def _write_counts(
         number.set(ha="center", va="center")
 
 
-def _label(name: str, most: int = 18) -> str:
+def _label(name: str) -> str:
     """Returns a name that fits beside a figure, and that XML can hold."""
     seen = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in name)
-    half = most // 2
-    return (
-        seen
-        if len(seen) <= most
-        else f"{seen[:half]}\N{HORIZONTAL ELLIPSIS}{seen[-half:]}"
-    )
+    cut = f"{seen[:9]}\N{HORIZONTAL ELLIPSIS}{seen[-9:]}"
+    return seen if len(seen) <= 18 else cut
 
 
 def inline_svg(figure: matplotlib.figure.Figure, name: str, says: str) -> str:

@@ -91,17 +91,16 @@ def _folded(title: str, content: str, *, opened: bool = False) -> str:
 
 
 def most_confused(
-    confusion: np.ndarray, class_names: Sequence[str], most: int = 10
+    confusion: np.ndarray, class_names: Sequence[str]
 ) -> list[tuple[str, str, int, float]]:
-    """Lists the most frequent confusions: true and predicted class, count, share.
+    """Lists the ten most frequent confusions: true and predicted class, count, share.
 
     Args:
       confusion: [O, O + 1], see `plots.plot_confusion`.
       class_names: O of them.
-      most: of how many to tell.
     """
     wrong = confusion * (1 - np.eye(*confusion.shape, dtype=confusion.dtype))
-    order = np.argsort(-wrong, axis=None, kind="stable")[:most]
+    order = np.argsort(-wrong, axis=None, kind="stable")[:10]
     places = zip(*np.unravel_index(order, wrong.shape), strict=True)
     names = [*class_names, "not finite"]
     return [

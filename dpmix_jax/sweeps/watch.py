@@ -18,13 +18,12 @@ from dpmix_jax.sweeps.worker import last_line, log_of
 STATES = ("done", "running", "failed", "queued")
 
 
-def watch(sweep: SweepConfig, path: pathlib.Path, every: float = 3.0) -> None:
+def watch(sweep: SweepConfig, path: pathlib.Path) -> None:
     """Prints how far a sweep is; on a terminal again and again, until all have ended.
 
     Args:
       sweep: its config.
       path: its folder, in which nothing is written.
-      every: seconds between two looks.
 
     Raises:
       UserError: if there is no such folder, or for a private selection.
@@ -44,7 +43,7 @@ def watch(sweep: SweepConfig, path: pathlib.Path, every: float = 3.0) -> None:
         print("\033[H\033[J" + "\n".join(lines[: size.lines - 1]), flush=True)
         if ended:
             return
-        time.sleep(every)
+        time.sleep(3.0)
 
 
 def screen(runs: Sequence[Run], path: pathlib.Path) -> tuple[str, bool]:
