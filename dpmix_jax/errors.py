@@ -1,6 +1,7 @@
 """The one exception of the package for mistakes that a user can mend."""
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator
 
 
 class UserError(ValueError):
@@ -21,3 +22,18 @@ def require_one_of(key: str, value: object, allowed: Iterable[str]) -> None:
     """Raises `UserError` for a value that is none of those allowed."""
     names = list(allowed)
     require(value in names, key, value, f"one of {', '.join(names)}")
+
+
+@contextlib.contextmanager
+def needing(extra: str, who: str) -> Iterator[None]:
+    """Turns the failure of an import into a line that names the extra to install.
+
+    Args:
+      extra: of this package, which has what is imported.
+      who: the beginning of the line, such as `--launcher needs`.
+    """
+    try:
+        yield
+    except ImportError as error:
+        install = f'pip install "dpmix_jax[{extra}]"'
+        raise UserError(f"{who} the extra, {install} ({error})") from None

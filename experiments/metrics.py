@@ -14,13 +14,11 @@ import signal
 if __name__ == "__main__":  # Ctrl-C while JAX is imported: no traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-import importlib
 import pathlib
-from typing import Any
 
 from absl import flags
 
-from dpmix_jax.errors import UserError
+from dpmix_jax.errors import UserError, needing
 from dpmix_jax.files import write_atomically
 from dpmix_jax.run import cli
 from dpmix_jax.run.workdir import Workdir
@@ -31,7 +29,6 @@ _CSV = flags.DEFINE_string("csv", None, "CSV file to write.")
 _TENSORBOARD = flags.DEFINE_string("tensorboard", None, "Folder for TensorBoard.")
 _WANDB = flags.DEFINE_string("wandb", None, "Project of Weights & Biases.")
 cli.define_dry_run()
-_EXTRAS = {"tensorboardX": "tensorboard", "wandb": "wandb"}
 
 
 def main() -> None:
@@ -47,23 +44,19 @@ def main() -> None:
     if _CSV.value:
         write_atomically(pathlib.Path(_CSV.value), to_csv(lines), mode=0o600)
     if _TENSORBOARD.value:
-        with _package("tensorboardX").SummaryWriter(_TENSORBOARD.value) as writer:
+        with needing("tensorboard", "--tensorboard needs"):
+            import tensorboardX
+        with tensorboardX.SummaryWriter(_TENSORBOARD.value) as writer:
             for line in lines:
                 for name, value in line.items():
                     writer.add_scalar(name, value, line["step"])
     if _WANDB.value:
-        with _package("wandb").init(project=_WANDB.value, name=path.name) as run:
+        with needing("wandb", "--wandb needs"):
+            import wandb
+        with wandb.init(project=_WANDB.value, name=path.name) as run:
             for line in lines:
                 run.log(line, step=line["step"])
     print(f"{len(lines)} lines of metrics")
-
-
-def _package(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        extra = _EXTRAS[name]
-        raise UserError(f'{error}: pip install "dpmix_jax[{extra}]"') from None
 
 
 if __name__ == "__main__":

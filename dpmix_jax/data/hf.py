@@ -15,7 +15,7 @@ from dpmix_jax.data import images
 from dpmix_jax.data.cache import Arrays, Listing, decoded
 from dpmix_jax.data.folder import divided, stratified
 from dpmix_jax.data.trees import identity
-from dpmix_jax.errors import UserError, require
+from dpmix_jax.errors import UserError, needing, require
 
 NAME = re.compile(r"hf:(?P<repository>[\w.-]+(/[\w.-]+)?)(:(?P<config>[\w.-]+))?")
 # Words in the names of files or folders that tell a split, as the hub reads them.
@@ -58,10 +58,8 @@ def find(name: str, path: str | None, *, download: bool = False) -> pathlib.Path
 
 
 def _snapshot(repository: str, download: bool) -> pathlib.Path:
-    try:
+    with needing("hf", "hf: needs"):
         import huggingface_hub as hub
-    except ImportError as error:
-        raise UserError(_missing(error)) from None
     try:
         return pathlib.Path(
             hub.snapshot_download(
@@ -114,15 +112,9 @@ def read(name: str, folder: pathlib.Path, image_size: int, columns: str) -> Arra
     )
 
 
-def _missing(error: Exception) -> str:
-    return f'hf: needs the extra, pip install "dpmix_jax[hf]" ({error})'
-
-
 def _parquet() -> Any:
-    try:
+    with needing("hf", "hf: needs"):
         import pyarrow.parquet
-    except ImportError as error:
-        raise UserError(_missing(error)) from None
     return pyarrow.parquet
 
 

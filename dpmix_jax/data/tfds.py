@@ -19,7 +19,7 @@ from dpmix_jax.data.cache import Arrays, Listing, decoded
 from dpmix_jax.data.folder import divided, stratified
 from dpmix_jax.data.records import Records
 from dpmix_jax.data.trees import identity
-from dpmix_jax.errors import UserError
+from dpmix_jax.errors import UserError, needing
 
 NAME = re.compile(
     r"tfds:(?P<builder>\w+)(/(?P<config>[\w.-]+))?(:(?P<version>[\d.]+))?"
@@ -161,12 +161,8 @@ def write(name: str, train: Records, test: Records, data_dir: str) -> pathlib.Pa
 
 
 def _tfds() -> Any:
-    try:
+    with needing("tfds", "prepared datasets need"):
         import tensorflow_datasets
-    except ImportError as error:
-        raise UserError(
-            f'prepared datasets need the extra, pip install "dpmix_jax[tfds]" ({error})'
-        ) from None
     return tensorflow_datasets
 
 

@@ -15,7 +15,7 @@ import signal
 import time
 from collections.abc import Collection, Mapping, Sequence
 
-from dpmix_jax.errors import UserError, require
+from dpmix_jax.errors import UserError, needing, require
 from dpmix_jax.files import locked, write_atomically
 from dpmix_jax.progress import say
 from dpmix_jax.run import experiment, performance
@@ -25,14 +25,10 @@ from dpmix_jax.sweeps.grid import Run
 from dpmix_jax.sweeps.launch import Ended, Signals
 from dpmix_jax.sweeps.worker import attempt, last_line, log_of
 
-try:
+with needing("slurm", "--launcher needs"):
     import submitit
     from submitit.core.utils import UncompletedJobError
     from submitit.helpers import Checkpointable
-except ImportError as error:
-    raise UserError(
-        f'--launcher needs the extra, pip install "dpmix_jax[slurm]" ({error})'
-    ) from None
 
 _VISIBLE = "CUDA_VISIBLE_DEVICES"
 EVER = 10**6  # minutes, and how often a job may go back to the queue
