@@ -3,11 +3,13 @@
 import contextlib
 import sys
 import time
-from typing import TextIO
+from collections.abc import Iterable
+from typing import Any, TextIO
 
 import jax
 from tqdm import tqdm
 
+_SECONDS = 10.0  # until a bar of images is shown, and between two times
 _silent = False
 
 
@@ -33,6 +35,11 @@ def duration(seconds: float) -> str:
     """Returns hours, minutes and seconds, as 1:02:03."""
     whole = round(seconds)
     return f"{whole // 3600}:{whole // 60 % 60:02}:{whole % 60:02}"
+
+
+def bar(of: Iterable[Any] | None = None, **options: Any) -> tqdm:
+    """Returns a bar of images, which is shown if they take long; see `tqdm.tqdm`."""
+    return tqdm(of, unit=" images", delay=_SECONDS, mininterval=_SECONDS, **options)
 
 
 class Progress(contextlib.AbstractContextManager):

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dpmix_jax import UserError, data
+from dpmix_jax import UserError, data, progress
 from dpmix_jax.data import DataConfig, cache, folder, images
 from tests import files
 from tests.conftest import ROOT
@@ -375,7 +375,7 @@ def test_a_cache_that_cannot_be_written_is_one_line(tmp_path, monkeypatch, cache
 
 
 def test_long_work_shows_its_progress(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(cache, "_SECONDS", 0.0)
+    monkeypatch.setattr(progress, "_SECONDS", 0.0)
     load(tree(tmp_path / "a"))
     shown = capsys.readouterr().err
     assert "preparing folder" in shown

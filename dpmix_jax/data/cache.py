@@ -18,14 +18,13 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from dpmix_jax.errors import UserError
 from dpmix_jax.files import cache_folder, locked, replacing, write_atomically
+from dpmix_jax.progress import bar
 
 _VERSION = 3  # of the format, and of how images are decoded
 _META, _IMAGES = "meta.json", "images.uint8"
-_SECONDS = 10.0  # until progress is shown, and between two times
 
 
 class Listing(NamedTuple):
@@ -128,10 +127,10 @@ def _fill(
     folder.chmod(0o700)
     examples = [*listing.train, *listing.test]
     row_of = {key: row for row, (key, _) in enumerate(examples)}
-    found = tqdm(
+    found = bar(
         _decode_all(listing.contents(list(row_of)), decode),
-        *(f"preparing {name}", len(examples)),
-        **{"unit": " images", "delay": _SECONDS, "mininterval": _SECONDS},
+        desc=f"preparing {name}",
+        total=len(examples),
     )
     bad, first, shape = [], None, None
     with replacing(folder / _IMAGES, mode=0o600) as file:

@@ -5,15 +5,14 @@ import io
 import pathlib
 
 import numpy as np
-from tqdm import tqdm
 
 from dpmix_jax.data import images
 from dpmix_jax.errors import UserError, require
 from dpmix_jax.files import write_atomically
+from dpmix_jax.progress import bar
 from dpmix_jax.run import export
 
 _AT_A_TIME = 256  # images that are in memory
-_SECONDS = 10.0  # until progress is shown, and between two times
 
 
 def predict(
@@ -50,7 +49,7 @@ def predict(
     table = csv.writer(text, lineterminator="\n")
     names = model.class_names  # type: ignore[attr-defined]
     table.writerow(["file", "label", *names])
-    with tqdm(total=len(paths), unit=" images", delay=_SECONDS) as progress:
+    with bar(total=len(paths)) as progress:
         for start in range(0, len(paths), _AT_A_TIME):
             part = paths[start : start + _AT_A_TIME]
             pixels = [

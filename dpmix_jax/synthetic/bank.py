@@ -15,21 +15,19 @@ from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from dpmix_jax.data import images
 from dpmix_jax.data.folder import class_folder
 from dpmix_jax.data.trees import reading
 from dpmix_jax.errors import UserError
 from dpmix_jax.files import locked, write_atomically
-from dpmix_jax.progress import say
+from dpmix_jax.progress import bar, say
 from dpmix_jax.synthetic.plan import Plan, Wanted
 
 _FORMAT = 1
 _KEYWORD = "dpmix_jax"  # of the text in each PNG
 _PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
 _ATTEMPTS = 10  # for an image that the generator refuses to show
-_SECONDS = 10.0  # until progress is shown, and between two times
 
 
 class Generator(Protocol):
@@ -86,8 +84,7 @@ def _make(
 ) -> int:
     """Makes and writes images batch by batch; returns how many tries were refused."""
     queue, refused = collections.deque(missing), 0
-    shown = {"unit": " images", "delay": _SECONDS, "mininterval": _SECONDS}
-    with tqdm(total=len(missing), desc=f"bank {bank.path}", **shown) as bar:
+    with bar(total=len(missing), desc=f"bank {bank.path}") as progress:
         while queue:
             batch = [queue.popleft() for _ in range(min(batch_size, len(queue)))]
             again = []
@@ -97,7 +94,7 @@ def _make(
                     refused += 1
                 else:
                     bank.write(wanted, pixels)
-                    bar.update()
+                    progress.update()
             queue.extendleft(reversed(again))
     return refused
 
