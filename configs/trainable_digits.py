@@ -7,10 +7,14 @@ python experiments/run.py --config=configs/wrn_digits.py --workdir=runs/drawn_di
     --config.seed=0
 python experiments/sweep.py --config=configs/trainable_digits.py
 
-The first command pre-trains a WRN-16-1 on digits that are drawn from fonts (and makes
-one private update, of next to no length, since every run has one). Rows differ in what
-DP-SGD then trains: the last layer; the biases of all layers as well (BiTFiT, Bu et al.,
-2022); the scales of norms as well; adapters of rank 4 (LoRA, Yu et al., 2022); or all.
+The first command pre-trains a WRN-16-1 on digits that are drawn from fonts. Every run
+makes a private update, here one that moves weights by a millionth of its length: the
+epsilon of the rows leaves it out. So this is for comparisons with known seeds, and a
+release would take weights that no private record has touched.
+
+Rows differ in what DP-SGD then trains: the last layer; the biases of all layers as well
+(BiTFiT, Bu et al., 2022); the scales of norms as well; adapters of rank 4 (LoRA, Yu et
+al., 2022); or all. The last row trains all from random weights.
 
 Learning rates are those of the best accuracy of EMA weights on 288 validation records
 (one other seed; docs/results/trainable_digits.md lists all).

@@ -32,13 +32,22 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 ROOT = pathlib.Path(__file__).parent.parent
 
 
+COLLECTED = pytest.StashKey()
+
+
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
-    """Marks as slow what `fast` does not name of a test's cases."""
+def pytest_collection_modifyitems(config, items):
+    """Marks as slow all cases of a sampled test but those that its mark names."""
+    config.stash[COLLECTED] = [*items]
     for item in items:
-        fast = item.get_closest_marker("fast")
-        if fast and item.callspec.id not in fast.args:
+        sampled = item.get_closest_marker("sampled")
+        if sampled and case(item) not in sampled.args:
             item.add_marker("slow")
+
+
+def case(item) -> str | None:
+    """Returns the id of a test's case, None for a test of one."""
+    return item.callspec.id if hasattr(item, "callspec") else None
 
 
 @pytest.fixture

@@ -51,7 +51,7 @@ def moved(tree):
     )
 
 
-@pytest.mark.fast("wrn")
+@pytest.mark.sampled("wrn")
 @pytest.mark.parametrize("name", SMALL)
 def test_the_start_is_the_pretrained_model_bit_for_bit(name):
     _, params, _ = small(name)

@@ -87,7 +87,7 @@ def test_each_record_is_in_one_batch_of_an_epoch_independently():
     assert min(p_values(drawn(allocated)).values()) > 1e-3
 
 
-@pytest.mark.fast("shuffled-caught0")
+@pytest.mark.sampled("shuffled-caught0")
 @pytest.mark.parametrize(
     ("sampler", "caught"),
     [
@@ -156,7 +156,7 @@ def losses(noise_multiplier, batches, epochs, samples, rng):
     return log_ratio(q[0]), -log_ratio(q[1])
 
 
-@pytest.mark.fast("1.0-7-1", "2.0-3-6")
+@pytest.mark.sampled("1.0-7-1", "2.0-3-6")
 @pytest.mark.proves("allocation.epsilon", 1)
 @pytest.mark.parametrize(
     ("noise_multiplier", "batches", "epochs"),
@@ -177,7 +177,7 @@ def test_epsilon_is_that_of_samples_of_the_mechanism(noise_multiplier, batches, 
         assert max(deltas) + 4 * max(errors) >= 0.98 * delta
 
 
-@pytest.mark.fast("1.0-7-1")
+@pytest.mark.sampled("1.0-7-1")
 @pytest.mark.parametrize(
     ("noise_multiplier", "batches", "epochs"), [(1.5, 4, 3), (1.0, 7, 1)]
 )
@@ -209,7 +209,7 @@ NEAREST = [
 ]
 
 
-@pytest.mark.fast("1.0-7-1-2.5089", "4.0-7-40-2.4722")
+@pytest.mark.sampled("1.0-7-1-2.5089", "4.0-7-40-2.4722")
 @pytest.mark.parametrize(("noise_multiplier", "batches", "epochs", "value"), NEAREST)
 def test_epsilon_is_near_another_computation(noise_multiplier, batches, epochs, value):
     assert value <= spent(noise_multiplier, batches, epochs) <= 1.005 * value
@@ -225,7 +225,7 @@ def test_it_is_about_that_of_poisson_sampling():
     assert 0.9 < spent(4.0, 7, 40) / poisson.epsilon(1e-5) < 1.0
 
 
-@pytest.mark.slow
+@pytest.mark.sampled
 def test_less_noise_and_more_epochs_spend_more():
     by_noise = [spent(sigma, 5, 4) for sigma in (8.0, 2.0, 0.5, 0.1, 0.01)]
     by_epochs = [spent(2.0, 5, epochs) for epochs in (0, 1, 2, 10)]
@@ -354,7 +354,7 @@ ALLOCATED = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.sampled
 def test_a_run_uses_every_record_once_an_epoch_and_says_so(tmp_path, monkeypatch):
     drawn = []
     original = sampling.allocated_batch

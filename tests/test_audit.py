@@ -75,7 +75,7 @@ def sum_of_sets(method, make_gradient=clipped_gradient):
     return clipped_sum, gradient_fn.sensitivity
 
 
-@pytest.mark.fast("dp_mix_self-formed")
+@pytest.mark.sampled("dp_mix_self-formed")
 @pytest.mark.parametrize(
     "make_gradient",
     [clipped_gradient, pytest.param(ghost_clipped_gradient, marks=pytest.mark.slow)],
@@ -255,7 +255,7 @@ def audits(factor=1.0, make_gradient=clipped_gradient, repeats=3, num=2000):
     ]
 
 
-@pytest.mark.slow
+@pytest.mark.sampled
 def test_bounds_are_below_the_claim_and_above_zero():
     assert MECHANISM.epsilon(1e-5) == pytest.approx(CLAIM, rel=0.02)
     found = audits()
@@ -264,7 +264,7 @@ def test_bounds_are_below_the_claim_and_above_zero():
     assert all(0.55 < each.auroc < 0.6 for each in found)
 
 
-@pytest.mark.slow
+@pytest.mark.sampled
 def test_too_little_noise_is_found():
     """A quarter of the noise, as where sigma is divided by a batch of four devices."""
     assert all(each.epsilon > 1.2 * CLAIM for each in audits(0.25))
@@ -294,7 +294,7 @@ MECHANISMS = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", ["turns", "allocation"])
 def test_less_is_found_than_is_claimed_and_more_with_a_third_of_the_noise(name):
     """As where a participation in three updates would count for one."""

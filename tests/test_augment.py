@@ -10,7 +10,7 @@ def key(seed=0):
     return jax.random.key(seed)
 
 
-@pytest.mark.fast("5-9-4")
+@pytest.mark.sampled("5-9-4")
 @pytest.mark.proves("augment.random_view", 1)
 @pytest.mark.proves("augment.views", 1)
 @pytest.mark.parametrize(

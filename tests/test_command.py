@@ -305,7 +305,7 @@ SETTING = calibration.Setting(num_records=1000, batch_size=100, num_updates=50)
 FLAGS = ["--n=1000", "--batch=100", "--updates=50"]
 
 
-@pytest.mark.slow
+@pytest.mark.sampled
 @pytest.mark.usefixtures("few_trade_offs")
 def test_calibrating_is_what_runs_do_and_spending_its_inverse():
     sigma = calibrate(epsilon=2.0, delta=1e-5, sampling_prob=0.1, num_updates=50)

@@ -101,6 +101,8 @@ def test_each_file_is_tested_and_has_a_header():
         header = module(name).__doc__
         for words in (f"--config=configs/{name}.py", "Hardware", "Hours", "Accuracy"):
             assert words in header, (name, words)
+        for page in re.findall(r"docs/[\w/]+\.md", header):
+            assert (ROOT / page).exists(), (name, page)
         assert name not in FROM_SCRATCH or "row" in header
 
 
@@ -122,7 +124,7 @@ def test_every_argument_round_trips_and_is_what_it_says(name):
         assert to_dict(from_config_dict(default)) == to_dict(load(name, stated[1]))
 
 
-@pytest.mark.fast("digits", "wrn16_4_cifar10", "scattering_fashion_mnist")
+@pytest.mark.sampled("digits", "wrn16_4_cifar10", "scattering_fashion_mnist")
 @pytest.mark.parametrize("name", NOISE_MULTIPLIERS)
 def test_a_config_keeps_its_budget(name):
     for argument, noise_multiplier in NOISE_MULTIPLIERS[name].items():
@@ -249,9 +251,13 @@ def test_what_is_trained_is_all_that_differs():
     assert len(trained) == len(runs) - 2
     for row in trained:
         changed = differences(to_dict(whole), to_dict(runs[row]))
-        assert {text.split(" ")[0] for text in changed} <= {
+        keys = {text.split(" ")[0] for text in changed}
+        assert "finetune.trainable" in keys
+        assert keys <= {
             *("finetune.trainable", "finetune.rank", "optimizer.learning_rate"),
         }
+    [changed] = differences(to_dict(whole), to_dict(scratch))
+    assert changed.startswith("finetune.weights ")
 
 
 SIX = [
@@ -261,7 +267,7 @@ SIX = [
 ]
 
 
-@pytest.mark.fast(
+@pytest.mark.sampled(
     "figure2-digits",
     "from_scratch-cifar10",
     "table12-cifar100",

@@ -154,13 +154,13 @@ CASES = {
 }
 
 
-@pytest.mark.fast("padded", "strided")
+@pytest.mark.sampled("padded", "strided")
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_every_formulation_equals_the_definition(case):
     check(case, FORMULATIONS[1:])  # "auto" is one of these
 
 
-@pytest.mark.fast("padded", "strided")
+@pytest.mark.sampled("padded", "strided")
 @pytest.mark.usefixtures("as_on_accelerators")
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_what_accelerators_compute_equals_the_definition(case):
@@ -287,7 +287,7 @@ def lowered(case, formulation, platform):
     return traced.lower(lowering_platforms=(platform,)).as_text()
 
 
-@pytest.mark.fast("case0-rows-batch_group", "case2-plain-plain")
+@pytest.mark.sampled("case0-rows-batch_group", "case2-plain-plain")
 @pytest.mark.parametrize(
     ("case", "on_cpu", "on_others"),
     [
@@ -359,7 +359,7 @@ def test_refuses():
         fast_convolutions(jnp.sin, formulation="fft")
 
 
-@pytest.mark.fast("False-1-4-3", "True-4-2-3")
+@pytest.mark.sampled("False-1-4-3", "True-4-2-3")
 @pytest.mark.proves("conv.fast_convolutions", 1)
 @pytest.mark.parametrize(
     ("groups", "multiple", "kernel"),

@@ -101,7 +101,7 @@ def test_a_run_that_goes_on_keeps_the_same_bits(tmp_path, stopped):
         observe(tmp_path / "parts", 5)
 
 
-@pytest.mark.slow
+@pytest.mark.sampled
 def test_a_run_measures_them_and_releases_nothing_of_them(tmp_path):
     done = run(tmp_path / "run", diagnostics__gradients=True)
     assert done.status == 0

@@ -46,7 +46,7 @@ def test_examples_of_docstrings(name):
 
 
 # A page that goes on from the code of another one.
-@pytest.mark.fast("faq", "api")
+@pytest.mark.sampled("faq", "api")
 @pytest.mark.parametrize(
     "pages",
     ["method assurance", "faq", "own_model", "api", "same_epsilon"],

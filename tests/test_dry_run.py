@@ -46,7 +46,7 @@ def test_it_tells_noise_work_memory_and_hours_without_data(tmp_path, monkeypatch
     assert 0.01 < seconds < 10_000
 
 
-@pytest.mark.slow
+@pytest.mark.sampled
 def test_it_writes_nothing(tmp_path):
     workdir = tmp_path / "run"
     flags = [flag for flag in SMALL if "data.name" not in flag]

@@ -166,7 +166,7 @@ def kill_at(monkeypatch, method, workdir, **overrides):
             run(workdir, **overrides)
 
 
-@pytest.mark.fast("empty")
+@pytest.mark.sampled("empty")
 @pytest.mark.parametrize("damage", ["empty", "flipped", "older"])
 def test_a_damaged_checkpoint_is_not_gone_on_from(
     finished, tmp_path, monkeypatch, damage
@@ -301,7 +301,7 @@ def test_a_run_is_repeated_from_its_config_json(finished, tmp_path):
     assert changed == config(**other, public__path="x.npz")
 
 
-@pytest.mark.slow
+@pytest.mark.sampled
 def test_a_run_that_diverges_says_so_and_ends_with_another_status(tmp_path):
     diverging = {"optimizer__learning_rate": 1e30}
     done = run(tmp_path / "run", **diverging)
@@ -311,7 +311,7 @@ def test_a_run_that_diverges_says_so_and_ends_with_another_status(tmp_path):
     assert run(tmp_path / "run", **diverging).status == 3
 
 
-@pytest.mark.slow
+@pytest.mark.sampled
 def test_a_picture_that_fails_costs_a_line(tmp_path, monkeypatch):
     def fail(*_):
         raise RuntimeError("no fonts")
@@ -323,7 +323,7 @@ def test_a_picture_that_fails_costs_a_line(tmp_path, monkeypatch):
     assert (tmp_path / "run/PRIVACY.md").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.sampled
 def test_out_of_memory_is_one_line_that_names_the_knob(tmp_path):
     """Really out of memory: ten thousand mixes for each of a thousand records."""
     huge = {"method__k_self": 10**7, "performance__microbatch_size": 1000}
@@ -349,7 +349,24 @@ def test_ctrl_c_during_imports_is_no_traceback(tmp_path, seconds):
     assert b"Traceback" not in err
 
 
-@pytest.mark.slow
+def test_secrets_are_for_their_owner_alone_and_of_256_bits(tmp_path):
+    workdir = Workdir(tmp_path / "run")
+    secret = workdir.path / "secret.json"
+    with workdir.locked():
+        seed = workdir.begin(None, data="d")
+        assert 2**200 < seed < 2**256
+        assert str(seed) in secret.read_text()
+        assert stat.S_IMODE(secret.stat().st_mode) == 0o600
+        workdir.forget_secrets()
+        assert str(seed) not in secret.read_text()
+        assert stat.S_IMODE(secret.stat().st_mode) == 0o600
+    state = training.init_state({"w": jnp.ones(3)}, optax.identity())
+    Checkpoints(tmp_path / "states").save(state)
+    [path] = (tmp_path / "states").iterdir()
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+@pytest.mark.sampled
 def test_killed_a_run_keeps_its_secret_seed_and_then_forgets_it(tmp_path, monkeypatch):
     """It goes on with its own randomness; another run has another."""
     workdir = tmp_path / "run"
@@ -380,7 +397,7 @@ def test_killed_a_run_keeps_its_secret_seed_and_then_forgets_it(tmp_path, monkey
     assert weights[0] != weights[1]
 
 
-@pytest.mark.slow
+@pytest.mark.sampled
 def test_on_four_devices_the_same_run_comes_out(tmp_path):
     """To float rounding; both compiled as users compile, whose tolerance it is."""
     count = "--xla_force_host_platform_device_count"

@@ -129,7 +129,9 @@ def test_what_cannot_be_exported_is_one_line(finished, tmp_path):
     about = json.loads((finished / "model.json").read_text())
     about["model"]["feature"] = [4]
     (unfinished / "model.json").write_text(json.dumps(about))
-    with pytest.raises(UserError, match="unknown key feature: did you mean features"):
+    with pytest.raises(
+        UserError, match=r"model\.json: unknown key feature: did you mean f"
+    ):
         export.load(unfinished)
     with pytest.raises(
         UserError, match=r"encoder is '.*': it must be None for this mo"

@@ -94,7 +94,7 @@ def noisy(strategy, sums, *, sigma=1.5, key=0):
     return np.array(found), states
 
 
-@pytest.mark.fast("3.0")
+@pytest.mark.sampled("3.0")
 @pytest.mark.proves("privacy.privatizer", 1, 4)
 @pytest.mark.parametrize("scale", [1.0, 3.0])
 def test_weighted_by_the_strategy_the_noise_is_independent(scale):
@@ -246,7 +246,7 @@ def test_in_every_turn_it_is_a_gaussian_mechanism(updates, participations):
     assert delta == pytest.approx(1e-5, rel=2e-3)
 
 
-@pytest.mark.slow
+@pytest.mark.sampled
 def test_the_number_of_bands_is_that_of_least_error(monkeypatch):
     """With the noise that RDP finds; then the noise is by PLD."""
     errors = {}
@@ -304,7 +304,7 @@ def finished(tmp_path_factory):
     return path
 
 
-@pytest.mark.slow
+@pytest.mark.sampled
 def test_a_run_says_how_its_noise_is_correlated_and_keeps_none_of_it(finished):
     report = json.loads((finished / "privacy.json").read_text())
     assert len(report["strategy"]) == 3
@@ -329,7 +329,7 @@ def test_a_run_says_how_its_noise_is_correlated_and_keeps_none_of_it(finished):
     assert not left[name].any()
 
 
-@pytest.mark.slow
+@pytest.mark.sampled
 def test_a_run_that_goes_on_ends_with_the_same_bits(finished, tmp_path, monkeypatch):
     """Killed at update 7, and with a strategy of its own that it must keep."""
     from dpmix_jax.run.checkpoint import Checkpoints
@@ -365,7 +365,6 @@ def test_a_run_that_goes_on_ends_with_the_same_bits(finished, tmp_path, monkeypa
 def test_a_run_draws_the_batches_that_it_accounts_for():
     terms = build._terms_of_records(
         config(**BANDED),
-        None,
         toy.records(60),
         seed=1,
         mechanism=mechanism(),

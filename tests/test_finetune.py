@@ -80,7 +80,7 @@ def small_loss(params, images, labels, frozen):
 small_gradient = jax.jit(jax.grad(small_loss))
 
 
-@pytest.mark.fast("head-clipped_gradient", "head,proj-ghost_clipped_gradient")
+@pytest.mark.sampled("head-clipped_gradient", "head,proj-ghost_clipped_gradient")
 @pytest.mark.parametrize("transform", [clipped_gradient, ghost_clipped_gradient])
 @pytest.mark.parametrize("trainable", ["head", "head,proj"])
 def test_the_gradient_is_that_of_the_loop_and_of_named_modules_only(
@@ -111,7 +111,7 @@ def small_model(name):
     return module, {"params": towers.draw_params(module, (size, size))}, size
 
 
-@pytest.mark.fast("leaves1-vit-head")
+@pytest.mark.sampled("leaves1-vit-head")
 @pytest.mark.parametrize(
     ("name", "last"),
     [
@@ -153,7 +153,7 @@ def test_biases_and_scales_alone_are_trained(name, last, leaves):
     assert all(np.any(leaf) for leaf in jax.tree.leaves(total))
 
 
-@pytest.mark.fast("wrn-32-Dense_0-numbers2")
+@pytest.mark.sampled("wrn-32-Dense_0-numbers2")
 @pytest.mark.parametrize(
     ("name", "size", "last", "numbers"),
     [

@@ -189,7 +189,7 @@ def check_against_the_loop(loss_fn, params, images, labels, clip_norm):
     return gradient_fn, total
 
 
-@pytest.mark.fast("conv", "dense", "scan_of_one")
+@pytest.mark.sampled("conv", "dense", "scan_of_one")
 @pytest.mark.parametrize("name", PLAIN)
 def test_equals_a_loop(name):
     logits_fn, params = PLAIN[name]
@@ -204,7 +204,7 @@ def test_jit_equals_eager():
     np.testing.assert_allclose(toy.flat(eager), toy.flat(total), atol=1e-6)
 
 
-@pytest.mark.fast("cnn")
+@pytest.mark.sampled("cnn")
 @jax.numpy_dtype_promotion("standard")  # Flax relies on it
 @pytest.mark.parametrize(
     "name",
@@ -248,7 +248,7 @@ def largest_array(function, *args):
     return max(sizes(jax.make_jaxpr(function)(*args).jaxpr))
 
 
-@pytest.mark.fast("dense")
+@pytest.mark.sampled("dense")
 @pytest.mark.parametrize("name", ["dense", "remat", "scan", "strided", "experts"])
 def test_forms_no_gradient_of_a_record_where_factors_are_smaller(name):
     """The largest array is smaller than one matrix for each of 64 records."""
@@ -264,7 +264,7 @@ def test_forms_no_gradient_of_a_record_where_factors_are_smaller(name):
     assert arrays[ghost_clipped_gradient] < 64 * used
 
 
-@pytest.mark.fast("16-True")
+@pytest.mark.sampled("16-True")
 @pytest.mark.parametrize(("set_size", "is_ghost"), [(16, True), (17, False)])
 def test_the_smaller_of_the_two_is_kept(set_size, is_ghost):
     """For 36 x 32 up to 16 positions: 16 rows of 68 numbers, and a matrix of 1152."""
@@ -317,7 +317,7 @@ def embedded(num, set_size, seed=0):
     return embeddings, jax.nn.one_hot(labels, 5)
 
 
-@pytest.mark.fast("float32-2")
+@pytest.mark.sampled("float32-2")
 @pytest.mark.parametrize("set_size", [1, 2, 8])
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_a_head_forms_no_gradient_of_a_record(set_size, dtype):
@@ -334,7 +334,7 @@ def test_a_head_forms_no_gradient_of_a_record(set_size, dtype):
     assert largest_array(gradient_fn, HEAD, *records) <= largest
 
 
-@pytest.mark.fast("2-nan", "2-inf", "2-3e+38", "2-30.0")
+@pytest.mark.sampled("2-nan", "2-inf", "2-3e+38", "2-30.0")
 @pytest.mark.proves("ghost.ghost_clipped_gradient", 1, 2, 3, 4)
 @pytest.mark.parametrize("bad", [np.nan, np.inf, 3e38, 30.0])
 @pytest.mark.parametrize("set_size", [1, 2])
@@ -361,7 +361,7 @@ def test_a_changed_record_moves_the_sum_of_a_head_by_its_term(set_size, bad):
     assert np.isfinite(bad) or moved == 0
 
 
-@pytest.mark.fast("0.0-2", "1e-06-8")
+@pytest.mark.sampled("0.0-2", "1e-06-8")
 @pytest.mark.proves("ghost.ghost_clipped_gradient", 2, 6)
 @pytest.mark.parametrize("set_size", [2, 8])
 @pytest.mark.parametrize("apart", [0.0, 1e-6, 1e-3, 1.0])
@@ -391,7 +391,7 @@ def test_the_bound_of_a_head_holds_where_members_cancel(set_size, apart):
 LOSSES = {"conv": (toy.loss_fn, toy.init_params()), "dense": (loss_of(dense), DENSE)}
 
 
-@pytest.mark.fast("dense")
+@pytest.mark.sampled("dense")
 @pytest.mark.proves("ghost.ghost_clipped_gradient", 4)
 @pytest.mark.parametrize("name", LOSSES)
 def test_padding_counts_exactly_nothing(name):
@@ -412,7 +412,7 @@ def test_padding_counts_exactly_nothing(name):
         assert not toy.flat(none).any()
 
 
-@pytest.mark.fast("conv")
+@pytest.mark.sampled("conv")
 @pytest.mark.proves("ghost.ghost_clipped_gradient", 1)
 @pytest.mark.parametrize("name", LOSSES)
 def test_a_record_is_blind_to_the_others(name):
@@ -697,7 +697,7 @@ def test_the_bound_holds_to_the_last_bit_where_gradients_are_formed():
         assert 0.1 * (1 - 2e-6) <= np.linalg.norm(np.float64(total)) <= 0.1
 
 
-@pytest.mark.fast("3")
+@pytest.mark.sampled("3")
 @pytest.mark.parametrize("size", [1, 2, 3, 7])
 def test_every_number_of_records_is_walled_off(size):
     """Norms and sums meet in a loop, out of whose body XLA computes nothing twice."""

@@ -295,7 +295,7 @@ def made(name, augmentation, digits, transform):
     return jax.tree.map(np.asarray, found) | {"sensitivity": sensitivity}
 
 
-@pytest.mark.fast("dp_mix_self")
+@pytest.mark.sampled("dp_mix_self")
 @marked(METHODS, slow=("dp_mix_self_same", "dp_mix_diff"))
 def test_sets_and_clipped_sums(name, digits):
     augmentation = AUGMENTATIONS["subpixel" if name == "self_aug" else "whole"]
@@ -432,7 +432,7 @@ RTOL = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.sampled
 @marked(RUNS, slow={*RUNS} - {"dp_mix_self"})
 def test_runs(name, folder, monkeypatch):
     monkeypatch.setenv("DPMIX_JAX_CACHE", str(folder / "cache"))

@@ -55,7 +55,7 @@ def summed(clip_norm=0.3):
     return jax.jit(clipped_gradient(toy.loss_fn, l2_clip_norm=clip_norm))
 
 
-@pytest.mark.fast("4-2-0.3")
+@pytest.mark.sampled("4-2-0.3")
 @pytest.mark.parametrize(
     ("num_records", "set_size", "clip_norm"),
     [(0, 2, 0.3), (4, 2, 0.01), (4, 2, 0.3), (4, 2, 1.0), (5, 1, 0.3)],
@@ -178,7 +178,7 @@ def layered_loss(params, images, labels):
     return optax.softmax_cross_entropy(logits, labels).mean()
 
 
-@pytest.mark.fast("clip-False")
+@pytest.mark.sampled("clip-False")
 @pytest.mark.parametrize("per_layer", [False, True])
 @pytest.mark.parametrize("name", gradients.WEIGHTS)
 def test_weights_equal_a_loop(name, per_layer):
@@ -234,7 +234,7 @@ def test_automatic_clipping_makes_the_clip_norm_a_factor(make):
     np.testing.assert_allclose(200 * toy.flat(one), toy.flat(two), rtol=1e-4)
 
 
-@pytest.mark.fast(
+@pytest.mark.sampled(
     "flat-clip", "flat-NaN", "per layer-automatic", "ghost-NaN", "ghost-huge"
 )
 @pytest.mark.proves("gradients.clipped_gradient", 2, 3)

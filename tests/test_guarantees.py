@@ -5,8 +5,10 @@ import inspect
 import pkgutil
 import re
 
+import pytest
+
 import dpmix_jax
-from tests.conftest import ROOT
+from tests.conftest import COLLECTED, ROOT, case
 
 
 def promised():
@@ -36,15 +38,37 @@ def proven():
     }
 
 
-def test_each_fast_case_is_there(request):
+@pytest.fixture
+def collected(request):
+    """Tests of this session, before slow ones were left out."""
+    if any("::" in argument for argument in request.config.args):
+        pytest.skip("single tests were asked for")
+    return request.config.stash[COLLECTED]
+
+
+def test_each_sampled_case_is_there(collected):
     """A case that is misspelt would be slow, and nobody would see it."""
     named, found = set(), set()
-    for item in request.session.items:
-        if fast := item.get_closest_marker("fast"):
+    for item in collected:
+        if sampled := item.get_closest_marker("sampled"):
             test = item.nodeid.split("[")[0]
-            named |= {(test, case) for case in fast.args}
-            found.add((test, item.callspec.id))
+            named |= {(test, name) for name in sampled.args}
+            found.add((test, case(item)))
+    assert found
     assert named - found == set()
+
+
+def test_each_guarantee_is_proven_by_default(collected):
+    """By a test that is not slow, if all files are collected."""
+    if {item.path for item in collected} < {*(ROOT / "tests").glob("test_*.py")}:
+        pytest.skip("not all files were asked for")
+    always, all_of_them = set(), set()
+    for item in collected:
+        for mark in item.iter_markers("proves"):
+            lines = {(mark.args[0], line) for line in mark.args[1:]}
+            all_of_them |= lines
+            always |= set() if item.get_closest_marker("slow") else lines
+    assert all_of_them - always == set()
 
 
 def test_each_guarantee_is_proven_and_nothing_else_is_claimed():

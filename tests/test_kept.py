@@ -51,7 +51,7 @@ def kept_of(path, records: Records, stop=lambda: False, sets_of=RECORD_SET):
     )
 
 
-@pytest.mark.slow
+@pytest.mark.sampled
 def test_rows_are_the_sets_of_the_first_updates_embedded(tmp_path):
     """By a plain loop over sets and records; the file is its owner's alone."""
     records = toy.records(N)
@@ -72,7 +72,7 @@ def test_rows_are_the_sets_of_the_first_updates_embedded(tmp_path):
     assert stat.S_IMODE((tmp_path / "embeddings").stat().st_mode) == 0o600
 
 
-@pytest.mark.fast("4-17")
+@pytest.mark.sampled("4-17")
 @pytest.mark.parametrize("cut", [0, 17])
 @pytest.mark.parametrize("after", range(1, 9, 3))
 def test_stopped_or_killed_it_goes_on_to_the_same_bytes(tmp_path, after, cut):
@@ -118,7 +118,7 @@ def test_another_seed_never_meets_embeddings_of_the_first(tmp_path):
     assert not list(tmp_path.glob("embeddings*"))
 
 
-@pytest.mark.fast("0")
+@pytest.mark.sampled("0")
 @pytest.mark.proves("models.kept.make_embed", 1)
 @pytest.mark.parametrize("value", [0, 255])
 def test_a_row_is_of_its_record_alone(tmp_path, value):
@@ -209,7 +209,7 @@ def test_without_augmentation_kept_is_fresh(tmp_path):
     assert np.abs(fresh["params/params/head/kernel"]).max() > 0.1
 
 
-@pytest.mark.slow
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     "place", ["device", pytest.param("host", marks=pytest.mark.slow)]
 )

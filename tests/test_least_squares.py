@@ -243,7 +243,7 @@ def test_the_noise_is_that_of_the_closed_form(epsilon, delta):
     assert delta_of(epsilon, np.hypot(each, each)) <= delta * (1 + 1e-6)
 
 
-@pytest.mark.slow
+@pytest.mark.sampled
 def test_golden_multipliers():
     """By `delta_of` and scipy's brentq, of the sum of both; scipy 1.17."""
     for epsilon, expected in ((1.0, 3.730632), (3.0, 1.390500), (8.0, 0.600145)):

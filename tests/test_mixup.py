@@ -173,7 +173,7 @@ def test_only_drawn_public_images_matter():
                 assert np.array_equal(before[i], after[i]) != matters
 
 
-@pytest.mark.fast("dp_mix_diff-uniform")
+@pytest.mark.sampled("dp_mix_diff-uniform")
 @pytest.mark.parametrize(("name", "draw"), DRAWS.items())
 def test_sets_with_public_images(name, draw):
     """Views, then public images, then mixes of both; labels soft across classes."""

@@ -112,7 +112,7 @@ def plain_wrn(params, image, blocks, order):
     return norm(relu(x)).mean((1, 2)) @ dense["kernel"] + dense["bias"]
 
 
-@pytest.mark.fast("0")
+@pytest.mark.sampled("0")
 @pytest.mark.parametrize("order", [0, 3])
 def test_wrn_is_that_of_the_paper(order):
     """Logits of WRN-16-1 equal those of loops in NumPy, whatever the weights."""
@@ -125,7 +125,7 @@ def test_wrn_is_that_of_the_paper(order):
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.sampled
 def test_wrn_starts_as_its_source_says():
     """Kernels: truncated normal of variance 1 / fan-in; gains 1, biases 0."""
     model = models.create("wrn", 10, depth=10, width=4)

@@ -33,7 +33,10 @@ def start(out, *coordinates, flags=""):
 
 
 def load(process, out):
-    _, errors = process.communicate(timeout=900)
+    try:
+        _, errors = process.communicate(timeout=900)
+    finally:
+        process.kill()
     assert process.returncode == 0, errors[-2000:]
     with np.load(out) as file:
         return dict(file)
@@ -56,11 +59,7 @@ def sums_on(tmp_path_factory):
             address = f"127.0.0.1:{free.getsockname()[1]}"
         outs = [folder / "first.npz", folder / "second.npz"]
         processes = [start(out, address, "2", str(i)) for i, out in enumerate(outs)]
-        try:
-            first, second = map(load, processes, outs)
-        finally:
-            for process in processes:
-                process.kill()
+        first, second = map(load, processes, outs)
         for name in first:
             np.testing.assert_array_equal(first[name], second[name])
         return first

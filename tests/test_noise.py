@@ -157,7 +157,7 @@ def test_the_result_is_the_exact_noisy_sum_rounded(scale):
         assert float(noisy) == nearest(on_grid + int(a) + int(b)) * GRID.spacing
 
 
-@pytest.mark.fast("1000")
+@pytest.mark.sampled("9000")
 @pytest.mark.proves("noise.add_noise", 2)
 @pytest.mark.parametrize("size", [1, 1000, 9000])
 def test_each_coordinate_has_a_block_of_its_own(size, monkeypatch):

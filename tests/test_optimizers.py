@@ -327,7 +327,7 @@ def test_a_config_refuses(settings, message):
         OptimizerConfig(learning_rate=1.0, **settings)
 
 
-@pytest.mark.fast("groups")
+@pytest.mark.sampled("groups")
 @pytest.mark.parametrize(
     "changes",
     [
@@ -368,7 +368,7 @@ RUNS = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     "name",
     [

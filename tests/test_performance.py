@@ -71,7 +71,7 @@ def test_nothing_fits():
         )
 
 
-@pytest.mark.slow
+@pytest.mark.sampled
 def test_memory_of_a_microbatch_is_measured_and_grows():
     config, records = runs.config(), data.load(data.DataConfig()).train
     model = build.classifier(config, records)

@@ -13,7 +13,7 @@ POOL = make_pool(IMAGES, LABELS, "abc", draw="class")
 NUM = 4000
 
 
-@pytest.mark.fast("0", "2")
+@pytest.mark.sampled("0", "2")
 @pytest.mark.proves("pool.draw_rows", 2)
 @pytest.mark.parametrize("own", [None, 0, 1, 2])
 def test_draws_are_uniform_and_independent(own):

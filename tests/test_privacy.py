@@ -57,7 +57,7 @@ GOLDEN = [
 ]
 
 
-@pytest.mark.fast(
+@pytest.mark.sampled(
     "0.08192-2600-2.6225-7.9947-8.0047-8.6212", "1.0-100-20.0-1.9881-1.9981-2.1657"
 )
 @pytest.mark.parametrize(("q", "updates", "sigma", "low", "high", "rdp"), GOLDEN)
@@ -77,7 +77,7 @@ def gaussian_delta(epsilon, mu):
     return phi(mu / 2 - epsilon / mu) - math.exp(epsilon) * phi(-mu / 2 - epsilon / mu)
 
 
-@pytest.mark.fast("2.5-NeighboringRelation.REPLACE_ONE")
+@pytest.mark.sampled("2.5-NeighboringRelation.REPLACE_ONE")
 @pytest.mark.parametrize("relation", list(NeighboringRelation))
 @pytest.mark.parametrize("noise_multiplier", [1.0, 2.5])
 def test_full_batches_spend_what_one_gaussian_does(relation, noise_multiplier):
@@ -92,7 +92,7 @@ def test_full_batches_spend_what_one_gaussian_does(relation, noise_multiplier):
     assert gaussian_delta(mechanism.epsilon(1e-5), mu) == pytest.approx(1e-5, rel=2e-3)
 
 
-@pytest.mark.fast(
+@pytest.mark.sampled(
     "1.0-0.08192-875-replace_special-9.12", "0.05-0.01-100-add_or_remove_one-None"
 )
 @pytest.mark.proves("accounting.calibrate", 1)

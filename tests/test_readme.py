@@ -11,7 +11,7 @@ from tests.conftest import ROOT
 README = (ROOT / "README.md").read_text()
 
 
-@pytest.mark.slow
+@pytest.mark.sampled
 def test_the_library_example_runs(capsys):
     (code,) = re.findall(r"```python\n(.*?)```", README, re.S)
     assert (ROOT / "examples/minimal.py").read_text().endswith(f'"""\n\n{code}')

@@ -136,7 +136,7 @@ def render(num_classes=3, **changed):
     return report.render(**{**given, **changed})
 
 
-@pytest.mark.fast("True-10", "False-1")
+@pytest.mark.sampled("True-10", "False-1")
 @pytest.mark.parametrize("num_classes", [1, 10, 200])
 @pytest.mark.parametrize("finite", [True, False])
 def test_every_tag_is_closed_and_no_id_is_there_twice(num_classes, finite):
@@ -174,7 +174,7 @@ def test_a_phone_sees_it_at_its_own_width():
     assert ".wide { overflow-x: auto; }" in page.of("style")[0]
 
 
-@pytest.mark.fast("True-10")
+@pytest.mark.sampled("True-10")
 @pytest.mark.parametrize("num_classes", [1, 10, 20])
 @pytest.mark.parametrize("finite", [True, False])
 def test_the_numbers_in_cells_are_the_counts(num_classes, finite):

@@ -30,7 +30,7 @@ def by_order(found, scales, angles):
     return np.split(found, [1, 1 + scales * angles], axis=-1)
 
 
-@pytest.mark.fast("fashion_mnist")
+@pytest.mark.sampled("fashion_mnist")
 @pytest.mark.parametrize("name", make_scattering.CASES)
 def test_coefficients_are_kymatios(name):
     *options, shape = make_scattering.CASES[name]

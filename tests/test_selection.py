@@ -78,7 +78,7 @@ def by_hand(distribution, mean, rho, delta):
     return approximate(rho * orders + constant + math.log(mean) / (orders - 1))
 
 
-@pytest.mark.fast("logarithmic-1.5", "geometric-10.0", "poisson-1.5")
+@pytest.mark.sampled("logarithmic-1.5", "geometric-10.0", "poisson-1.5")
 @pytest.mark.parametrize("mean", [1.5, 10.0])
 @pytest.mark.parametrize("distribution", SHAPES)
 def test_epsilon_is_that_of_the_theorems(distribution, mean):
@@ -100,7 +100,7 @@ def test_epsilon_is_that_of_the_theorems(distribution, mean):
     assert mechanism.epsilon(1e-5, accountant="pld") == math.inf
 
 
-@pytest.mark.fast("geometric")
+@pytest.mark.sampled("geometric")
 @pytest.mark.proves("accounting.calibrate", 1)
 @pytest.mark.parametrize("distribution", SHAPES)
 def test_calibration_covers_the_choice(distribution):
@@ -116,7 +116,7 @@ def test_calibration_covers_the_choice(distribution):
     assert mechanism.noise_multiplier > 1.2 * calibrate(**options).noise_multiplier
 
 
-@pytest.mark.fast("logarithmic-0.5", "geometric-8.0", "poisson-0.5")
+@pytest.mark.sampled("logarithmic-0.5", "geometric-8.0", "poisson-0.5")
 @pytest.mark.proves("selection.Selection", 2)
 @pytest.mark.parametrize("epsilon", [0.5, 8.0])
 @pytest.mark.parametrize("distribution", SHAPES)
@@ -155,7 +155,7 @@ def fits(numbers, distribution, mean):
     return scipy.stats.chisquare(counts[likely], expected[likely]).pvalue > 1e-4
 
 
-@pytest.mark.fast("geometric", "poisson")
+@pytest.mark.sampled("geometric", "poisson")
 @pytest.mark.proves("selection.Selection", 1)
 @pytest.mark.parametrize("distribution", SHAPES)
 def test_candidates_are_drawn_as_accounted_for(distribution):

@@ -242,7 +242,7 @@ def test_one_cell_with_a_selection_makes_it_one(tmp_path):
             launch(tmp_path, pretend([]), rows=rows, common=ONE)
 
 
-@pytest.mark.slow
+@pytest.mark.sampled
 def test_the_selected_run_is_covered_and_measures_all_metrics(draws, tmp_path, capsys):
     def run_one(config, workdir, signals):
         assert experiment.run(config, workdir) == 0

@@ -101,7 +101,7 @@ def test_images_do_not_depend_on_the_batch_size_and_the_manifest_tells_of_what(
     assert {"pillow", "matplotlib"} <= set(manifest["settings"])
 
 
-@pytest.mark.slow
+@pytest.mark.sampled
 def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(tmp_path):
     render(tmp_path / "whole", digit_plan(count=300))
     out = tmp_path / "killed"

@@ -111,7 +111,7 @@ def test_a_step_for_accelerators_has_no_loop_over_records_and_few_groups(name):
             assert max(group_counts(text), default=0) <= MOST_GROUPS, (platform, part)
 
 
-@pytest.mark.slow
+@pytest.mark.sampled
 def test_what_that_test_would_find():
     """On CPUs there are loops over records; JAX's own rule has groups of all."""
     config = CONFIGS["digits"]()

@@ -18,7 +18,7 @@ SMALL = {
 both = pytest.mark.parametrize("tower", ["vit", "convnext"])
 
 
-@pytest.mark.fast("vit")
+@pytest.mark.sampled("vit")
 @both
 def test_it_computes_what_open_clip_does(tower):
     """Embeddings and a gradient of a tiny tower with the same weights."""
@@ -46,7 +46,7 @@ def test_the_head_is_linear_in_the_embedding():
     assert models.create("convnext", 5).CPU_IMAGES is None
 
 
-@pytest.mark.fast("vit")
+@pytest.mark.sampled("vit")
 @both
 def test_bfloat16_computes_in_half_and_keeps_float32_outside(tower):
     module = models.create(tower, 5, dtype=jnp.bfloat16, **SMALL[tower])

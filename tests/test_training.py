@@ -186,7 +186,7 @@ def test_a_term_is_of_its_record_alone():
         assert (terms(**change) != base).any(axis=1).all()
 
 
-@pytest.mark.fast("40")
+@pytest.mark.sampled("40")
 @pytest.mark.proves("training.make_accumulate", 2)
 @pytest.mark.parametrize("microbatch_size", [1, 40])
 def test_microbatch_size_changes_rounding_only(accumulate, microbatch_size):

@@ -56,7 +56,7 @@ def timer_of(seconds, calls=None):
 # --- Choices, and the programs that they make ---------------------------------------
 
 
-@pytest.mark.fast("padded-rows", "dilated-shifted", "depthwise-plain")
+@pytest.mark.sampled("padded-rows", "dilated-shifted", "depthwise-plain")
 @pytest.mark.parametrize("name", conv.FORMULATIONS)
 @pytest.mark.parametrize("case", ["padded", "dilated", "depthwise"])
 def test_a_choice_makes_the_program_of_the_formulation_of_that_name(case, name):
@@ -311,7 +311,7 @@ def measured(path, *, goes_on=False, size=8, budget=0.0):
     return convolutions.measured(parts, config, 8, Workdir(path), goes_on=goes_on)
 
 
-@pytest.mark.slow
+@pytest.mark.sampled
 def test_parts_compute_by_what_was_measured_kept_or_found_in_the_cache(
     tmp_path, cache, capsys
 ):
@@ -375,6 +375,8 @@ def test_convolutions_of_a_head_are_found_too():
     parts, model = build_parts(config)
     rows = embeddings.blank_rows(parts, config, model, 8)
     kept = embeddings.on_kept(parts, config, model, rows, seed=0)
+    # The noise was scaled by the first.
+    assert kept.gradient_fn.l2_norm_bound == parts.gradient_fn.l2_norm_bound == 1.0
     for each in (parts, kept):
         (key,) = tuning.find(each.accumulate_by, each.arguments(8))
         assert key.startswith("8 records of float32[3,4,4,")
@@ -420,7 +422,7 @@ def test_several_processes_are_refused():
         config.check_processes(2)
 
 
-@pytest.mark.slow
+@pytest.mark.sampled
 def test_a_run_that_is_stopped_ends_with_the_same_bits(tmp_path, cache, monkeypatch):
     start = functools.partial(
         runs.run,

@@ -131,7 +131,7 @@ def parts_of(config, path):
     return parts, model, records.normalize(jnp.asarray(public.images))
 
 
-@pytest.mark.fast("scattering")
+@pytest.mark.sampled("scattering")
 @pytest.mark.parametrize(
     "config",
     [

@@ -99,7 +99,10 @@ def load(
         stddev=tuple(about["stddev"]),
         resize=about["resize"],
     )
-    config = from_config_dict(about["model"], ModelConfig)
+    try:
+        config = from_config_dict(about["model"], ModelConfig)
+    except UserError as error:
+        raise UserError(f"{path / 'model.json'}: {error}") from None
     model = make_classifier(
         config.name,
         config.options,
