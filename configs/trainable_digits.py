@@ -19,7 +19,7 @@ al., 2022); or all. The last row trains all from random weights.
 Learning rates are those of the best accuracy of EMA weights on 288 validation records
 (one other seed; docs/results/trainable_digits.md lists all).
 
-Hardware: two CPU cores. Hours: 0.5. Accuracy: docs/results/trainable_digits.md; the
+Hardware: two CPU cores. Hours: 0.3. Accuracy: docs/results/trainable_digits.md; the
 paper has no such table.
 """
 
