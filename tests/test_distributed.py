@@ -255,9 +255,9 @@ def test_two_processes_killed_and_resumed_end_as_one(tmp_path, monkeypatch):
     )
     assert two.keys() == one.keys()
     for name, value in one.items():
-        # Two sums round otherwise than one. That is 4e-7 in most runs and, with a ReLU
-        # that it turns on or off, was 3e-5 in one of fifty. An update with other noise
-        # moves weights by 5e-3, and one record in it by up to 5e-3 in all.
+        # Two sums round otherwise than one: by 4e-7 in some fifty runs, but by 3e-5 in
+        # another, as where rounding turns a ReLU on. An update with other noise moves
+        # weights by 5e-3, and one record in it by up to 5e-3 in all.
         np.testing.assert_allclose(two[name], value, atol=1e-4)
     two, one = (
         json.loads((tmp_path / name / "privacy.json").read_text())
