@@ -37,12 +37,18 @@ COLLECTED = pytest.StashKey()
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
-    """Marks as slow all cases of a sampled test but those that its mark names."""
+    """Marks as slow all cases of a sampled test but those that its mark names.
+
+    Where more than the default is wanted, `unsampled` tells them from cases that are
+    slow by themselves.
+    """
     config.stash[COLLECTED] = [*items]
     for item in items:
         sampled = item.get_closest_marker("sampled")
-        if sampled and case(item) not in sampled.args:
+        left_out = sampled and case(item) not in sampled.args
+        if left_out and not item.get_closest_marker("slow"):
             item.add_marker("slow")
+            item.add_marker("unsampled")
 
 
 def case(item) -> str | None:
