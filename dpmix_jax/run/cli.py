@@ -63,6 +63,20 @@ def find_config(text: str) -> str:
     return f"{programs_folder() / 'configs' / stem}.py{colon}{argument}"
 
 
+def read_config(text: str) -> ConfigDict:
+    """Returns what a config says, given as `--config` takes it.
+
+    Raises:
+      UserError: if there is no such config, or it is that of a sweep.
+    """
+    path = find_config(text).partition(":")[0]
+    _check_file(path)
+    found = _ConfigParser("config", lock_config=False).parse(text)
+    if "optimizer" not in found:
+        raise UserError(f"config is {text}: it must be that of one run")
+    return found
+
+
 def define_config(
     flag_values: flags.FlagValues = flags.FLAGS, argv: Sequence[str] | None = None
 ) -> flags.FlagHolder:
@@ -122,11 +136,15 @@ def config_file(
         )
     name = find_config(config_flags.get_config_filename(flag_values["config"]))
     path, _, argument = name.partition(":")
+    _check_file(path)
+    return pathlib.Path(path), argument
+
+
+def _check_file(path: str) -> None:
     if not pathlib.Path(path).is_file():
         raise UserError(
             f"--config is {path}: there is no such file, nor a config of that name"
         )
-    return pathlib.Path(path), argument
 
 
 def default_workdir(path: pathlib.Path, argument: str) -> pathlib.Path:
