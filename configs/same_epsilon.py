@@ -5,17 +5,15 @@ python experiments/sweep.py --config=configs/same_epsilon.py
 DP-SGD on one image a record at epsilon 3, five paired seeds; rows differ in how
 gradients are clipped, in the noise, in the batches, or in what is made of the private
 mean (docs/same_epsilon.md). The argument is digits or fashion_mnist, there scattering
-coefficients and a linear classifier; or fashion_mnist_8, at epsilon 8, where noise and
-batches can bring more.
+coefficients and a linear classifier.
 
 Each row has the settings of the best mean accuracy of EMA weights on validation
 records, with two other seeds, of those that docs/results/same_epsilon_digits.md and
-docs/results/fashion_mnist.md list; clipping per layer (on digits), random allocation
-and the rows at epsilon 8 have DP-SGD's learning rate. Random allocation needs
+docs/results/fashion_mnist.md list; clipping per layer (on digits) and random allocation
+have DP-SGD's learning rate. Random allocation needs
 `pip install "dpmix_jax[allocation]"`.
 
-Hardware: two CPU cores. Hours: 0.15 for digits, 1 for fashion_mnist, 0.5 for
-fashion_mnist_8.
+Hardware: two CPU cores. Hours: 0.15 for digits, 1 for fashion_mnist.
 
 Accuracy: docs/results/same_epsilon_digits.md, docs/results/fashion_mnist.md.
 """
@@ -27,8 +25,6 @@ import ml_collections
 from configs._base import method, sweep
 from dpmix_jax.run.config import choose
 
-# Epochs of seven batches; the others take 7.3 to see as many records.
-ALLOCATION = {"privacy.sampling": "allocation", "privacy.expected_batch_size": 8571}
 # By base config and row: what differs from it.
 ROWS: dict[str, dict[str, dict[str, Any]]] = {
     "digits": {
@@ -82,7 +78,11 @@ ROWS: dict[str, dict[str, dict[str, Any]]] = {
             "privacy.mechanism": "bandmf",
             "privacy.bands": 2,
         },
-        "random allocation": ALLOCATION,
+        # Epochs of seven batches; the others take 7.3 to see as many records.
+        "random allocation": {
+            "privacy.sampling": "allocation",
+            "privacy.expected_batch_size": 8571,
+        },
         "AdamBC": {
             "optimizer.name": "adam_bc",
             "optimizer.learning_rate": 0.01,
@@ -98,28 +98,18 @@ ROWS: dict[str, dict[str, dict[str, Any]]] = {
             "optimizer.filter_gain": 0.5,
         },
     },
-    "fashion_mnist_8": {
-        "DP-SGD": {},
-        "correlated noise": {"privacy.mechanism": "bandmf"},  # of bands by its rule
-        "random allocation": ALLOCATION,
-    },
 }
-SCATTERING = "configs/scattering_fashion_mnist.py:{epsilon}"
-BASES = {
-    "digits": ("configs/digits.py:{epsilon}", "3"),
-    "fashion_mnist": (SCATTERING, "3"),
-    "fashion_mnist_8": (SCATTERING, "8"),
-}
+BASES = {"digits": "digits", "fashion_mnist": "scattering_fashion_mnist"}
 
 
 def get_config(base: str = "digits") -> ml_collections.ConfigDict:
-    rows, (path, epsilon) = choose(ROWS, base, "base"), BASES[base]
+    rows = choose(ROWS, base, "base")
     return sweep(
         title=f"Noise and steps for the same epsilon, {base}",
-        base=path,
+        base=f"configs/{BASES[base]}.py:{{epsilon}}",
         rows=tuple(
             (row, method("dp_sgd") | settings) for row, settings in rows.items()
         ),
-        columns={"epsilon": (epsilon,)},
+        columns={"epsilon": ("3",)},
         baseline="DP-SGD",
     )
