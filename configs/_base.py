@@ -1,46 +1,28 @@
-"""What configs share: the values that most runs have, and the rows of sweeps."""
+"""What configs share: the groups of a run's settings, and the rows of sweeps."""
 
 from typing import Any
 
 import ml_collections
 from ml_collections import config_dict
 
+# Of a run's config, see `dpmix_jax.run.config.ExperimentConfig`; `public` are images
+# declared public, for dp_mix_diff, pretrain and finetune.whitening.
+GROUPS = (
+    *("data", "public", "pretrain", "finetune", "model", "method", "augmentation"),
+    *("privacy", "optimizer", "performance", "logging", "evaluate", "diagnostics"),
+)
+
 
 def experiment(**groups: dict[str, Any]) -> ml_collections.ConfigDict:
     """Returns the config of a run.
 
     Args:
-      groups: what differs from the values below. A setting in neither of them has the
-        default of its dataclass in `dpmix_jax`, and a flag sets it all the same.
+      groups: settings by group. Others have the defaults of their dataclass in
+        `dpmix_jax`, and a flag sets them all the same.
     """
-    config = ml_collections.ConfigDict(
-        {
-            # None draws a secret seed, as a guarantee needs; give one to repeat a run.
-            "seed": config_dict.placeholder(int),
-            "data": {"validation_size": 0},
-            # Images declared public, for dp_mix_diff, pretrain and finetune.whitening.
-            "public": {},
-            # On the public images, without noise, before the private training.
-            "pretrain": {"num_updates": 0},
-            # Weights to start from, and names of the modules to train.
-            "finetune": {"trainable": "all"},
-            "model": {},
-            # Without sizes a method has those of the paper.
-            "method": {"alpha": 0.2, "distinct_pairs": True},
-            "augmentation": {"flip": True, "max_shift": 4.0, "subpixel": False},
-            "privacy": {
-                "delta": 1e-5,
-                "l2_clip_norm": 1.0,
-                "neighboring_relation": "add_or_remove_one",
-            },
-            "optimizer": {"momentum": 0.0, "ema_decay": 0.9999},
-            # Records at a time: a number, or auto for as many as fit into memory.
-            "performance": {"microbatch_size": "auto", "precision": "float32"},
-            "logging": {},
-            "evaluate": {},
-            "diagnostics": {},
-        }
-    )
+    # None draws a secret seed, as a guarantee needs; give one to repeat a run.
+    config = ml_collections.ConfigDict({"seed": config_dict.placeholder(int)})
+    config.update({name: groups.pop(name, {}) for name in GROUPS})
     config.update(groups)
     return config
 

@@ -27,7 +27,7 @@ class AugmentationConfig:
     """
 
     flip: bool = True
-    max_shift: float = 4
+    max_shift: float = 4.0
     subpixel: bool = False
 
     def __post_init__(self):
