@@ -228,18 +228,18 @@ def epsilon_after(mechanism: Mechanism, num_updates: int, delta: float) -> float
     return _cached(Mechanism.epsilon, first, delta)
 
 
-def _calibrate(epsilon, delta, silent):
-    relation, updates = silent.neighboring_relation, silent.num_updates
-    if silent.allocated:
+def _calibrate(epsilon, delta, noiseless):
+    relation, updates = noiseless.neighboring_relation, noiseless.num_updates
+    if noiseless.allocated:
         return allocation.calibrate(
             epsilon=epsilon,
             delta=delta,
             num_updates=updates,
-            batches_per_epoch=silent.batches_per_epoch,
+            batches_per_epoch=noiseless.batches_per_epoch,
         )
 
     def mechanism(noise_multiplier):
-        return dataclasses.replace(silent, noise_multiplier=noise_multiplier)
+        return dataclasses.replace(noiseless, noise_multiplier=noise_multiplier)
 
     # RDP is quick and bounds the search roughly; PLD, whose cost grows with epsilon, is
     # then asked only near the target.
@@ -259,11 +259,11 @@ def _calibrate(epsilon, delta, silent):
         raise UserError(
             f"no noise multiplier from {_MIN_NOISE:g} to {_MAX_NOISE:g} spends epsilon"
             f" {epsilon:g} at delta {delta:g} in {updates} updates with sampling"
-            f" probability {silent.sampling_prob:.4g}: ask for another epsilon, batch"
-            " size or number of updates"
+            f" probability {noiseless.sampling_prob:.4g}: ask for another epsilon,"
+            " batch size or number of updates"
         )
     return dp_accounting.calibrate_dp_mechanism(
-        make_fresh_accountant=lambda: _ACCOUNTANTS[silent.accountant](
+        make_fresh_accountant=lambda: _ACCOUNTANTS[noiseless.accountant](
             neighboring_relation=relation
         ),
         make_event_from_param=lambda value: mechanism(value).event(),
@@ -326,7 +326,7 @@ def calibrate(
         ("num_updates", num_updates, num_updates % 1 == 0, "a whole number"),
     ):
         require(valid, name, value, allowed)
-    silent = Mechanism(
+    noiseless = Mechanism(
         sampling_prob=float(sampling_prob),
         num_updates=int(num_updates),
         noise_multiplier=0.0,
@@ -335,12 +335,12 @@ def calibrate(
         allocated=allocated,
     )
     if bands is None:
-        bands = _cached(_least_error, silent, float(epsilon), float(delta))
+        bands = _cached(_least_error, noiseless, float(epsilon), float(delta))
     if bands != 1:
         strategy = _cached(factorization.strategy, int(num_updates), bands)
-        silent = dataclasses.replace(silent, strategy=strategy)
-    noise_multiplier = _cached(_calibrate, float(epsilon), float(delta), silent)
-    mechanism = dataclasses.replace(silent, noise_multiplier=noise_multiplier)
+        noiseless = dataclasses.replace(noiseless, strategy=strategy)
+    noise_multiplier = _cached(_calibrate, float(epsilon), float(delta), noiseless)
+    mechanism = dataclasses.replace(noiseless, noise_multiplier=noise_multiplier)
     if selection is not None:  # or else it would fail after the training
         selection.score_noise(epsilon, delta, neighboring_relation)
     spent = mechanism.epsilon(delta)
@@ -353,28 +353,28 @@ def calibrate(
     return mechanism
 
 
-def _least_error(silent: Mechanism, epsilon: float, delta: float) -> int:
+def _least_error(noiseless: Mechanism, epsilon: float, delta: float) -> int:
     """Returns the number of bands whose noise, by RDP, disturbs sums least."""
     best, least = 1, math.inf
     for bands in sorted({*(2**k for k in range(11)), *(3 * 2**k for k in range(10))}):
-        if bands * silent.sampling_prob > 1 or bands > silent.num_updates:
+        if bands * noiseless.sampling_prob > 1 or bands > noiseless.num_updates:
             break
-        strategy = _cached(factorization.strategy, silent.num_updates, bands)
+        strategy = _cached(factorization.strategy, noiseless.num_updates, bands)
         needed = noise_by_rdp(
-            dataclasses.replace(silent, strategy=strategy), epsilon, delta
+            dataclasses.replace(noiseless, strategy=strategy), epsilon, delta
         )
-        error = needed * factorization.error(strategy, silent.num_updates)
+        error = needed * factorization.error(strategy, noiseless.num_updates)
         if error >= least:  # or infinite, where RDP bounds nothing
             break
         best, least = bands, error
     return best
 
 
-def noise_by_rdp(silent: Mechanism, epsilon: float, delta: float) -> float:
+def noise_by_rdp(noiseless: Mechanism, epsilon: float, delta: float) -> float:
     """Returns the noise multiplier that a budget takes by RDP: soon, and too large.
 
     Args:
-      silent: a mechanism, whose own noise multiplier does not matter.
+      noiseless: a mechanism, whose own noise multiplier does not matter.
       epsilon: the budget.
       delta: in (0, 1).
 
@@ -384,7 +384,7 @@ def noise_by_rdp(silent: Mechanism, epsilon: float, delta: float) -> float:
     """
 
     def excess(log_noise: float) -> float:
-        each = dataclasses.replace(silent, noise_multiplier=math.exp(log_noise))
+        each = dataclasses.replace(noiseless, noise_multiplier=math.exp(log_noise))
         return min(each.epsilon(delta, accountant="rdp"), 1e9) - epsilon
 
     lowest, highest = math.log(0.1), math.log(1e4)

@@ -16,7 +16,10 @@ Weight = Callable[[jax.Array, float], jax.Array]  # of a gradient, by its norm a
 
 
 def clip(norm: jax.Array, l2_clip_norm: float) -> jax.Array:
-    """Returns min(1, C / norm), which shortens long gradients (Abadi et al., 2016)."""
+    """Returns min(1, C / norm), which shortens long gradients (Abadi et al., 2016).
+
+    As the weight of `clipped_gradient` it changes nothing: that clip comes anyway.
+    """
     return jnp.minimum(1.0, l2_clip_norm / jnp.maximum(norm, 1e-30))
 
 
@@ -117,8 +120,9 @@ def clipped_gradient(
         weighted = _weighted(gradient, weight, l2_clip_norm, per_layer)
         return weighted, (value, before, optax.global_norm(gradient))
 
-    # It sets components that are not finite to 0, then measures the norm, then scales
-    # by min(1, C / norm), then sums over the records that are no padding.
+    # The clip and the sum. jax_privacy sets components that are not finite to 0, then
+    # measures the norm, then scales by min(1, C / norm), then sums over the records
+    # that are no padding.
     inner = clipping.clipped_fun(
         record_gradient,
         has_aux=True,

@@ -16,11 +16,19 @@ from dpmix_jax import (
     accounting,
     calibrate,
     clipped_gradient,
+    gradients,
     noise_key,
     privatizer,
 )
 from dpmix_jax.noise import extra_delta, next_key
-from dpmix_jax.run.statement import privacy_report, round_up, statement
+from dpmix_jax.run import build, performance
+from dpmix_jax.run.statement import (
+    CLIPPINGS,
+    RULES,
+    privacy_report,
+    round_up,
+    statement,
+)
 from tests import toy
 
 # (q, T, sigma, lower and upper bound on epsilon, RDP epsilon) at delta = 1e-5, relation
@@ -399,3 +407,10 @@ def test_a_batch_larger_than_the_data_is_refused():
     assert config.sampling_prob(256) == 1.0
     with pytest.raises(UserError, match=r"must be at most .* training records, 255"):
         config.sampling_prob(255)
+
+
+def test_the_statement_has_words_for_each_rule_and_each_way_to_clip():
+    """Without them a run would end in a traceback, after its secrets are erased."""
+    assert {*RULES} == {*gradients.WEIGHTS}
+    assert {*CLIPPINGS} == {*build.CLIPPED_GRADIENTS}
+    assert {*performance.CLIPPINGS} == {"auto", *CLIPPINGS}

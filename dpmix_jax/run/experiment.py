@@ -153,7 +153,7 @@ def train(
         given,
         train_set,
         mechanism=mechanism,
-        # Without a seed all updates are done, as is checked below: nothing is drawn.
+        # There is none only where all updates are done (`first_state` sees to that).
         seed=0 if seed is None else seed,
         public=public,
     )

@@ -124,7 +124,7 @@ _RELATIONS = {
     "replace_special": "one record is replaced by an empty one",
 }
 
-_CLIPPING = {
+CLIPPINGS = {
     "instantiate": "what is clipped is the gradient whose norm was measured",
     "ghost": (
         "norms are bounded from the factors of gradients, rounding included, and the"
@@ -132,7 +132,7 @@ _CLIPPING = {
     ),
 }
 
-_RULES = {
+RULES = {
     "clip": "",
     "automatic": ", divided by their norms (automatic clipping) and",
 }
@@ -206,7 +206,7 @@ def statement(report: dict[str, Any]) -> str:
         else f"{name.upper()} bounds nothing here"
         for name in ("pld", "rdp")
     )
-    rule = _RULES[report.get("clipping_rule", "clip")]
+    rule = RULES[report.get("clipping_rule", "clip")]
     if report.get("per_layer"):
         rule += ", layer by layer and then as a whole,"
     correlated, sampling, turns = "", "Poisson sampling", ""
@@ -303,7 +303,7 @@ def statement(report: dict[str, Any]) -> str:
             " than the guarantee allows. That the noise is no real number is counted"
             f" in delta, as at most {round_up(report['delta_of_the_grid'], 2)}. The"
             f" model computes in {report['precision']}, the sum of clipped gradients in"
-            f" float32; {_CLIPPING[report['clipping']]}. Not proven: that generators"
+            f" float32; {CLIPPINGS[report['clipping']]}. Not proven: that generators"
             " are as good as coins, and what clipped gradients and their sum lose by"
             " rounding"
         ),
