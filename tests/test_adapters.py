@@ -133,6 +133,7 @@ def sums_of(name, rank=2):
     return clipped_sum, module, (trained, frozen), (pictures, labels)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     "name", ["vit", *(pytest.param(x, marks=pytest.mark.slow) for x in list(SMALL)[1:])]
 )
@@ -180,6 +181,7 @@ def test_the_term_of_a_record_is_its_own():
         assert apart <= 0.5 * (1 + 1e-5)
 
 
+@pytest.mark.sampled
 def test_what_is_released_is_the_whole_model():
     """W + A B by NumPy, under the names of the model; without adapters what it was."""
     _, params, _ = small("wrn")

@@ -177,7 +177,7 @@ def test_epsilon_is_that_of_samples_of_the_mechanism(noise_multiplier, batches, 
         assert max(deltas) + 4 * max(errors) >= 0.98 * delta
 
 
-@pytest.mark.sampled("1.0-7-1")
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("noise_multiplier", "batches", "epochs"), [(1.5, 4, 3), (1.0, 7, 1)]
 )

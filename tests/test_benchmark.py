@@ -51,6 +51,7 @@ def test_every_row_is_printed_and_written(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["speed.json"]
 
 
+@pytest.mark.sampled
 def test_a_head_is_timed(tmp_path):
     path = tmp_path / "head.json"
     flags = ("--head=20", "--k=2", "--records=4", "--rounds=2", f"--json={path}")

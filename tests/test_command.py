@@ -129,6 +129,7 @@ def test_a_wheel_works_without_a_checkout(tmp_path):
     assert "table11" in run("-m", "dpmix_jax.command", "configs")
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("flags", "count"),
     [
@@ -323,6 +324,7 @@ def test_calibrating_is_what_runs_do_and_spending_its_inverse():
     assert list(map(float, again)) == pytest.approx([noise, by_pld], rel=1e-3)
 
 
+@pytest.mark.sampled
 @pytest.mark.usefixtures("few_trade_offs")
 def test_trade_offs_spend_the_budget_each(tmp_path):
     found = calibration.trade_offs(SETTING, 2.0)

@@ -254,6 +254,7 @@ def _regions(kernels, images):
     return jax.nn.logsumexp(_with_own_gradient(kernels[4], x))
 
 
+@pytest.mark.sampled
 def test_regions_change_no_number():
     kernels, images = 0.3 * draw(0, 5, 3, 3, 4, 4), draw(1, 3, 2, 6, 6, 4)
     found = per_record(_regions, "auto")(kernels, images)
@@ -262,6 +263,7 @@ def test_regions_change_no_number():
     assert slow_convolutions(per_record(_regions, "auto"), kernels, images) == 0
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", ["cnn", pytest.param("wrn", marks=pytest.mark.slow)])
 def test_our_models_lose_their_grouped_convolutions(name):
     options = {"features": (8,)} if name == "cnn" else {"depth": 10, "width": 1}

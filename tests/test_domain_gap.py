@@ -114,6 +114,7 @@ def random_params(model):
     )
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("name", "options", "last"), [("cnn", CNN, "Dense_0"), ("vit", VIT, "head")]
 )

@@ -24,6 +24,7 @@ SMALL = (
 )
 
 
+@pytest.mark.sampled
 def test_it_tells_noise_work_memory_and_hours_without_data(tmp_path, monkeypatch):
     monkeypatch.setenv("DPMIX_JAX_DATA", str(tmp_path))  # there is nothing in it
     monkeypatch.setenv("DPMIX_JAX_CACHE", str(tmp_path))

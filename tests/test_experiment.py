@@ -166,7 +166,7 @@ def kill_at(monkeypatch, method, workdir, **overrides):
             run(workdir, **overrides)
 
 
-@pytest.mark.sampled("empty")
+@pytest.mark.sampled
 @pytest.mark.parametrize("damage", ["empty", "flipped", "older"])
 def test_a_damaged_checkpoint_is_not_gone_on_from(
     finished, tmp_path, monkeypatch, damage
@@ -225,6 +225,7 @@ def test_a_kill_while_the_results_are_written(finished, tmp_path, monkeypatch):
     assert not list(workdir.rglob(".*.partial"))
 
 
+@pytest.mark.sampled
 def test_resuming_on_other_data_is_refused(tmp_path, monkeypatch):
     rng = np.random.default_rng(0)
 
@@ -271,6 +272,7 @@ def test_a_workdir_in_use_or_with_other_files_is_refused(tmp_path):
     assert "holds thesis.tex but no config.json: use a new or empty" in done.err
 
 
+@pytest.mark.sampled
 def test_a_workdir_that_is_deleted_is_one_line(tmp_path, monkeypatch):
     workdir, said = tmp_path / "run", Workdir.add_metrics
 

@@ -111,7 +111,7 @@ def small_model(name):
     return module, {"params": towers.draw_params(module, (size, size))}, size
 
 
-@pytest.mark.sampled("leaves1-vit-head")
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("name", "last"),
     [
@@ -192,6 +192,7 @@ def loss_fn(params, pictures, labels, frozen):
     return optax.softmax_cross_entropy(logits, labels).mean()
 
 
+@pytest.mark.sampled
 def test_frozen_parts_go_forward_only():
     """Products beyond the forward pass are two for the head, and none is of images."""
     trained, frozen = FinetuneConfig(trainable="head").split(SHAPES)
@@ -396,6 +397,7 @@ GROUPS = {
 }
 
 
+@pytest.mark.sampled
 @pytest.mark.proves("models.finetune.on_embeddings", 1)
 @pytest.mark.parametrize(
     ("name", "size", "flags", "indices"),

@@ -196,6 +196,7 @@ def test_equals_a_loop(name):
     check_against_the_loop(loss_of(logits_fn), params, *sets(3, 2), clip_norm=0.2)
 
 
+@pytest.mark.sampled
 def test_jit_equals_eager():
     gradient_fn, total = check_against_the_loop(
         loss_of(remat), AGAIN, *sets(3, 2), clip_norm=0.2
@@ -204,7 +205,7 @@ def test_jit_equals_eager():
     np.testing.assert_allclose(toy.flat(eager), toy.flat(total), atol=1e-6)
 
 
-@pytest.mark.sampled("cnn")
+@pytest.mark.sampled
 @jax.numpy_dtype_promotion("standard")  # Flax relies on it
 @pytest.mark.parametrize(
     "name",
@@ -248,7 +249,7 @@ def largest_array(function, *args):
     return max(sizes(jax.make_jaxpr(function)(*args).jaxpr))
 
 
-@pytest.mark.sampled("dense")
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", ["dense", "remat", "scan", "strided", "experts"])
 def test_forms_no_gradient_of_a_record_where_factors_are_smaller(name):
     """The largest array is smaller than one matrix for each of 64 records."""
@@ -442,6 +443,7 @@ def compiled(name, clip_norm):
     return gradient_fn, total, jax.jit(jax.grad(loss_fn))
 
 
+@pytest.mark.sampled
 @pytest.mark.proves("ghost.ghost_clipped_gradient", 2, 3)
 @hypothesis.given(
     name=st.sampled_from(sorted(LOSSES)),
@@ -633,6 +635,7 @@ def compiled_linear(positions, size, clip_norm):
     return functools.partial(gradient_fn, zeros)
 
 
+@pytest.mark.sampled
 @pytest.mark.proves("ghost.ghost_clipped_gradient", 2, 6)
 @hypothesis.given(
     kind=st.sampled_from(["offset", "pairs", "bias", "equal"]),
@@ -807,6 +810,7 @@ def test_a_run_takes_the_same_way_as_by_default():
     assert not np.array_equal(params["ghost"], params["instantiate"])  # two ways
 
 
+@pytest.mark.sampled
 def test_rules_need_not_be_linear():
     """A backward rule that clips: gradients are weighted, and not losses."""
 

@@ -295,7 +295,7 @@ def made(name, augmentation, digits, transform):
     return jax.tree.map(np.asarray, found) | {"sensitivity": sensitivity}
 
 
-@pytest.mark.sampled("dp_mix_self")
+@pytest.mark.sampled
 @marked(METHODS, slow=("dp_mix_self_same", "dp_mix_diff"))
 def test_sets_and_clipped_sums(name, digits):
     augmentation = AUGMENTATIONS["subpixel" if name == "self_aug" else "whole"]

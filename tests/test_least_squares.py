@@ -227,6 +227,7 @@ def delta_of(epsilon, mu):
     return cdf(mu / 2 - epsilon / mu) - low
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("epsilon", "delta"),
     [(0.1, 1e-8), (1, 1e-5), pytest.param(8, 1e-5, marks=pytest.mark.slow)],

@@ -191,6 +191,7 @@ def test_the_set_mixes_each_view_with_one_of_another_member(count):
             np.testing.assert_allclose(weights[place], [1, 0, 0, 0], atol=1e-6)
 
 
+@pytest.mark.sampled
 def test_partners_and_weights_are_those_that_are_meant():
     """All other members alike, and Beta(alpha, alpha)."""
     method = dataclasses.replace(METHOD, k_base=1, alpha=0.5)

@@ -327,7 +327,7 @@ def test_a_config_refuses(settings, message):
         OptimizerConfig(learning_rate=1.0, **settings)
 
 
-@pytest.mark.sampled("groups")
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     "changes",
     [

@@ -272,6 +272,7 @@ def test_secrets_are_not_in_it():
     assert "&quot;name&quot;: &quot;digits&quot;" in page
 
 
+@pytest.mark.sampled
 def test_the_same_results_make_the_same_bytes():
     assert render() == render()
     assert render() != render(confusion=confusions(3, finite=False))

@@ -100,7 +100,7 @@ def test_epsilon_is_that_of_the_theorems(distribution, mean):
     assert mechanism.epsilon(1e-5, accountant="pld") == math.inf
 
 
-@pytest.mark.sampled("geometric")
+@pytest.mark.sampled
 @pytest.mark.proves("accounting.calibrate", 1)
 @pytest.mark.parametrize("distribution", SHAPES)
 def test_calibration_covers_the_choice(distribution):
@@ -295,6 +295,7 @@ def test_the_score_is_the_noisy_count(seed):
         assert len(set(scores)) == 1
 
 
+@pytest.mark.sampled
 def test_a_candidate_that_goes_on_is_accounted_for_as_before(tmp_path):
     config = candidate().privacy
     began = start.mechanism_of(config, 0.1, Workdir(tmp_path))

@@ -220,6 +220,7 @@ def test_a_bank_is_read_with_the_labels_of_the_dataset(tmp_path):
             data.load_bank(path, classes)
 
 
+@pytest.mark.sampled
 def test_rendered_digits_are_digits():
     """For our own information: the digits of scikit-learn are public."""
     plan = digit_plan(count=500)
@@ -235,6 +236,7 @@ def test_rendered_digits_are_digits():
     assert np.stack(large)[:, 0].mean() < 0.1 * np.stack(large).mean()  # a margin
 
 
+@pytest.mark.sampled
 def test_rendered_clothes_are_of_ten_kinds(tmp_path):
     """Drawings of one seed tell those of another apart: no photograph is looked at."""
     command = [f"--out={tmp_path}/bank", "--data=fashion_mnist", "--count=20"]

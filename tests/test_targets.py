@@ -100,6 +100,7 @@ QUICK = ("digits", "baselines, microbatch_mixup")
 CONFIGS = configs()
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     "name",
     [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in CONFIGS],

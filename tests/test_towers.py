@@ -101,6 +101,7 @@ def test_gradients_of_records_of_convnext_equal_a_loop():
             np.testing.assert_allclose(a[index], b, atol=1e-4 * scale)
 
 
+@pytest.mark.sampled
 def test_convnext_starts_as_its_source_says():
     """Kernels: normal of deviation 0.02; factors of blocks 1e-6; biases and head 0."""
     module = models.create("convnext", 5, depths=(0, 1), features=(32, 32))

@@ -143,6 +143,7 @@ def keys_of(case, operands=None, precision=None):
     return keys
 
 
+@pytest.mark.sampled
 def test_keys_differ_by_everything_that_matters():
     base = Case((7, 8), (3, 3))
     kernel, images = base.operands()
@@ -382,6 +383,7 @@ def test_convolutions_of_a_head_are_found_too():
         assert key.startswith("8 records of float32[3,4,4,")
 
 
+@pytest.mark.sampled
 def test_what_needs_more_memory_than_there_is_is_not_chosen(tmp_path, cache, capsys):
     needed = mock.patch.object(build.Parts, "bytes_needed", return_value=2**30)
     with timing(SHIFTED), needed:

@@ -131,7 +131,7 @@ def parts_of(config, path):
     return parts, model, records.normalize(jnp.asarray(public.images))
 
 
-@pytest.mark.sampled("scattering")
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     "config",
     [
