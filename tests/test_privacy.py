@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 import json
 import math
@@ -98,6 +99,24 @@ def test_full_batches_spend_what_one_gaussian_does(relation, noise_multiplier):
     )
     mu = math.sqrt(4) / noise_multiplier
     assert gaussian_delta(mechanism.epsilon(1e-5), mu) == pytest.approx(1e-5, rel=2e-3)
+
+
+@pytest.mark.sampled("NeighboringRelation.REPLACE_ONE-3")
+@pytest.mark.parametrize("bands", [1, 3])
+@pytest.mark.parametrize("relation", list(NeighboringRelation))
+def test_the_epsilon_so_far_is_that_of_the_first_updates(relation, bands):
+    mechanism = Mechanism(
+        sampling_prob=0.3,
+        num_updates=10,
+        noise_multiplier=2.0,
+        neighboring_relation=relation,
+        strategy=(1.0, 0.5, 0.375)[:bands],
+    )
+    assert accounting.epsilon_after(mechanism, 0, 1e-5) == 0.0
+    for updates in (4, 10):
+        first = dataclasses.replace(mechanism, num_updates=updates)
+        found = accounting.epsilon_after(mechanism, updates, 1e-5)
+        assert found == pytest.approx(first.epsilon(1e-5), rel=1e-9)
 
 
 @pytest.mark.sampled(
