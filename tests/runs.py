@@ -21,6 +21,7 @@ SMALL = {
     "model.groups": 2,
     "method.k_base": 2,
     "method.k_self": 1,
+    "privacy.epsilon": 0.5,  # quickly calibrated
     "privacy.num_updates": 12,
     "privacy.expected_batch_size": 200,
     "performance.microbatch_size": 64,

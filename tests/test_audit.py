@@ -394,7 +394,7 @@ def test_refuses(options, message):
 # --- The program ------------------------------------------------------------------
 
 SHORT = (
-    "--config.privacy.epsilon=1",  # quickly calibrated
+    "--config.privacy.epsilon=0.3",  # quickly calibrated
     "--config.privacy.num_updates=2",
     "--config.privacy.expected_batch_size=719",
     "--config.performance.microbatch_size=256",
@@ -414,10 +414,10 @@ def test_an_audit_of_gradients_writes_what_it_found(tmp_path):
     out = tmp_path / "audit"
     done = program("--canaries=100", "--repeats=2", f"--workdir={out}", *SHORT)
     assert done.returncode == 0, done.stderr
-    assert re.search(r"audit 2/2: epsilon at least [\d.]+ \(claimed 1.0", done.stderr)
+    assert re.search(r"audit 2/2: epsilon at least [\d.]+ \(claimed 0.3", done.stderr)
     report = json.loads((out / "audit.json").read_text())
     assert report["canaries"] == "gradient"
-    assert report["claim"] == pytest.approx(1.0, rel=1e-3)
+    assert report["claim"] == pytest.approx(0.3, rel=1e-3)
     assert [each["num_canaries"] for each in report["audits"]] == [100, 100]
     assert report["audits"][0]["epsilon"] <= report["claim"]
     text = (out / "audit.md").read_text()

@@ -38,7 +38,7 @@ def test_what_a_run_writes_and_prints(finished):
     workdir, done = finished
     assert done.status == 0, done.err
     assert re.fullmatch(
-        r"test accuracy raw [\d.]+ %, EMA [\d.]+ %; \(3, 1e-05\)-DP, sigma [\d.]+;"
+        r"test accuracy raw [\d.]+ %, EMA [\d.]+ %; \(0.5, 1e-05\)-DP, sigma [\d.]+;"
         r" \d+ s\n",
         done.out,
     )
@@ -62,13 +62,13 @@ def test_what_a_run_writes_and_prints(finished):
     epsilons = [line["epsilon"] for line in metrics(workdir)]
     assert epsilons == sorted(epsilons)
     facts = json.loads((workdir / "privacy.json").read_text())
-    assert facts["epsilon_pld"] == pytest.approx(3.0, rel=1e-3)
+    assert facts["epsilon_pld"] == pytest.approx(0.5, rel=1e-3)
     # The statement counts what noise on the grid takes of delta; on the way it is not.
     assert epsilons[-1] < facts["epsilon_pld"]
     assert epsilons[-1] == pytest.approx(facts["epsilon_pld"], rel=1e-8)
     assert facts["images_per_record"] == 3
     assert facts["num_records"] == 1437
-    assert "(3, 1e-05)-differentially private" in (workdir / "PRIVACY.md").read_text()
+    assert "(0.5, 1e-05)-differentially private" in (workdir / "PRIVACY.md").read_text()
     evaluated = [line for line in metrics(workdir) if "test/accuracy" in line]
     assert [line["step"] for line in evaluated] == [4, 8, 12]
     results = json.loads((workdir / "results.json").read_text())

@@ -53,7 +53,7 @@ def test_nothing_but_the_release_is_exported(finished, tmp_path):
             allowed = secret == "nonprivate/" and path.name == "PRIVACY.md"
             assert allowed or secret.encode() not in content, (path.name, secret)
     card = (folder / "README.md").read_text()
-    assert "The released weights are (3, 1e-05)-differentially private." in card
+    assert "The released weights are (0.5, 1e-05)-differentially private." in card
     assert 'dpm.load("digits-model")' in card
 
 

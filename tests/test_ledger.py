@@ -136,13 +136,13 @@ def test_a_run_is_in_the_ledger_once_and_refused_over_the_budget(tmp_path, monke
     (path,) = (tmp_path / "ledger").glob("*.jsonl")
     assert len(path.read_text().splitlines()) == 1
     digits = f"--config={ROOT}/configs/digits.py"
-    shown = call("experiments/budget.py", [digits, "--declare=3.5"])
+    shown = call("experiments/budget.py", [digits, "--declare=0.6"])
     assert shown.returncode == 0, shown.stderr
-    assert "(3, 1e-05)-DP" in shown.stdout
-    assert "1 runs: epsilon 3 together, at delta 1e-05, of 3.5" in shown.stdout
+    assert "(0.5, 1e-05)-DP" in shown.stdout
+    assert "1 runs: epsilon 0.5 together, at delta 1e-05, of 0.6" in shown.stdout
     done = runs.run(tmp_path / "second")
     assert done.status == 2
-    assert "privacy.epsilon is 3: with what runs spent before it" in done.err
+    assert "privacy.epsilon is 0.5: with what runs spent before it" in done.err
     second = [p.name for p in (tmp_path / "second").iterdir() if p.name[0] != "."]
     assert not second
-    assert json.loads(path.read_text().splitlines()[-1])["budget"]["epsilon"] == 3.5
+    assert json.loads(path.read_text().splitlines()[-1])["budget"]["epsilon"] == 0.6
