@@ -51,6 +51,6 @@ def get_config(epsilon: str = "3") -> ml_collections.ConfigDict:
         },
         optimizer={"learning_rate": learning_rate, "ema_decay": 0.98},
         # The last layer is nine tenths of the model: its gradients are never formed.
-        performance={"microbatch_size": "256", "clipping": "ghost"},
+        performance={"clipping": "ghost"},
         logging={"log_every": 5, "eval_every": 50, "checkpoint_every": 25},
     )

@@ -68,7 +68,7 @@ SWEEPS = (
     "rates",
     "same_epsilon",
     "scattering_ablation",
-    "scattering_ladder",
+    "fashion_mnist_ladder",
     "table10",
     "table11",
     "table12",
@@ -205,15 +205,18 @@ def test_every_run_of_the_tables_has_a_config(name, data):
 
 
 def test_a_ladder_compares_methods_on_as_many_images():
-    plain = [run.config for run in grid("scattering_ladder").runs()]
+    plain = [run.config for run in grid("fashion_mnist_ladder").runs()]
     assert len(plain) == len(LADDER) * 5
-    built = [run.config for run in grid("scattering_ladder", "methods").runs()]
+    built = [run.config for run in grid("fashion_mnist_ladder", "methods").runs()]
     sizes = {(b.method.name, b.method.set_size) for b in built}
     assert sizes == {
         *(("dp_sgd", 1), ("self_aug", 2), ("self_aug", 4)),
         *(("dp_mix_self", 4), ("dp_mix_diff", 4)),
     }
     assert {b.finetune.embeddings for b in plain + built} == {"kept"}
+    pixels = [run.config for run in grid("fashion_mnist_ladder", "pixels").runs()]
+    assert [p.method for p in pixels] == [b.method for b in built]
+    assert {p.privacy.num_updates for p in pixels} == {1000}
 
 
 @pytest.mark.parametrize("base", ["digits", "fashion_mnist"])

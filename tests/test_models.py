@@ -57,6 +57,24 @@ def test_max_pool_is_that_of_flax(shape):
     jax.tree.map(np.testing.assert_array_equal, value_and_gradient(max_pool), flax)
 
 
+def test_a_strided_cnn_is_its_definition():
+    """Of the first layer every second pixel of what stride 1 computes, and no pool."""
+    images = jax.random.normal(jax.random.key(0), (2, 8, 6, 1))
+    net = models.create("cnn", 3, features=(4,), groups=2, strided=True)
+    params = net.init(jax.random.key(1), images)["params"]
+    full = nn.Conv(4, (3, 3), use_bias=False).apply(
+        {"params": params["Conv_0"]}, jnp.pad(images, ((0, 0), (0, 1), (0, 1), (0, 0)))
+    )
+    first = {"params": params["GroupNorm_0"]}
+    x = nn.relu(GroupNorm(2).apply(first, full[:, 1:-1:2, 1:-1:2]))
+    expected = nn.Dense(3).apply({"params": params["Dense_0"]}, x.reshape(2, -1))
+    found = net.apply({"params": params}, images)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    deeper = models.create("cnn", 3, features=(4, 8), groups=2, strided=True)
+    shapes = jax.eval_shape(deeper.init, jax.random.key(1), images)["params"]
+    assert shapes["Dense_0"]["kernel"].shape == (2 * 2 * 8, 3)
+
+
 def convolve(x, weight, stride):
     """[C, H, W] with [h, w, C, O], padded as SAME: sums written out, in float64."""
     side = weight.shape[0]

@@ -83,6 +83,32 @@ def test_memory_of_a_microbatch_is_measured_and_grows():
     assert 0 < sizes[0] < sizes[1] < sizes[2]
 
 
+@pytest.mark.sampled
+def test_auto_takes_what_stays_in_the_cache_of_a_cpu_or_a_few(monkeypatch):
+    config = runs.config(performance__microbatch_size="auto")
+    records = data.blank(config.data)
+    model = build.classifier(config, records)
+    mechanism = Mechanism(sampling_prob=0.1, num_updates=12, noise_multiplier=1.0)
+    parts = build.build(
+        config, model, model.shapes, records, mechanism=mechanism, seed=0
+    )
+    all_of_them, few = 242, performance.FEW  # 200 + 3 sqrt(200)
+    sizes = []
+    for cache in (2**10, 2**20, 2**40):
+        monkeypatch.setattr(performance, "CACHE", cache)
+        sizes.append(parts.microbatch_size(config.performance))
+    assert few == sizes[0] < sizes[1] < sizes[2] == all_of_them + 1
+    given, work = (
+        getattr(parts._compiled(sizes[1]).memory_analysis(), f"{kind}_size_in_bytes")
+        for kind in ("argument", "temp")
+    )
+    assert work <= 2**20 < 1.5 * work
+    assert given < parts.bytes_needed(sizes[1])
+    monkeypatch.setattr(performance, "CACHE", 2**10)
+    asked = PerformanceConfig(memory_gib=8.0)
+    assert parts.microbatch_size(asked) == sizes[2]
+
+
 @pytest.mark.parametrize(
     "error",
     [

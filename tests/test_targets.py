@@ -28,7 +28,7 @@ def configs():
     of = {name: lambda n=name: first(n) for name in test_configs.RUNS}
     of["convnext_base, all"] = lambda: trained_as_a_whole(first("convnext_base"))
     sweeps = (("table11",), ("table10", "digits"), ("baselines", "digits"))
-    for name in (*sweeps, ("scattering_ladder", "methods")):
+    for name in (*sweeps, ("fashion_mnist_ladder", "methods")):
         for row, settings in test_configs.grid(*name).rows.items():
             method = settings["method.name"]
             of[f"{name[0]}, {method}"] = functools.partial(row_of, name, row)

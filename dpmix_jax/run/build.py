@@ -132,18 +132,26 @@ class Parts:
 
     def bytes_needed(self, microbatch_size: int) -> int:
         """Returns the memory of one device that a microbatch takes, by compiling it."""
+        return num_bytes(self._compiled(microbatch_size))
+
+    def _compiled(self, microbatch_size: int) -> jax.stages.Compiled:
         arguments = self.arguments(microbatch_size)
-        return num_bytes(self.accumulate.lower(*arguments).compile())
+        return self.accumulate.lower(*arguments).compile()
 
     def microbatch_size(self, config: performance.PerformanceConfig) -> int:
         """Returns the size that the config gives, or the largest that fits."""
         if config.microbatch_size != "auto":
             return int(config.microbatch_size)
+        least = self.mesh.size * self.terms.least
+        budget = config.budget(self.mesh.size)
+        if devices.platform(self.mesh) == "cpu" and not config.memory_gib:
+            few = self._compiled(performance.FEW * least)
+            budget = min(budget, bytes_in_cache(few))
         return performance.largest_microbatch(
             self.bytes_needed,
             expected_batch_size=self.expected_records,
-            least=self.mesh.size * self.terms.least,
-            budget=config.budget(self.mesh.size),
+            least=least,
+            budget=budget,
         )
 
 
@@ -151,6 +159,17 @@ def num_bytes(compiled: jax.stages.Compiled) -> int:
     """Returns the memory of one device that a compiled program takes."""
     memory: Any = compiled.memory_analysis()
     return memory.temp_size_in_bytes + memory.argument_size_in_bytes
+
+
+def bytes_in_cache(compiled: jax.stages.Compiled) -> int:
+    """Returns the memory that a CPU's program may take to stay in its cache.
+
+    Args:
+      compiled: the program of a few records, which may take what it takes.
+    """
+    memory: Any = compiled.memory_analysis()
+    work = max(memory.temp_size_in_bytes, performance.CACHE)
+    return memory.argument_size_in_bytes + work
 
 
 def classifier(

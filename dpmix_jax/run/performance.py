@@ -22,6 +22,10 @@ PLACES = ("auto", "device", "host")
 _GIB = 2**30
 SHARE = 0.9  # of the memory of an accelerator; compilers underestimate a little
 _SHARE_OF_HOST = 0.5
+# What a microbatch may compute with on a CPU: with more, its records take two or three
+# times as long (docs/performance.md). A few are taken anyway: the more records are added
+# up at once, the less their sum rounds.
+CACHE, FEW = 8 * 2**20, 16
 _SHARE_OF_DATASET = 0.25
 
 
@@ -34,8 +38,10 @@ class PerformanceConfig:
 
     Attributes:
       microbatch_size: records whose gradients are held at once, over all devices, or
-        `auto` for the most that fit, see `largest_microbatch`.
-      memory_gib: memory of one device for `auto`; 0 takes what there is.
+        `auto` for the most that fit, on a CPU into its cache; see
+        `largest_microbatch`.
+      memory_gib: memory of one device for `auto`; 0 takes what there is, or a CPU's
+        cache.
       precision: of the model's forward and backward pass, one of `PRECISIONS`.
         Parameters, clipping, sums and noise are float32 whatever it is.
       convolutions: how per-record gradients of convolutions are computed, see
