@@ -21,10 +21,9 @@ def experiment(**groups: dict[str, Any]) -> ml_collections.ConfigDict:
         `dpmix_jax`, and a flag sets them all the same.
     """
     # None draws a secret seed, as a guarantee needs; give one to repeat a run.
-    config = ml_collections.ConfigDict({"seed": config_dict.placeholder(int)})
-    config.update({name: groups.pop(name, {}) for name in GROUPS})
-    config.update(groups)
-    return config
+    seed = config_dict.placeholder(int)
+    empty: dict[str, dict[str, Any]] = {name: {} for name in GROUPS}
+    return ml_collections.ConfigDict({"seed": seed, **empty, **groups})
 
 
 def sweep(**values: Any) -> ml_collections.ConfigDict:

@@ -30,11 +30,24 @@ METHODS = (
     ),
 )
 SCATTERING = "scattering_fashion_mnist"
-# By argument: config of one run, rows, epsilons, settings of all rows.
+# By argument: title, config of one run, rows, epsilons, settings of all rows.
 LADDERS = {
-    "plain": (SCATTERING, METHODS[:1], ("1", "2", "3", "4", "8"), {}),
-    "methods": (SCATTERING, METHODS, ("3",), {"optimizer": {"learning_rate": 16.0}}),
+    "plain": (
+        "scattering and a linear classifier",
+        SCATTERING,
+        METHODS[:1],
+        ("1", "2", "3", "4", "8"),
+        {},
+    ),
+    "methods": (
+        "views and mixups on scattering coefficients",
+        SCATTERING,
+        METHODS,
+        ("3",),
+        {"optimizer": {"learning_rate": 16.0}},
+    ),
     "pixels": (
+        "views and mixups on pixels",
         "fashion_mnist",
         METHODS,
         ("3",),
@@ -65,9 +78,9 @@ PUBLISHED = {
 
 
 def get_config(ladder: str = "plain") -> ml_collections.ConfigDict:
-    base, rows, epsilons, common = choose(LADDERS, ladder, "ladder")
+    title, base, rows, epsilons, common = choose(LADDERS, ladder, "ladder")
     return sweep(
-        title=f"Fashion-MNIST, {ladder}",
+        title=f"Fashion-MNIST, {title}",
         base=f"configs/{base}.py:{{epsilon}}",
         rows=rows,
         columns={"epsilon": epsilons},

@@ -5,8 +5,8 @@ them is carried from one update to the next, so a run that resumes, or that uses
 microbatch size or another number of devices, draws the same batches and the same views.
 (The key of the noise is carried along, in the state of `privacy.privatizer`.)
 
-Two streams must be secret for the guarantee to hold: the Poisson batches, which come
-from a 128-bit key, and the noise, from one of 256 bits. Whatever the other streams
+Two things must be secret for the guarantee to hold: which records are in a batch, drawn
+from 128-bit keys, and the noise, from one of 256 bits. Whatever the other streams
 draw, a record's term is clipped all the same.
 """
 

@@ -74,7 +74,7 @@ def test_differences_name_what_changes_the_outcome():
     )
     assert differences(old, to_dict(faster)) == []
     for key, there, here in (
-        ("privacy.epsilon", 3.0, 8.0),
+        ("privacy.epsilon", 0.5, 8.0),
         ("seed", 3, None),
         ("performance.precision", "float32", "bfloat16"),
         ("performance.convolutions", "auto", "plain"),

@@ -180,7 +180,7 @@ def test_rates_of_a_file_are_around_its_own_on_its_own_validation_records(
         f"    config.data.validation_size = {held_out}\n    return config\n"
     )
     runs = grid("rates", f"{path}:3").runs()
-    assert {run.row for run in runs} == {"DP-SGD"}
+    assert {run.row for run in runs} == {"dp_sgd"}
     rates = [run.config.optimizer.learning_rate for run in runs if run.seed == 0]
     assert rates == [0.75, 1.5, 3.0, 6.0, 12.0]
     assert {run.config.data.validation_size for run in runs} == {held_out or 143}

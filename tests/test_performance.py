@@ -1,4 +1,5 @@
 import re
+from unittest import mock
 
 import hypothesis
 import hypothesis.strategies as st
@@ -83,30 +84,43 @@ def test_memory_of_a_microbatch_is_measured_and_grows():
     assert 0 < sizes[0] < sizes[1] < sizes[2]
 
 
-@pytest.mark.sampled
-def test_auto_takes_what_stays_in_the_cache_of_a_cpu_or_a_few(monkeypatch):
-    config = runs.config(performance__microbatch_size="auto")
+@pytest.mark.parametrize(
+    ("mib_a_record", "memory_gib", "expected"),
+    [
+        (0.125, 0.0, 64),  # 8 MiB of intermediate results
+        (2.0, 0.0, performance.FEW),
+        (1e6, 0.0, 0),  # not even one fits: it is told of memory, not of the cache
+        (0.125, 4.0, 243),  # nearly every batch
+        (1000.0, 4.0, 4),
+    ],
+)
+def test_auto_takes_what_stays_in_the_cache_of_a_cpu_or_a_few(
+    monkeypatch, mib_a_record, memory_gib, expected
+):
+    config = runs.config(
+        performance__microbatch_size="auto", performance__memory_gib=memory_gib
+    )
     records = data.blank(config.data)
     model = build.classifier(config, records)
     mechanism = Mechanism(sampling_prob=0.1, num_updates=12, noise_multiplier=1.0)
     parts = build.build(
         config, model, model.shapes, records, mechanism=mechanism, seed=0
     )
-    all_of_them, few = 242, performance.FEW  # 200 + 3 sqrt(200)
-    sizes = []
-    for cache in (2**10, 2**20, 2**40):
-        monkeypatch.setattr(performance, "CACHE", cache)
-        sizes.append(parts.microbatch_size(config.performance))
-    assert few == sizes[0] < sizes[1] < sizes[2] == all_of_them + 1
-    given, work = (
-        getattr(parts._compiled(sizes[1]).memory_analysis(), f"{kind}_size_in_bytes")
-        for kind in ("argument", "temp")
-    )
-    assert work <= 2**20 < 1.5 * work
-    assert given < parts.bytes_needed(sizes[1])
-    monkeypatch.setattr(performance, "CACHE", 2**10)
-    asked = PerformanceConfig(memory_gib=8.0)
-    assert parts.microbatch_size(asked) == sizes[2]
+
+    def compiled(_, size):
+        analysis = mock.Mock(
+            argument_size_in_bytes=2**20,
+            temp_size_in_bytes=int(mib_a_record * size * 2**20),
+        )
+        return mock.Mock(memory_analysis=lambda: analysis)
+
+    monkeypatch.setattr(build.Parts, "_compiled", compiled)
+    if not expected:
+        with pytest.raises(UserError, match=r"a microbatch of 1 .* needs 976.56 GiB"):
+            parts.microbatch_size(config.performance)
+        return
+    found = parts.microbatch_size(config.performance)
+    assert 0.9 * expected <= found <= expected
 
 
 @pytest.mark.parametrize(

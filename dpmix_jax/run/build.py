@@ -146,7 +146,7 @@ class Parts:
         budget = config.budget(self.mesh.size)
         if devices.platform(self.mesh) == "cpu" and not config.memory_gib:
             few = self._compiled(performance.FEW * least)
-            budget = min(budget, bytes_in_cache(few))
+            budget = min(budget, max(bytes_in_cache(few), self.bytes_needed(least)))
         return performance.largest_microbatch(
             self.bytes_needed,
             expected_batch_size=self.expected_records,

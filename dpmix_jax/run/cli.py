@@ -148,8 +148,9 @@ def _check_file(path: str) -> None:
 
 
 def default_workdir(path: pathlib.Path, argument: str) -> pathlib.Path:
-    """Returns `runs/<name of the config file>[-<argument>]`."""
-    return pathlib.Path("runs") / "-".join(filter(None, (path.stem, argument)))
+    """Returns `runs/<name of the config file>[-<argument>]`, of a file its name."""
+    name = pathlib.Path(argument).name
+    return pathlib.Path("runs") / "-".join(filter(None, (path.stem, name)))
 
 
 def load_experiment(argv: Sequence[str]) -> config.ExperimentConfig:

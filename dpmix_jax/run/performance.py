@@ -22,9 +22,9 @@ PLACES = ("auto", "device", "host")
 _GIB = 2**30
 SHARE = 0.9  # of the memory of an accelerator; compilers underestimate a little
 _SHARE_OF_HOST = 0.5
-# What a microbatch may compute with on a CPU: with more, its records take two or three
-# times as long (docs/performance.md). A few are taken anyway: the more records are added
-# up at once, the less their sum rounds.
+# Bytes of intermediate results of a microbatch on a CPU, beyond which small networks
+# get slower (docs/results/speed.md). A few records are taken anyway: the more of them
+# are added up at once, the less their sum rounds.
 CACHE, FEW = 8 * 2**20, 16
 _SHARE_OF_DATASET = 0.25
 
