@@ -54,7 +54,8 @@ LADDERS = {
         {
             "model": {"strided": True},
             "privacy": {"expected_batch_size": 512, "num_updates": 1000},
-            "optimizer": {"learning_rate": 1.0, "ema_decay": 0.99},
+            "augmentation": {"flip": False, "max_shift": 1.0},
+            "optimizer": {"learning_rate": 4.0, "ema_decay": 0.99},
             "logging": {"log_every": 50, "eval_every": 500},
         },
     ),
