@@ -120,7 +120,6 @@ def keep(
     config: ExperimentConfig,
     model: Classifier,
     path: pathlib.Path,
-    *,
     num_records: int,
     stop: Callable[[], bool],
 ) -> np.ndarray | None:

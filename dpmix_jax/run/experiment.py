@@ -5,7 +5,8 @@ import json
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import jax
 
@@ -180,15 +181,9 @@ def train(
 
     if config.finetune.embeddings == "kept" and first < num_updates:
         assert seed is not None
+        stop, path = lambda: bool(signals), workdir.embeddings
         with performance.explained_out_of_memory(config.performance):
-            rows = embeddings.keep(
-                parts,
-                config,
-                model,
-                workdir.embeddings,
-                num_records=len(train_set),
-                stop=lambda: bool(signals),
-            )
+            rows = embeddings.keep(parts, config, model, path, len(train_set), stop)
         if rows is None:
             say("stopped: the same command goes on from there")
             return False
@@ -199,33 +194,7 @@ def train(
         performance.explained_out_of_memory(config.performance),
         Progress(first, num_updates, started) as progress,
     ):
-        size = min(hosts.gather(parts.microbatch_size(config.performance)))
-        if config.performance.microbatch_size == "auto":
-            say(f"microbatches of {size} records")
-        is_measured = config.performance.convolutions == performance.MEASURED
-        if is_measured and first < num_updates:
-            parts = convolutions.measured(
-                parts, config.performance, size, workdir, goes_on=first > 0
-            )
-        updates = training.train(
-            state,
-            parts.accumulate,
-            parts.apply_update,
-            parts.inputs,
-            mesh=parts.mesh,
-            batches=parts.batches(size),
-            num_updates=num_updates,
-            magnitudes=parts.magnitudes,
-            stop=lambda: bool(stopped),
-        )
-        if parts.magnitudes:
-            updates = diagnostics.observed(
-                updates,
-                workdir.path / diagnostics.FOLDER,
-                first=first,
-                num_updates=num_updates,
-                checkpoint_every=every.checkpoint_every,
-            )
+        updates = updates_from(state, parts, config, workdir, lambda: bool(stopped))
         for replicated, sums in updates:
             state = hosts.local(replicated)
             step = int(state.step)
@@ -268,6 +237,45 @@ def train(
         started=started,
     )
     return True
+
+
+def updates_from(
+    state: training.TrainState,
+    parts: build.Parts,
+    config: ExperimentConfig,
+    workdir: Workdir,
+    stop: Callable[[], bool],
+) -> Iterable[tuple[training.TrainState, dict[str, Any]]]:
+    """Returns what `training.train` yields from a state on, for these parts."""
+    first, num_updates = int(state.step), config.privacy.num_updates
+    size = min(hosts.gather(parts.microbatch_size(config.performance)))
+    if config.performance.microbatch_size == "auto":
+        say(f"microbatches of {size} records")
+    is_measured = config.performance.convolutions == performance.MEASURED
+    if is_measured and first < num_updates:
+        parts = convolutions.measured(
+            parts, config.performance, size, workdir, goes_on=first > 0
+        )
+    updates = training.train(
+        state,
+        parts.accumulate,
+        parts.apply_update,
+        parts.inputs,
+        mesh=parts.mesh,
+        batches=parts.batches(size),
+        num_updates=num_updates,
+        magnitudes=parts.magnitudes,
+        stop=stop,
+    )
+    if not parts.magnitudes:
+        return updates
+    return diagnostics.observed(
+        updates,
+        workdir.path / diagnostics.FOLDER,
+        first=first,
+        num_updates=num_updates,
+        checkpoint_every=config.logging.checkpoint_every,
+    )
 
 
 @contextlib.contextmanager
