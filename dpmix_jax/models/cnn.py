@@ -16,8 +16,8 @@ class CNN(nn.Module):
       num_classes: O.
       features: channels of each convolution.
       groups: groups of each GroupNorm (normalising over a batch would mix records).
-      strided: whether each convolution has stride 2, in the place of pools: three to
-        four times faster.
+      strided: whether each convolution has stride 2, in the place of pools: about three
+        times faster.
       dtype: of the computation; parameters and logits are float32.
     """
 
