@@ -137,7 +137,7 @@ def test_configs_of_commands_load(monkeypatch):
         config = next((w for w in words if w.startswith("--config=")), "")
         path = cli.find_config(config.removeprefix("--config="))
         found = re.search(r"configs/(\w+)\.py:?(.*)", path)
-        if not found:
+        if not found or found[2].endswith(".py"):
             continue  # no config, or one of the reader's own
         name, argument = found.groups()
         if program in ("sweep", "report"):
