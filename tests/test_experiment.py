@@ -39,7 +39,7 @@ def test_what_a_run_writes_and_prints(finished):
     workdir, done = finished
     assert done.status == 0, done.err
     assert re.fullmatch(
-        r"test accuracy raw [\d.]+ %, EMA [\d.]+ %; \(0.5, 1e-05\)-DP, sigma [\d.]+;"
+        r"test accuracy raw [\d.]+ %, EMA [\d.]+ %; \(0\.5, 1e-05\)-DP, sigma [\d.]+;"
         r" \d+ s\n",
         done.out,
     )

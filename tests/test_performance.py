@@ -85,17 +85,18 @@ def test_memory_of_a_microbatch_is_measured_and_grows():
 
 
 @pytest.mark.parametrize(
-    ("mib_a_record", "memory_gib", "expected"),
+    ("mib_of_one", "mib_a_record", "memory_gib", "expected"),
     [
-        (0.125, 0.0, 64),  # 8 MiB of intermediate results
-        (2.0, 0.0, performance.FEW),
-        (1e6, 0.0, 0),  # not even one fits: it is told of memory, not of the cache
-        (0.125, 4.0, 243),  # nearly every batch
-        (1000.0, 4.0, 4),
+        (0, 0.125, 0.0, 64),  # 8 MiB of intermediate results
+        (0, 2.0, 0.0, performance.FEW),
+        (0, 1e6, 0.0, 0),  # not even one fits: it is told of memory, not of the cache
+        (0, 0.125, 4.0, 243),  # nearly every batch
+        (0, 1000.0, 4.0, 4),
+        (32, 1.0, 0.0, 32),  # compilers may need more for one record than for a few
     ],
 )
 def test_auto_takes_what_stays_in_the_cache_of_a_cpu_or_a_few(
-    monkeypatch, mib_a_record, memory_gib, expected
+    monkeypatch, mib_of_one, mib_a_record, memory_gib, expected
 ):
     config = runs.config(
         performance__microbatch_size="auto", performance__memory_gib=memory_gib
@@ -108,9 +109,9 @@ def test_auto_takes_what_stays_in_the_cache_of_a_cpu_or_a_few(
     )
 
     def compiled(_, size):
+        mib = max(mib_a_record * size, mib_of_one * (size == 1))
         analysis = mock.Mock(
-            argument_size_in_bytes=2**20,
-            temp_size_in_bytes=int(mib_a_record * size * 2**20),
+            argument_size_in_bytes=2**20, temp_size_in_bytes=int(mib * 2**20)
         )
         return mock.Mock(memory_analysis=lambda: analysis)
 
