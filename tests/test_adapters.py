@@ -51,7 +51,7 @@ def moved(tree):
     )
 
 
-@pytest.mark.sampled("wrn")
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", SMALL)
 def test_the_start_is_the_pretrained_model_bit_for_bit(name):
     _, params, _ = small(name)
@@ -65,6 +65,7 @@ def test_the_start_is_the_pretrained_model_bit_for_bit(name):
     assert jax.tree.map(jnp.shape, of_shapes) == jax.tree.map(jnp.shape, trained)
 
 
+@pytest.mark.sampled("convnext")
 @pytest.mark.parametrize(
     ("name", "size", "left_out", "number"),
     [
@@ -72,6 +73,7 @@ def test_the_start_is_the_pretrained_model_bit_for_bit(name):
         ("convnext", 256, r"stem|stage_\d_\d+/conv", 756_490),
         ("wrn", 32, "WSConv_0", 68_234),
     ],
+    ids=["vit", "convnext", "wrn"],
 )
 def test_all_matrices_have_one_but_those_of_pixels_and_single_channels(
     name, size, left_out, number

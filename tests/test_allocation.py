@@ -209,7 +209,7 @@ NEAREST = [
 ]
 
 
-@pytest.mark.sampled("1.0-7-1-2.5089", "4.0-7-40-2.4722")
+@pytest.mark.sampled
 @pytest.mark.parametrize(("noise_multiplier", "batches", "epochs", "value"), NEAREST)
 def test_epsilon_is_near_another_computation(noise_multiplier, batches, epochs, value):
     assert value <= spent(noise_multiplier, batches, epochs) <= 1.005 * value
@@ -254,6 +254,7 @@ def test_an_incomplete_epoch_counts_as_a_whole_one():
     assert at(5) < at(6) == at(10) < at(11)
 
 
+@pytest.mark.sampled("1.0-4-20")
 @pytest.mark.proves("allocation.calibrate", 1)
 @pytest.mark.parametrize(
     ("target", "batches", "updates"),
@@ -309,6 +310,7 @@ def test_a_missing_library_is_named(monkeypatch):
 # --- Of runs ----------------------------------------------------------------------
 
 
+@pytest.mark.sampled
 def test_a_mechanism_answers_by_the_accountant_of_its_sampling():
     options = {"sampling_prob": 1 / 7, "num_updates": 14, "noise_multiplier": 3.0}
     found = Mechanism(**options, allocated=True)

@@ -333,6 +333,7 @@ def test_what_is_not_per_record_is_left_alone():
     assert one.count("convolution(") == same.count("convolution(") > 0
 
 
+@pytest.mark.sampled
 def test_without_the_extension_points_it_is_slow_and_right_or_refuses(monkeypatch):
     def broken(*args):
         raise AttributeError("no such thing in this version")
@@ -394,6 +395,7 @@ def test_a_record_that_is_no_number_spoils_no_other(
             assert not np.isfinite(found[name][1]).all()
 
 
+@pytest.mark.sampled
 def test_derivatives_of_every_order():
     """Forward mode, reverse mode and both together, on top of a gradient or alone."""
 

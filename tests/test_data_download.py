@@ -86,6 +86,7 @@ def test_a_file_is_fetched_once_and_only_if_asked_for(folder, publish, capsys):
     assert "fetching" not in capsys.readouterr().err
 
 
+@pytest.mark.sampled
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize(
     ("options", "message"),

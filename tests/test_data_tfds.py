@@ -73,6 +73,7 @@ def prepared(tmp_path_factory):
     return archive, root / "out", done.stdout
 
 
+@pytest.mark.sampled
 def test_archive_and_prepared_dataset_are_the_same(prepared):
     archive, folder, shown = prepared
     one, other = load("cifar10", archive), load("tfds:cifar10", folder)

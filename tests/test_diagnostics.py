@@ -30,6 +30,7 @@ def magnitudes(params, images, labels):
     return total
 
 
+@pytest.mark.sampled
 def test_magnitudes_equal_a_loop_and_leave_the_clipped_sum_alone():
     params, (images, labels) = toy.init_params(), sets(5, 2)
     padding = jnp.arange(5) == 2

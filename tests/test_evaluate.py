@@ -14,12 +14,14 @@ IMAGES = toy.records(4).normalize(toy.records(4).images)
 
 def test_probabilities_are_those_of_a_loop_over_images_and_views():
     shifted = AugmentationConfig(max_shift=2.0)
-    found = averaged_over_views(toy.logits_fn, V, shifted)(toy.init_params(), IMAGES)
+    params = toy.init_params()
+    found = jax.jit(averaged_over_views(toy.logits_fn, V, shifted))(params, IMAGES)
+    draw = jax.jit(lambda key, image: views(key, image, V, augmentation=shifted))
+    logits = jax.jit(toy.logits_fn)
     keys = jax.random.split(stream_key(0, "augmentation"), len(IMAGES))
     for key, image, logs in zip(keys, IMAGES, found, strict=True):
-        drawn = views(key, image, V, augmentation=shifted)
-        each = [toy.logits_fn(toy.init_params(), view[None])[0] for view in drawn]
-        expected = np.mean([jax.nn.softmax(logits) for logits in each], axis=0)
+        each = [logits(params, view[None])[0] for view in draw(key, image)]
+        expected = np.mean([jax.nn.softmax(x) for x in each], axis=0)
         np.testing.assert_allclose(np.exp(logs), expected, rtol=1e-5)
         assert np.ptp(each, axis=0).max() > 1e-3  # the views do differ
 

@@ -60,6 +60,7 @@ def test_the_error_is_that_of_the_matrices():
     assert independent == pytest.approx(math.sqrt((T + 1) / 2))
 
 
+@pytest.mark.sampled
 def test_no_strategy_near_by_has_less_error():
     """Against a search of our own, over two coefficients of norm 1."""
     best = scipy.optimize.minimize_scalar(
@@ -401,6 +402,7 @@ def test_refuses_in_one_line(tmp_path, wrong, why):
     assert not (tmp_path / "run" / "secret.json").exists()
 
 
+@pytest.mark.sampled
 def test_a_replaced_mechanism_counts_its_first_updates():
     first = dataclasses.replace(mechanism(), num_updates=4)
     assert first.event() == dataclasses.replace(mechanism(), num_updates=6).event()

@@ -176,6 +176,7 @@ FILES = (
 )
 
 
+@pytest.mark.sampled("image_file", "zip_file")
 @pytest.mark.parametrize("make", FILES, ids=lambda make: make.__name__)
 @fuzzed
 @given(EDITS)

@@ -33,7 +33,8 @@ NHWC = ("NHWC", "HWIO", "NHWC")
 
 
 def draw(seed, *shape):
-    return jax.random.normal(jax.random.key(seed), shape) / shape[-1] ** 0.5
+    drawn = np.random.default_rng(seed).normal(size=shape) / shape[-1] ** 0.5
+    return jnp.asarray(drawn, jnp.float32)
 
 
 def loss_of(logits_fn):
@@ -189,7 +190,7 @@ def check_against_the_loop(loss_fn, params, images, labels, clip_norm):
     return gradient_fn, total
 
 
-@pytest.mark.sampled("conv", "dense", "scan_of_one")
+@pytest.mark.sampled("conv", "dense")
 @pytest.mark.parametrize("name", PLAIN)
 def test_equals_a_loop(name):
     logits_fn, params = PLAIN[name]
@@ -279,6 +280,7 @@ def test_the_smaller_of_the_two_is_kept(set_size, is_ghost):
     assert formed != is_ghost
 
 
+@pytest.mark.sampled
 def test_what_the_loss_ignores_is_not_formed():
     """Nor kept: its gradient, zeros, is one number for each record."""
     params = {"used": DENSE["in"], "frozen": jnp.ones((1000, 1000))}
@@ -318,7 +320,7 @@ def embedded(num, set_size, seed=0):
     return embeddings, jax.nn.one_hot(labels, 5)
 
 
-@pytest.mark.sampled("float32-2")
+@pytest.mark.sampled
 @pytest.mark.parametrize("set_size", [1, 2, 8])
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_a_head_forms_no_gradient_of_a_record(set_size, dtype):
@@ -362,7 +364,7 @@ def test_a_changed_record_moves_the_sum_of_a_head_by_its_term(set_size, bad):
     assert np.isfinite(bad) or moved == 0
 
 
-@pytest.mark.sampled("0.0-2", "1e-06-8")
+@pytest.mark.sampled("0.0-2")
 @pytest.mark.proves("ghost.ghost_clipped_gradient", 2, 6)
 @pytest.mark.parametrize("set_size", [2, 8])
 @pytest.mark.parametrize("apart", [0.0, 1e-6, 1e-3, 1.0])
@@ -504,7 +506,7 @@ def test_a_bad_record_spoils_no_other_where_zeros_are_bad_too(bad):
 def test_everything_is_float32():
     images, labels = sets(600, 1)
     gradient_fn = ghost_clipped_gradient(loss_of(dense), l2_clip_norm=1e-3)
-    total, _ = gradient_fn(DENSE, images, labels)
+    total, _ = jax.eval_shape(gradient_fn, DENSE, images, labels)
     assert {leaf.dtype for leaf in jax.tree.leaves(total)} == {jnp.dtype("float32")}
 
     @jax.checkpoint

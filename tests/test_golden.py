@@ -682,6 +682,7 @@ def test_order_of_records(name, tmp_path, monkeypatch):
     )
 
 
+@pytest.mark.sampled
 def test_order_of_digits_and_public_images(tmp_path, monkeypatch, digits):
     monkeypatch.setenv("DPMIX_JAX_CACHE", str(tmp_path / "cache"))
     classes = ("T-shirt/top", "0", "é b")

@@ -41,8 +41,8 @@ def proven():
 @pytest.fixture
 def collected(request):
     """Tests of this session, before slow ones were left out."""
-    if any("::" in argument for argument in request.config.args):
-        pytest.skip("single tests were asked for")
+    if request.config.args != request.config.getini("testpaths"):
+        pytest.skip("some files or tests were asked for")
     return request.config.stash[COLLECTED]
 
 

@@ -11,6 +11,7 @@ from dpmix_jax.models.layers import GroupNorm, max_pool
 from tests import towers
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_group_norm_is_that_of_flax(dtype):
     """Output and gradients, in float32 and bfloat16."""
@@ -42,6 +43,7 @@ def test_group_norm_refuses_channels_that_do_not_divide():
         GroupNorm(4).init(jax.random.key(0), jnp.zeros((1, 2, 2, 6)))
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("shape", [(2, 6, 4, 3), (2, 7, 5, 3)])
 def test_max_pool_is_that_of_flax(shape):
     x, weights = jax.random.normal(jax.random.key(0), (2, *shape))
@@ -57,6 +59,7 @@ def test_max_pool_is_that_of_flax(shape):
     jax.tree.map(np.testing.assert_array_equal, value_and_gradient(max_pool), flax)
 
 
+@pytest.mark.sampled
 def test_a_strided_cnn_is_its_definition():
     """Of the first layer every second pixel of what stride 1 computes, and no pool."""
     images = jax.random.normal(jax.random.key(0), (2, 8, 6, 1))

@@ -61,6 +61,7 @@ def assert_close(found, expected, **tolerances):
 
 @pytest.mark.parametrize("transform", MEMBERS.values(), ids=MEMBERS)
 class TestContract:
+    @pytest.mark.sampled("adam_bc", "kalman")
     def test_jit_equals_eager(self, transform):
         compiled = optax.GradientTransformation(
             jax.jit(transform.init), jax.jit(transform.update)

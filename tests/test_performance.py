@@ -149,6 +149,7 @@ def test_other_errors_are_left_alone():
         raise jax.errors.JaxRuntimeError("INTERNAL: something else")
 
 
+@pytest.mark.sampled
 @jax.numpy_dtype_promotion("standard")  # Flax's GroupNorm relies on it
 @pytest.mark.parametrize("name", ["cnn", pytest.param("wrn", marks=pytest.mark.slow)])
 def test_bfloat16_computes_in_half_and_keeps_float32_outside(name):

@@ -188,6 +188,7 @@ def test_keys_of_de_et_al_at_full_size():
     assert {keys[path]: list(leaf.shape) for path, leaf in flat.items()} == DE_ET_AL
 
 
+@pytest.mark.sampled
 def test_weights_of_de_et_al(tmp_path):
     small = {16: 16, 160: 16, 320: 32, 640: 64, 1000: 5, 3: 3, 1: 1}
     rng, arrays = np.random.default_rng(0), {}

@@ -101,7 +101,7 @@ def test_full_batches_spend_what_one_gaussian_does(relation, noise_multiplier):
     assert gaussian_delta(mechanism.epsilon(1e-5), mu) == pytest.approx(1e-5, rel=2e-3)
 
 
-@pytest.mark.sampled("NeighboringRelation.REPLACE_ONE-3")
+@pytest.mark.sampled
 @pytest.mark.parametrize("bands", [1, 3])
 @pytest.mark.parametrize("relation", list(NeighboringRelation))
 def test_the_epsilon_so_far_is_that_of_the_first_updates(relation, bands):
@@ -162,6 +162,7 @@ def test_calibration_says_when_no_noise_will_do(epsilon):
         calibrate(epsilon=epsilon, delta=1e-5, sampling_prob=0.05, num_updates=50)
 
 
+@pytest.mark.sampled
 def test_a_spoiled_cache_is_caught(monkeypatch):
     monkeypatch.setattr(accounting, "_cached", lambda *args: 0.5)
     with pytest.raises(UserError, match=r"the cached noise multiplier 0.5 spends"):

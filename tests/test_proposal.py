@@ -30,6 +30,7 @@ def found(num_records=1000, side=32):
     return Found(num_records, num_records // 9, 5, side)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("sides", "side"), [((20,), 32), ((30, 60, 40), 32), ((20, 70, 90), 64)]
 )

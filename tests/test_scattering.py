@@ -118,6 +118,7 @@ def plain(image, scales, angles, order):
     return np.stack([average(image, 0), *first, *second], axis=-1)
 
 
+@pytest.mark.sampled("shape0-options0", "shape3-options3")
 @pytest.mark.parametrize(
     ("shape", "options"),
     [

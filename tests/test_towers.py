@@ -27,6 +27,7 @@ def test_it_computes_what_open_clip_does(tower):
     towers.assert_parity(tower, path, expected, **towers.OPTIONS[tower])
 
 
+@pytest.mark.sampled
 def test_the_head_is_linear_in_the_embedding():
     module = models.create("vit", 5, **SMALL["vit"])
     params = towers.draw_params(module, (16, 16))

@@ -56,7 +56,7 @@ def timer_of(seconds, calls=None):
 # --- Choices, and the programs that they make ---------------------------------------
 
 
-@pytest.mark.sampled("padded-rows", "dilated-shifted", "depthwise-plain")
+@pytest.mark.sampled("padded-rows")
 @pytest.mark.parametrize("name", conv.FORMULATIONS)
 @pytest.mark.parametrize("case", ["padded", "dilated", "depthwise"])
 def test_a_choice_makes_the_program_of_the_formulation_of_that_name(case, name):
@@ -86,6 +86,7 @@ def _two(kernels, images):
     return jnp.square(images).sum()
 
 
+@pytest.mark.sampled
 def test_each_convolution_is_computed_by_its_own_choice():
     rng = np.random.default_rng(0)
     images = jnp.asarray(rng.standard_normal((3, 2, 2, 6, 6)), jnp.float32)
@@ -364,6 +365,7 @@ def test_parts_compute_by_what_was_measured_kept_or_found_in_the_cache(
     assert json.loads(file.read_text()) == content
 
 
+@pytest.mark.sampled
 def test_convolutions_of_a_head_are_found_too():
     """Of embeddings, made anew or kept; a frozen encoder needs no gradients."""
     config = runs.config(

@@ -100,7 +100,8 @@ def configured(regularization=0.1, public="rendered_digits", finetune=(), **grou
     values = to_dict(runs.config(privacy__num_updates=4))
     values["model"] = {"name": "scattering_linear", "scales": 1}
     values["finetune"] = {"whitening": regularization, **dict(finetune)}
-    values["public"] = {"name": public}
+    count = {"count": 300} if public == "rendered_digits" else {}
+    values["public"] = {"name": public, **count}
     return from_config_dict(values | groups)
 
 

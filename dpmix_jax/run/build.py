@@ -470,7 +470,8 @@ def example_set(
         shape = (1, method.group_size)
     indices = np.arange(math.prod(shape)).reshape(shape) % len(test)
     key = sampling.stream_key(0, "augmentation")  # public: nothing private here
-    images, _ = jax.vmap(_record_set(config, test), (0, 0, 0, None))(
+    make = jax.jit(jax.vmap(_record_set(config, test), (0, 0, 0, None)))
+    images, _ = make(
         sampling.record_keys(key, jnp.int32(0), jnp.asarray(indices)),
         test.normalize(jnp.asarray(test.images[indices])),
         jax.nn.one_hot(test.labels[indices], test.num_classes),
