@@ -258,6 +258,16 @@ def test_an_ablation_changes_one_part_in_each_row():
         assert gone == pytest.approx(8 * 0.1 * 280 / 0.1)
 
 
+def test_what_is_kept_is_all_that_differs():
+    built = grid("scattering_ablation", "kept")
+    *kept, fresh = (to_dict(run.config) for run in built.runs())
+    assert [config["finetune"]["sets"] for config in kept] == [1, 4, 16]
+    for config in kept:
+        keys = {text.split(" ")[0] for text in differences(config, fresh)}
+        assert "finetune.embeddings" in keys
+        assert keys <= {"finetune.embeddings", "finetune.sets"}
+
+
 def test_what_is_trained_is_all_that_differs():
     built = grid("trainable_digits")
     runs = {run.row: run.config for run in built.runs()[: len(built.rows)]}
