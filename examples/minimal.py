@@ -10,36 +10,31 @@ from dpmix_jax import data
 train = data.load(data.DataConfig(name="digits")).train
 images = train.normalize(jnp.asarray(train.images))
 labels = jax.nn.one_hot(train.labels, 10)
-q, T = 0.1, 60
+n, q, T = len(train), 0.1, 60
 seed = 1234  # from `secrets` if the model is to be released
 
 
 def loss_fn(params, images, labels):  # the mean over the K images of one record
-    logits = images.reshape(images.shape[0], -1) @ params
+    logits = images.reshape(len(images), -1) @ params
     return optax.softmax_cross_entropy(logits, labels).mean()
 
 
 mechanism = dpm.calibrate(epsilon=3.0, delta=1e-5, sampling_prob=q, num_updates=T)
 method = dpm.MethodConfig(name="dp_mix_self", k_base=4, k_self=4)
-augmentation = dpm.AugmentationConfig(flip=False, max_shift=0.5, subpixel=True)
-record_set = dpm.augmentation_set(method, augmentation)
+shifts = dpm.AugmentationConfig(flip=False, max_shift=0.5, subpixel=True)
+record_set = dpm.augmentation_set(method, shifts)
 gradient_fn = dpm.clipped_gradient(loss_fn, l2_clip_norm=1.0)
 noise = dpm.privatizer(
-    gradient_fn,
-    mechanism,
-    expected_batch_size=q * len(train),
-    key=dpm.noise_key(seed),
+    gradient_fn, mechanism, expected_batch_size=q * n, key=dpm.noise_key(seed)
 )
 optimizer = optax.chain(noise, optax.sgd(1.0))
-batches = dpm.batches(  # of one shape, so one compilation
-    seed, num_records=len(train), sampling_prob=q, microbatch_size=64
-)
+batches = dpm.batches(seed, num_records=n, sampling_prob=q, microbatch_size=64)
 
 
 @jax.jit
-def clipped_sum(params, step, indices, is_padding):
-    keys = dpm.record_keys(dpm.stream_key(seed, "augmentation"), step, indices)
-    sets = jax.vmap(record_set)(keys, images[indices], labels[indices])
+def clipped_sum(params, step, drawn, is_padding):
+    keys = dpm.record_keys(dpm.stream_key(seed, "augmentation"), step, drawn)
+    sets = jax.vmap(record_set)(keys, images[drawn], labels[drawn])
     return gradient_fn(params, *sets, is_padding_example=is_padding)[0]
 
 

@@ -129,7 +129,7 @@ def test_a_wheel_works_without_a_checkout(tmp_path):
     assert "table11" in run("-m", "dpmix_jax.command", "configs")
 
 
-@pytest.mark.sampled
+@pytest.mark.sampled("flags0-8")
 @pytest.mark.parametrize(
     ("flags", "count"),
     [

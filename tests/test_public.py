@@ -63,17 +63,22 @@ def test_a_bank_is_scaled_as_the_training_set(tmp_path):
     assert blank.images.shape == bank.images.shape
 
 
-def test_rendered_digits_are_those_of_a_bank(tmp_path):
-    """Of seed 0; drawn for the private classes, their order and their shape."""
+def test_rendered_digits_are_those_of_a_bank(tmp_path, monkeypatch):
+    """Of seed 0; drawn once for the private classes, their order and their shape."""
+    monkeypatch.setenv("DPMIX_JAX_CACHE", str(tmp_path / "cache"))
     config, dataset = PublicConfig(name="rendered_digits", count=30), data.load(DIGITS)
     pool = load_public(config, DIGITS, dataset)
     plan = Plan(class_names=CLASSES, count=30, seed=0, image_shape=(8, 8, 1))
     render = Render(class_names=CLASSES, image_shape=(8, 8, 1))
-    fill(tmp_path, plan, render, batch_size=8)
-    bank = data.load_bank(tmp_path, CLASSES, channels=1)
+    fill(tmp_path / "bank", plan, render, batch_size=8)
+    bank = data.load_bank(tmp_path / "bank", CLASSES, channels=1)
     order = np.argsort(pool.labels, kind="stable")
     np.testing.assert_array_equal(bank.images, pool.images[order])
     np.testing.assert_array_equal(bank.labels, pool.labels[order])
+    monkeypatch.setattr(Render, "draw", None)
+    again = load_public(config, DIGITS, dataset)
+    np.testing.assert_array_equal(again.images, pool.images)
+    np.testing.assert_array_equal(again.labels, pool.labels)
     other = dataclasses.replace(dataset.train, class_names=(*CLASSES[:9], "ten"))
     with pytest.raises(UserError, match="the private classes must be digits 0 to 9"):
         load_public(config, DIGITS, dataset._replace(train=other))

@@ -149,6 +149,8 @@ def blank_public(
     """
     if config is None:
         return None
+    if config.name in RENDERED:
+        return _rendered(config, records, black=True)
     with _named_public():
         public = datasets.blank(config.name, config.size(private.image_size))
     if public is None:
@@ -242,8 +244,8 @@ def _read(config: PublicConfig, private: DataConfig, train: Records) -> Records:
     return half(public, config.half or 0)
 
 
-def _rendered(config: PublicConfig, train: Records) -> Records:
-    """Draws images of the classes and the shape of the private ones."""
+def _rendered(config: PublicConfig, train: Records, *, black: bool = False) -> Records:
+    """Draws images of the classes and the shape of the private ones, or black ones."""
     name, count = config.name, config.count or _NUM_RENDERED
     height, width, channels = train.images.shape[1:]
     if height != width or not {*train.class_names} <= {*RENDERED[name]}:
@@ -254,7 +256,11 @@ def _rendered(config: PublicConfig, train: Records) -> Records:
             " images"
         )
     shape = (height, width, channels)
-    images, labels = rendered(train.class_names, shape, count)
+    if black:
+        images = np.zeros((count, *shape), np.uint8)
+        labels = np.arange(count, dtype=np.int32) % train.num_classes
+    else:
+        images, labels = rendered(train.class_names, shape, count)
     return dataclasses.replace(train, images=images, labels=labels)  # as many of both
 
 

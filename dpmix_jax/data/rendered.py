@@ -6,8 +6,8 @@ brought to the size of the dataset. Clothes are drawn large too, bent less, and 
 image.
 """
 
-import functools
 import hashlib
+import pathlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,6 +18,7 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from scipy import ndimage
 
 from dpmix_jax.data import clothes
+from dpmix_jax.data.cache import Listing, decoded
 from dpmix_jax.errors import UserError
 
 DIGITS = tuple("0123456789")
@@ -47,27 +48,32 @@ def image_seed(bank_seed: int, label: int, number: int, attempt: int = 0) -> int
     return int.from_bytes(hashlib.sha256(key).digest()[:8], "big") >> 1
 
 
-@functools.lru_cache(maxsize=1)
 def rendered(
     class_names: tuple[str, ...], image_shape: tuple[int, ...], count: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Draws one image of each class in turn, as a bank of seed 0 has them.
 
-    A process draws them once for all its runs.
+    What is drawn once stays in the cache of decoded images.
 
     Returns:
       Images uint8 [count, H, W, C] and labels int32 [count].
 
     Raises:
-      UserError: as for `Render`.
+      UserError: as for `Render`, or if the cache cannot be written.
     """
     render = Render(class_names=class_names, image_shape=image_shape)
-    numbers, labels = np.divmod(np.arange(count), len(class_names))
-    images = [
-        render.draw(class_names[label], image_seed(0, label, number + 1))
-        for number, label in zip(numbers, labels, strict=True)
-    ]
-    return np.stack(images), labels.astype(np.int32)
+
+    def listing() -> Listing:
+        drawn = []
+        for index in range(count):
+            number, label = divmod(index, len(class_names))
+            seed = image_seed(0, label, number + 1)
+            drawn.append(((class_names[label], seed), label))
+        return Listing(class_names, drawn, [], lambda keys: ((k, k) for k in keys))
+
+    drawn_by = [pathlib.Path(str(x)).read_bytes() for x in (__file__, clothes.__file__)]
+    identity = [class_names, image_shape, count, render.settings, *drawn_by]
+    return decoded("rendered", identity, listing, lambda key: render.draw(*key)).train
 
 
 class Render:
