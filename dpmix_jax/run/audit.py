@@ -146,7 +146,7 @@ def _of_records(
         with tempfile.TemporaryDirectory() as name:
             workdir = Workdir(pathlib.Path(name))
             training = dataset._replace(train=records)
-            experiment.train(
+            experiment.train_and_release(
                 config, workdir, training, public, [], time.monotonic(), book=None
             )
             return _log_likelihoods(config, canaries, workdir)

@@ -67,7 +67,7 @@ def run(
             performance.keep_compiled_code(workdir.path.parent / ".jax_cache")
         if hosts.of_first(lambda: is_finished(config, workdir)):
             say(f"finished before: {workdir.path}")
-        elif not train(
+        elif not train_and_release(
             config,
             workdir,
             dataset,
@@ -95,7 +95,7 @@ def conclude(workdir: Workdir) -> int:
     return DIVERGED if results.get("diverged") else 0
 
 
-def train(
+def train_and_release(
     config: ExperimentConfig,
     workdir: Workdir,
     dataset: data.Dataset,

@@ -76,7 +76,7 @@ def begin(
       workdir: receives its config and its secret.
       sampling_prob: q.
       digest: from `data_digest`.
-      book: see `experiment.train`.
+      book: see `experiment.train_and_release`.
 
     Returns:
       What `made_with` takes, and the seed, None once it is forgotten.
