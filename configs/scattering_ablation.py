@@ -7,11 +7,11 @@ compared with the config as it is in pairs of the same seed. Where the size of a
 changes with the row, the learning rate keeps the distance that all updates may go.
 
 With the argument kept, in the place of parts, what is lost where a record's views are
-kept: two of them are embedded in each update, or 1, 4 or 16 pairs of them once. Test
-accuracy after training on half of the records, with batches and updates halved, since
-the embeddings take the time.
+kept: two of them are embedded in each update, or 1, 4 or 16 pairs of them once, in half
+precision. Test accuracy after training on half of the records, with batches and updates
+halved, since embedding takes the time. One seed: differences below 0.3 say nothing.
 
-Hardware: two CPU cores. Hours: 1 for parts, 0.6 a seed for kept.
+Hardware: two CPU cores. Hours: 1 for parts, HOURS for kept.
 
 Accuracy: docs/results/fashion_mnist.md.
 """

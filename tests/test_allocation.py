@@ -310,7 +310,6 @@ def test_a_missing_library_is_named(monkeypatch):
 # --- Of runs ----------------------------------------------------------------------
 
 
-@pytest.mark.sampled
 def test_a_mechanism_answers_by_the_accountant_of_its_sampling():
     options = {"sampling_prob": 1 / 7, "num_updates": 14, "noise_multiplier": 3.0}
     found = Mechanism(**options, allocated=True)

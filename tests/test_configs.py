@@ -266,6 +266,13 @@ def test_what_is_kept_is_all_that_differs():
         keys = {text.split(" ")[0] for text in differences(config, fresh)}
         assert "finetune.embeddings" in keys
         assert keys <= {"finetune.embeddings", "finetune.sets"}
+    assert fresh["data"]["half"] == 1
+    privacy, optimizer = fresh["privacy"], fresh["optimizer"]
+    base = load("scattering_fashion_mnist", "3")
+    q = base.privacy.expected_batch_size / 60_000
+    assert privacy["expected_batch_size"] / 30_000 == q
+    gone = optimizer["learning_rate"] * privacy["num_updates"]
+    assert gone == base.optimizer.learning_rate * base.privacy.num_updates
 
 
 def test_what_is_trained_is_all_that_differs():

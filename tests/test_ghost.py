@@ -364,7 +364,7 @@ def test_a_changed_record_moves_the_sum_of_a_head_by_its_term(set_size, bad):
     assert np.isfinite(bad) or moved == 0
 
 
-@pytest.mark.sampled("0.0-2")
+@pytest.mark.sampled("1e-06-8")
 @pytest.mark.proves("ghost.ghost_clipped_gradient", 2, 6)
 @pytest.mark.parametrize("set_size", [2, 8])
 @pytest.mark.parametrize("apart", [0.0, 1e-6, 1e-3, 1.0])

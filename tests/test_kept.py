@@ -92,7 +92,6 @@ def test_stopped_or_killed_it_goes_on_to_the_same_bytes(tmp_path, after, cut):
     kept_of(tmp_path / "embeddings", records, lambda: pytest.fail("done before"))
 
 
-@pytest.mark.sampled
 def test_files_of_another_run_are_not_believed(tmp_path):
     """Of another size, or readable by others; and a link is not followed."""
     records, path = toy.records(N), tmp_path / "embeddings"

@@ -162,11 +162,10 @@ def test_calibration_says_when_no_noise_will_do(epsilon):
         calibrate(epsilon=epsilon, delta=1e-5, sampling_prob=0.05, num_updates=50)
 
 
-@pytest.mark.sampled
 def test_a_spoiled_cache_is_caught(monkeypatch):
     monkeypatch.setattr(accounting, "_cached", lambda *args: 0.5)
     with pytest.raises(UserError, match=r"the cached noise multiplier 0.5 spends"):
-        calibrate(epsilon=1.0, delta=1e-5, sampling_prob=0.1, num_updates=100)
+        calibrate(epsilon=0.1, delta=1e-5, sampling_prob=0.01, num_updates=10)
 
 
 def test_what_another_process_would_not_find_is_not_cached():

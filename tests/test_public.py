@@ -11,7 +11,7 @@ from dpmix_jax import UserError, data
 from dpmix_jax.data.clothes import CLOTHES
 from dpmix_jax.data.images import encode
 from dpmix_jax.data.public import PublicConfig, blank_public, describe, load_public
-from dpmix_jax.data.rendered import Render
+from dpmix_jax.data.rendered import Render, rendered
 from dpmix_jax.run import start
 from dpmix_jax.run.cli import load_experiment
 from dpmix_jax.run.config import from_config_dict, to_dict
@@ -79,6 +79,11 @@ def test_rendered_digits_are_those_of_a_bank(tmp_path, monkeypatch):
     again = load_public(config, DIGITS, dataset)
     np.testing.assert_array_equal(again.images, pool.images)
     np.testing.assert_array_equal(again.labels, pool.labels)
+    monkeypatch.undo()
+    monkeypatch.setenv("DPMIX_JAX_CACHE", "/dev/null/nowhere")
+    without = load_public(config, DIGITS, dataset)
+    np.testing.assert_array_equal(without.images, pool.images)
+    np.testing.assert_array_equal(without.labels, pool.labels)
     other = dataclasses.replace(dataset.train, class_names=(*CLASSES[:9], "ten"))
     with pytest.raises(UserError, match="the private classes must be digits 0 to 9"):
         load_public(config, DIGITS, dataset._replace(train=other))
@@ -90,7 +95,11 @@ def test_rendered_clothes_are_of_no_photograph():
     private = data.DataConfig(name="fashion_mnist")
     pool = blank_public(config, private, data.blank(private))
     assert pool.images.shape == (20, 28, 28, 1)
+    assert not pool.images.any()  # a dry run draws none
     assert pool.class_names == CLOTHES
+    images, labels = rendered(CLOTHES, (28, 28, 1), 20)
+    assert images.any(axis=(1, 2, 3)).all()
+    assert labels.tolist() == [*range(10)] * 2
     with pytest.raises(
         UserError, match=r"must be among T-shirt/top, .*, Ankle boot, in"
     ):

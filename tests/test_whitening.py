@@ -209,7 +209,7 @@ def test_a_run_goes_on_with_its_whitening_and_releases_it(tmp_path, monkeypatch,
     path = tmp_path / "run" / "model.safetensors"
     assert path.read_bytes() == (tmp_path / "whole/model.safetensors").read_bytes()
     text = " ".join((tmp_path / "run" / "PRIVACY.md").read_text().split())
-    assert "of which the embeddings of 1,500 set the mean and the axes by" in text
+    assert "of which the embeddings of 300 set the mean and the axes by" in text
     dataset = data.load(config.data)
     model = build.classifier(config, dataset.train)
     params = pretrained.load_weights(path, model.shapes)
