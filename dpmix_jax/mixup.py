@@ -93,7 +93,7 @@ class MethodConfig:
 
     @property
     def num_views(self) -> int:
-        """Images made of the record alone; without views or public images, itself."""
+        """`k_base`; without views 1, the image itself, or 0 with public images."""
         return self.k_base or int(not self.k_diff)
 
     @property
@@ -245,8 +245,8 @@ def augmentation_set(
 
     def record_set(key, image, label, pool: Pool | None = None) -> ImageSet:
         _check_one_record(image, label)
-        # `fold_in` leaves the two keys, and so the sets of the first methods, as they
-        # were before there was a pool; by 2, since `split` may fold in 0 and 1.
+        # The pool's key is made apart, so that methods without a pool draw as they did
+        # before there was one; by 2, since `split` may fold in 0 and 1.
         (view_key, mix_key), public_key = (
             jax.random.split(key),
             jax.random.fold_in(key, 2),

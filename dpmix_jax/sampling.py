@@ -40,7 +40,7 @@ def _sequence(seed: int, stream: str, *path: int) -> np.random.SeedSequence:
 
 
 def _digest(seed: int, stream: str) -> bytes:
-    """Returns 256 bits of a stream, from which those of another cannot be told."""
+    """Returns the 256 bits of a stream; they tell nothing of those of another."""
     require(operator.index(seed) >= 0, "seed", seed, "at least 0")
     return hashlib.sha256(
         f"dpmix_jax {stream} {operator.index(seed)}".encode()
@@ -106,10 +106,10 @@ def poisson_batch(
         independently of the other records and of the other steps (Poisson sampling, as
         the accountant assumes). Nothing is truncated.
       - The batch is a pure function of the arguments.
-      - With b bands every record has a turn every b steps, drawn for it alone. Then it
-        is in the batch with probability b `sampling_prob`, independently of the other
-        records and of the other steps, and otherwise it is not (cyclic Poisson
-        sampling).
+      - With b bands every record has its turn in one step of every b, drawn for it
+        alone. In its turn it is in the batch with probability b `sampling_prob`,
+        independently of the other records and steps, and in no other step (cyclic
+        Poisson sampling).
 
     Args:
       seed: the seed of the run (see `stream_key`).
@@ -156,9 +156,9 @@ def allocated_batch(
     """Draws the records of update `step`: those that its epoch allocates to it.
 
     Random allocation (balls in bins): in an epoch of t batches all records are used, as
-    by a shuffled loader, and still no record knows of another's place, as under Poisson
-    sampling. (A shuffled loader has batches of one size, so its records do depend on
-    each other.) Its epsilon is that of `allocation`.
+    by a shuffled loader, but their places are independent, as under Poisson sampling. (A
+    shuffled loader has batches of one size, so where a record is depends on the
+    others.) Its epsilon is that of `allocation`.
 
     Formal guarantees:
       - Every record is in exactly one of the batches of an epoch, in each with the same
@@ -203,8 +203,8 @@ def microbatches(indices: np.ndarray, microbatch_size: int) -> list[np.ndarray]:
       microbatch_size: m.
 
     Returns:
-      ceil(n / m) arrays [m], the last one padded with -1; none for n = 0. As an index
-      -1 is the last record: see `batches`.
+      ceil(n / m) arrays [m], the last one padded with -1; none for n = 0. Do not index
+      with -1, which is the last record: see `batches`.
     """
     if indices.size == 0:
         return []
@@ -231,9 +231,9 @@ def batches(
       allocated: whether batches are `allocated_batch`, 1 / q of them in an epoch.
 
     Returns:
-      `f(step)`, a list of int32 arrays [m] whose padding is masked: `.data` are the
-      indices and `.mask` is the `is_padding_example` of a clipped sum. JAX refuses the
-      array as it is, so that padding is not taken for the last record unawares.
+      `f(step)`, a list of masked int32 arrays [m]: `.data` are the indices, -1 in
+      padding, and `.mask` is the `is_padding_example` of a clipped sum. JAX raises an
+      error for the masked array itself, so that nobody takes padding for a record.
 
     Example:
       >>> batches = dpm.batches(

@@ -43,8 +43,8 @@ class TrainState(NamedTuple):
 class Inputs(NamedTuple):
     """What stays on every device for a whole run.
 
-    Compiled functions take it as an argument and do not close over it: JAX keeps what
-    they close over with their code on disk.
+    Compiled functions take it as an argument: what they close over JAX may write to its
+    compilation cache on disk, and records are private.
 
     Attributes:
       key_words: uint32 [2], the key of the augmentation stream.
@@ -202,8 +202,8 @@ def make_accumulate(
     Formal guarantees:
       - For neighbouring batches, what is added to `sums.gradients` differs by at most
         the sensitivity of `gradient_fn`, on any number of devices and processes.
-      - The sum over a batch depends on microbatch size, devices and where the dataset
-        lives in float rounding only.
+      - Another microbatch size, other devices or a dataset on the host change the sum
+        over a batch by float rounding only.
       - Compiles once, whatever batch sizes are drawn (for terms of c records, once for
         each c).
 
@@ -307,7 +307,7 @@ def train(
         for batch in batches(step):
             if stop():
                 return
-            if batch.records:  # no more of them on the devices than memory allows
+            if batch.records:  # wait, lest copies in a queue fill the devices' memory
                 jax.block_until_ready(sums)
             sums = accumulate(sums, state.params, state.step, batch, inputs)
         state = apply_update(state, sums.gradients)

@@ -11,7 +11,7 @@ train = data.load(data.DataConfig(name="digits")).train
 images = train.normalize(jnp.asarray(train.images))
 labels = jax.nn.one_hot(train.labels, 10)
 n, q, T = len(train), 0.1, 60
-seed = 1234  # from `secrets` if the model is to be released
+seed = 1234  # secrets.randbits(256) if the model is to be released
 
 
 def loss_fn(params, images, labels):  # the mean over the K images of one record
@@ -32,9 +32,10 @@ batches = dpm.batches(seed, num_records=n, sampling_prob=q, microbatch_size=64)
 
 
 @jax.jit
-def clipped_sum(params, step, drawn, is_padding):
+def clipped_sum(params, step, drawn, is_padding, images, labels):
     keys = dpm.record_keys(dpm.stream_key(seed, "augmentation"), step, drawn)
     sets = jax.vmap(record_set)(keys, images[drawn], labels[drawn])
+    # Padding counts nothing. [0]: losses and norms, which are private too, stay here.
     return gradient_fn(params, *sets, is_padding_example=is_padding)[0]
 
 
@@ -42,8 +43,8 @@ params = jnp.zeros((64, 10))
 state = optimizer.init(params)
 for step in range(T):
     total = jnp.zeros_like(params)  # an empty batch still takes its noisy update
-    for batch in batches(step):
-        total += clipped_sum(params, step, batch.data, batch.mask)
+    for batch in batches(step):  # masked arrays of record numbers
+        total += clipped_sum(params, step, batch.data, batch.mask, images, labels)
     updates, state = optimizer.update(total, state)
     params = optax.apply_updates(params, updates)
-print(f"{mechanism.epsilon(1e-5):.3f}-DP")
+print(f"({mechanism.epsilon(1e-5):.3f}, 1e-05)-DP")

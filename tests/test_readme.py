@@ -17,7 +17,7 @@ def test_the_library_example_runs(capsys):
     assert (ROOT / "examples/minimal.py").read_text().endswith(f'"""\n\n{code}')
     scope = {}
     exec(compile(code, "README.md", "exec"), scope)
-    assert capsys.readouterr().out == "3.000-DP\n"
+    assert capsys.readouterr().out == "(3.000, 1e-05)-DP\n"
     predicted = (
         scope["images"].reshape(len(scope["train"]), -1) @ scope["params"]
     ).argmax(axis=1)

@@ -33,7 +33,7 @@ from dpmix_jax.run.config import ExperimentConfig
 PyTree = Any
 Indices = Callable[[int], list[np.ndarray]]
 
-_MOST_IMAGES = 64  # about, in a microbatch whose memory does not grow with it
+_MOST_IMAGES = 64  # about, in a microbatch of images that are embedded in chunks
 CLIPPED_GRADIENTS = {
     "instantiate": gradients.clipped_gradient,
     "ghost": ghost.ghost_clipped_gradient,
@@ -74,7 +74,8 @@ class Parts:
       apply_update: takes the sum to the next state.
       state: before the first update, of the parameters that are trained.
       frozen: the parameters that are not.
-      loss_fn: `f(params, images, labels, *inputs.constants)`, for public images.
+      loss_fn: `f(params, images, labels, *inputs.constants)`, of a record's images or
+        of public ones.
       expected_records: of a batch; a larger microbatch would be padding.
       clipping: what `performance.clipping` comes to.
       magnitudes: whether those of gradients are added up too.
@@ -288,7 +289,7 @@ def build(
         state=training.init_state(trained, privatize_and_step),
         frozen=frozen,
         loss_fn=loss_fn,
-        # Memory does not bound images in chunks; one microbatch must not take hours.
+        # In chunks any number of images fits; one microbatch must not take hours.
         expected_records=max(1, _MOST_IMAGES // config.method.set_size)
         if in_chunks
         else config.privacy.expected_batch_size,
@@ -317,7 +318,7 @@ def initial_params(
         )
 
     trained, frozen = tuning.split(draw(seed))
-    if frozen:  # the seed is forgotten, and released weights need these
+    if frozen:  # of a public seed: who loads the weights draws these again
         _, frozen = tuning.split(draw(0))
     return trained, frozen
 

@@ -114,7 +114,8 @@ def train_and_release(
       public: public images of the config, or None.
       signals: those caught so far; after the first one the state is saved.
       started: when the run began.
-      book: the run is written down there; None if nothing of it will be released.
+      book: the run is written down there; None if nothing of it will be released, and
+        on all processes but the first.
 
     Returns:
       False if a signal came before the last update.
