@@ -169,6 +169,7 @@ def test_the_gradient_is_that_of_the_loop_and_of_the_chain_rule(name):
     assert all(np.any(leaf) for leaf in jax.tree.leaves(found))
 
 
+@pytest.mark.sampled
 def test_the_term_of_a_record_is_its_own():
     """Bit for bit, whatever the others hold; and no record moves the sum by more."""
     clipped_sum, _, _, (pictures, _) = sums_of("vit")

@@ -80,6 +80,7 @@ def test_the_program_writes_nothing(tmp_path, monkeypatch):
     assert not [*tmp_path.iterdir()]
 
 
+@pytest.mark.sampled
 def test_an_update_is_timed_on_blank_images(monkeypatch):
     """Of a run on kept embeddings the update is what comes after the embedding."""
     values = to_dict(runs.config()) | {

@@ -35,6 +35,7 @@ def blocks(page, language):
 # --- Python -----------------------------------------------------------------------
 
 
+@pytest.mark.sampled("gradients", "mixup", "privacy", "sampling")
 @pytest.mark.parametrize("name", [*MODULES, "allocation", "sampling"])
 def test_examples_of_docstrings(name):
     given = {"jax": jax, "jnp": jnp, "optax": optax, "dpm": dpm}

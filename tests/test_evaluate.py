@@ -2,6 +2,7 @@
 
 import jax
 import numpy as np
+import pytest
 
 from dpmix_jax import AugmentationConfig, views
 from dpmix_jax.run.evaluate import averaged_over_views
@@ -12,6 +13,7 @@ V = 3
 IMAGES = toy.records(4).normalize(toy.records(4).images)
 
 
+@pytest.mark.sampled
 def test_probabilities_are_those_of_a_loop_over_images_and_views():
     shifted = AugmentationConfig(max_shift=2.0)
     params = toy.init_params()

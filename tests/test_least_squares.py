@@ -49,6 +49,7 @@ def matrix_of(second):
     return matrix
 
 
+@pytest.mark.sampled("1.0")
 @pytest.mark.parametrize("l2_clip_norm", [0.01, 1.0, 100.0])
 def test_moments_are_those_of_the_loop(l2_clip_norm):
     features, labels = records()

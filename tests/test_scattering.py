@@ -187,6 +187,7 @@ def test_each_embedding_is_of_its_image_alone():
     assert_close(normalize(raw, 27), eager, 1e-5)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", ["scattering_linear", "scattering_cnn"])
 def test_only_the_head_has_parameters(name):
     def size(model):
