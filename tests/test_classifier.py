@@ -52,7 +52,7 @@ def test_batch_statistics_are_refused(monkeypatch):
         classifier(monkeypatch, Normalized)
 
 
-@pytest.mark.sampled("False-2", "True-7")
+@pytest.mark.sampled("False-2")
 @pytest.mark.proves("models.finetune.on_embeddings", 1)
 @pytest.mark.parametrize("num", [2, 3, 7])
 @pytest.mark.parametrize("accelerated", [False, True])

@@ -62,6 +62,7 @@ def refused(path, like, *parts, load=load_encoder, **options):
 # Image towers of open_clip.
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("tower", "size", "count"),
     [("vit", 224, 86_192_640), ("convnext", 256, 88_221_824)],
@@ -231,6 +232,7 @@ def test_weights_of_de_et_al(tmp_path):
 # Preprocessing.
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("height", "width", "size"),
     [(32, 32, 224), (8, 8, 13), (64, 41, 17), (37, 90, 50), (5, 7, 5), (61, 60, 60)],

@@ -139,6 +139,7 @@ def test_coefficients_are_those_of_the_definition(shape, options):
     assert_close(found, np.array(expected))
 
 
+@pytest.mark.sampled
 def test_groups_of_each_image_have_mean_0_and_variance_1():
     x = np.random.default_rng(0).normal(3.0, 5.0, (2, 4, 5, 18)).astype(np.float32)
     for groups, taken in ((9, 9), (27, 18), (5, 3), (1, 1)):
@@ -151,6 +152,7 @@ def test_groups_of_each_image_have_mean_0_and_variance_1():
         assert 0.2 < jnp.abs(quarter).mean() / jnp.abs(found).mean() < 0.3
 
 
+@pytest.mark.sampled
 def test_roots_are_of_all_but_the_averaged_image():
     images = jax.random.normal(jax.random.key(0), (3, 8, 6, 2))
     plain = np.asarray(coefficients(images, 1, 8, 2)).reshape(3, 4, 3, 2, 9)

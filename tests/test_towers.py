@@ -18,7 +18,7 @@ SMALL = {
 both = pytest.mark.parametrize("tower", ["vit", "convnext"])
 
 
-@pytest.mark.sampled("vit")
+@pytest.mark.sampled
 @both
 def test_it_computes_what_open_clip_does(tower):
     """Embeddings and a gradient of a tiny tower with the same weights."""

@@ -222,6 +222,7 @@ def test_where_there_is_no_choice_nothing_is_timed():
     assert find(CASES["transposed"]) == {}
 
 
+@pytest.mark.sampled
 def test_the_clock_calls_what_it_times_and_tells_the_median(monkeypatch):
     monkeypatch.setattr(tuning, "_SECONDS", 0.0)  # one call beside the first
     (found,) = find(PADDED).values()
