@@ -156,8 +156,8 @@ def allocated_batch(
     """Draws the records of update `step`: those that its epoch allocates to it.
 
     Random allocation (balls in bins): in an epoch of t batches all records are used, as
-    by a shuffled loader, but their places are independent, as under Poisson sampling. (A
-    shuffled loader has batches of one size, so where a record is depends on the
+    by a shuffled loader, but their places are independent, as under Poisson sampling.
+    (A shuffled loader has batches of one size, so where a record is depends on the
     others.) Its epsilon is that of `allocation`.
 
     Formal guarantees:
