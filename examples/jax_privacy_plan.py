@@ -39,7 +39,7 @@ record_set = dpm.augmentation_set(METHOD, AUGMENTATION)
 
 
 @jax.jit
-def clipped_sum(params, step, batch, padding):
+def clipped_sum(params, step, batch, padding, images, labels):
     keys = dpm.record_keys(dpm.stream_key(seed, "augmentation"), step, batch)
     sets = jax.vmap(record_set)(keys, images[batch], labels[batch])
     return gradient_fn(params, *sets, is_padding_example=padding)[0]
@@ -51,7 +51,7 @@ batches = plan.batch_selection_strategy.batch_iterator(len(images), rng=seed)
 for step, drawn in enumerate(batches):
     total = jnp.zeros_like(params)
     for batch in dpm.microbatches(drawn, 512):
-        total += clipped_sum(params, step, batch, batch < 0)
+        total += clipped_sum(params, step, batch, batch < 0, images, labels)
     noisy, noise_state = plan.noise_addition_transform.update(total, noise_state)
     params -= 1.0 * noisy / batch_size
 

@@ -68,7 +68,7 @@ def train_privately(
     )
 
     @jax.jit
-    def add(total, params, step, indices, is_padding):
+    def add(total, params, step, indices, is_padding, images, labels):
         keys = dpm.record_keys(dpm.stream_key(seed, "augmentation"), step, indices)
         sets = jax.vmap(record_set)(keys, images[indices], labels[indices])
         part, _ = gradient_fn(params, *sets, is_padding_example=is_padding)
@@ -78,7 +78,8 @@ def train_privately(
     for step in range(num_updates):
         total = jax.tree.map(jnp.zeros_like, params)
         for batch in batches(step):
-            total = add(total, params, step, batch.data, batch.mask)
+            drawn = batch.data, batch.mask
+            total = add(total, params, step, *drawn, images, labels)
         updates, state = jax.jit(optimizer.update)(total, state)
         params = optax.apply_updates(params, updates)
     print(f"{mechanism.epsilon(delta):.3f}-DP")
