@@ -35,7 +35,7 @@ optimizer = optax.chain(noise, optax.sgd(1.0))
 
 
 @jax.jit
-def gradient(params, step, batch, padding):
+def gradient(params, step, batch, padding, images, labels):
     # (3) instead of jax.grad(loss_fn)(params, images[batch], labels[batch])
     keys = dpm.record_keys(dpm.stream_key(seed, "augmentation"), step, batch)
     sets = jax.vmap(record_set)(keys, images[batch], labels[batch])
@@ -50,8 +50,8 @@ for step in range(num_updates):
     drawn = dpm.poisson_batch(seed, step, num_records=len(images), sampling_prob=q)
     total = jnp.zeros_like(params)
     for batch in dpm.microbatches(drawn, 512):
-        total += gradient(params, step, batch, batch < 0)
-    updates, state = optimizer.update(total, state)
+        total += gradient(params, step, batch, batch < 0, images, labels)
+    updates, state = jax.jit(optimizer.update)(total, state)
     params = optax.apply_updates(params, updates)
 
 logits = test_images.reshape(len(test_images), -1) @ params
