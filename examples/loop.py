@@ -80,7 +80,7 @@ def train_privately(
         for batch in batches(step):
             drawn = batch.data, batch.mask
             total = add(total, params, step, *drawn, images, labels)
-        updates, state = jax.jit(optimizer.update)(total, state)
+        updates, state = optimizer.update(total, state)
         params = optax.apply_updates(params, updates)
     print(f"{mechanism.epsilon(delta):.3f}-DP")
     return params

@@ -51,7 +51,7 @@ for step in range(num_updates):
     total = jnp.zeros_like(params)
     for batch in dpm.microbatches(drawn, 512):
         total += gradient(params, step, batch, batch < 0, images, labels)
-    updates, state = jax.jit(optimizer.update)(total, state)
+    updates, state = optimizer.update(total, state)
     params = optax.apply_updates(params, updates)
 
 logits = test_images.reshape(len(test_images), -1) @ params

@@ -42,6 +42,7 @@ from dpmix_jax.run import cli
 from dpmix_jax.run.performance import PRECISIONS, PerformanceConfig
 
 BASE, PEER, TORCH_BASE = "non-private", "jax_privacy", "torch non-private"
+ONE_BY_ONE = "jax_privacy, one record at a time"
 GHOST, ALL_DEVICES = "ours:ghost", "ours on all devices"
 HEAD = "ours:head"
 MEASURED = "ours:measured"
@@ -118,6 +119,7 @@ class Row(timing.Row):
       peak_bytes: arguments, outputs and temporaries, where the compiler tells.
       flops: of a call, where the compiler tells.
       difference: of the output from jax_privacy's, over the norm of that.
+      otherwise: calls what has the same output but for rounding.
       error: why it cannot run.
     """
 
@@ -126,6 +128,7 @@ class Row(timing.Row):
     peak_bytes: int | None = None
     flops: float | None = None
     difference: float | None = None
+    otherwise: Any = None
     error: str | None = None
 
 
@@ -157,6 +160,13 @@ def jax_gradients(
     of_all_devices = devices.sum_over_devices(
         lambda params, step, records, inputs: default(params, *records), mesh
     )
+    peer = functools.partial(
+        clipping.clipped_grad,
+        loss_fn,
+        l2_clip_norm=L2_CLIP_NORM,
+        batch_argnums=(1, 2),
+        keep_batch_dim=False,
+    )
     return {
         BASE: nonprivate,
         "ours": default,
@@ -169,12 +179,8 @@ def jax_gradients(
             name: by(measured(by) if name == MEASURED else name.removeprefix("ours:"))
             for name in FORMULATIONS
         },
-        PEER: clipping.clipped_grad(
-            loss_fn,
-            l2_clip_norm=L2_CLIP_NORM,
-            batch_argnums=(1, 2),
-            keep_batch_dim=False,
-        ),
+        PEER: peer(),
+        ONE_BY_ONE: peer(microbatch_size=1),
     }
 
 
@@ -262,10 +268,15 @@ def make_rows(names: Sequence[str], k: int) -> list[Row]:
         with jax.default_matmul_precision(performance().matmul_precision):
             return tuning.chooser(tuning.measure(tuning.find(make, args)))
 
-    for name, function in jax_gradients(loss_fn, measured).items():
+    functions = jax_gradients(loss_fn, measured)
+    for name, function in functions.items():
         placed = on_all_devices(*args) if name == ALL_DEVICES else args
         if name in names:
             rows.append(jax_row(name, k, function, placed))
+        if name == PEER:
+            rows[-1].otherwise = lambda: jax_row(
+                ONE_BY_ONE, k, functions[ONE_BY_ONE], args
+            )
     if not {*IN_TORCH}.isdisjoint(names):
         try:
             import torch_wrn
@@ -315,21 +326,34 @@ def select() -> list[str]:
 def check(rows: Sequence[Row]) -> None:
     """Compares our sums with jax_privacy's.
 
-    Ends the program if they differ: the speed of a wrong sum is of no interest.
+    Ends the program if they differ: the speed of a wrong sum is of no interest. Now and
+    then rounding turns a ReLU, and a record's gradient with it. So where a sum differs
+    by more than `TOLERANCE`, it may differ by as much as jax_privacy's own sum changes
+    when it takes one record at a time.
     """
 
     def flat(row: Row) -> np.ndarray:
         return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(row.output)])
 
-    (expected,) = (flat(row) for row in rows if row.name == PEER)
-    allowed = TOLERANCE[_PRECISION.value]
-    for row in (row for row in rows if row.name.startswith("ours")):
+    def difference(row: Row) -> float:
         gap = np.linalg.norm(flat(row) - expected)
-        row.difference = float(gap / np.linalg.norm(expected))
-        if not row.difference <= allowed:  # also where it is NaN
+        return float(gap / np.linalg.norm(expected))
+
+    @functools.cache
+    def allowed() -> float:
+        by_rounding = difference(peer.otherwise())
+        print(f"{ONE_BY_ONE}: differs from {PEER} by {by_rounding:.1e}", flush=True)
+        return max(by_rounding, usual)
+
+    (peer,) = (row for row in rows if row.name == PEER)
+    expected, usual = flat(peer), TOLERANCE[_PRECISION.value]
+    for row in (row for row in rows if row.name.startswith("ours")):
+        row.difference = difference(row)
+        # Not "greater", which NaN never is.
+        if not row.difference <= usual and not row.difference <= allowed():
             sys.exit(
                 f"error: {row.name} differs from jax_privacy by {row.difference:.1e} of"
-                f" the norm of the sum, {allowed:g} is allowed: nothing was timed"
+                f" the norm of the sum, {allowed():.2g} is allowed: nothing was timed"
             )
 
 

@@ -1,10 +1,14 @@
 """What the benchmarks print and write, and what they refuse; never how fast it was."""
 
 import json
+import runpy
 
+import numpy as np
 import pytest
+from absl import flags
 
-from tests.programs import call
+from tests.conftest import ROOT
+from tests.programs import call, forgotten_flags
 
 SCRIPT = "experiments/benchmark.py"
 TINY = ("--depth=10", "--width=1", "--k=1", "--records=2", "--rounds=2")
@@ -49,6 +53,40 @@ def test_every_row_is_printed_and_written(tmp_path):
         assert row["error"] is None
     assert result["rows"][1]["difference_from_jax_privacy"] <= 1e-5
     assert [file.name for file in tmp_path.iterdir()] == ["speed.json"]
+
+
+@pytest.mark.parametrize(
+    ("gap", "by_rounding", "is_right"),
+    [
+        (5e-6, None, True),  # nothing more is computed
+        (1e-3, 2e-3, True),  # a ReLU may have turned
+        (1e-3, 1e-6, False),
+        (np.nan, 2e-3, False),
+    ],
+)
+def test_a_sum_may_differ_as_much_as_rounding_turns_it(
+    monkeypatch, capsys, gap, by_rounding, is_right
+):
+    monkeypatch.syspath_prepend(ROOT / "experiments")
+    with forgotten_flags():
+        program = runpy.run_path(str(ROOT / SCRIPT))
+        flags.FLAGS([SCRIPT])
+
+        def row(name, gap, otherwise=None):
+            output = np.float32([1, gap])
+            return program["Row"](
+                name=name, k=1, call=None, output=output, otherwise=otherwise
+            )
+
+        again = by_rounding and (lambda: row("one by one", by_rounding))
+        ours, peer = row("ours", gap), row("jax_privacy", 0, again)
+        if is_right:
+            program["check"]([ours, peer])
+            assert ours.difference == pytest.approx(gap)
+            assert bool(by_rounding) == ("by 2.0e-03" in capsys.readouterr().out)
+        else:
+            with pytest.raises(SystemExit, match="ours differs from jax_privacy by"):
+                program["check"]([ours, peer])
 
 
 @pytest.mark.sampled

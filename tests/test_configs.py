@@ -215,6 +215,14 @@ def test_a_ladder_compares_methods_on_as_many_images():
         *(("dp_mix_self", 4), ("dp_mix_diff", 4)),
     }
     assert {b.finetune.embeddings for b in plain + built} == {"kept"}
+    cnn = [run.config for run in grid("fashion_mnist_ladder", "cnn").runs()]
+    by_method = {(c.method.name, c.method.set_size): [] for c in cnn}
+    for c in cnn:
+        images = c.method.set_size * c.privacy.expected_batch_size
+        by_method[c.method.name, c.method.set_size].append(images)
+    assert {*by_method["dp_sgd", 1]} == {2048, 8192}
+    assert {*by_method["dp_mix_self", 4], *by_method["self_aug", 4]} == {8192}
+    assert {c.finetune.whitening for c in cnn} == {None}
     pixels = [run.config for run in grid("fashion_mnist_ladder", "pixels").runs()]
     assert [p.method for p in pixels] == [b.method for b in built]
     assert {p.privacy.num_updates for p in pixels} == {1000}

@@ -92,7 +92,7 @@ def test_memory_of_a_microbatch_is_measured_and_grows():
         (0, 1e6, 0.0, 0),  # not even one fits: it is told of memory, not of the cache
         (0, 0.125, 4.0, 243),  # nearly every batch
         (0, 1000.0, 4.0, 4),
-        (32, 1.0, 0.0, 2),  # one that needs more than a few do is not refused
+        (32, 1.0, 0.0, performance.FEW),  # one is not asked for
     ],
 )
 def test_auto_takes_what_stays_in_the_cache_of_a_cpu_or_a_few(

@@ -1,6 +1,7 @@
 """From a config to what a run computes: terms, their sum, the update, the state."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -145,11 +146,14 @@ class Parts:
             return int(config.microbatch_size)
         least = self.mesh.size * self.terms.least
         budget = config.budget(self.mesh.size)
-        if devices.platform(self.mesh) == "cpu" and not config.memory_gib:
-            few = self._compiled(performance.FEW * least)
-            budget = min(budget, max(bytes_in_cache(few), self.bytes_needed(least)))
+        compiled = functools.cache(self._compiled)  # which takes seconds
+        few = performance.FEW * least
+        by_cache = devices.platform(self.mesh) == "cpu" and not config.memory_gib
+        has_few = by_cache and few <= self.expected_records
+        if has_few and num_bytes(compiled(few)) <= budget:
+            least, budget = few, min(budget, bytes_in_cache(compiled(few)))
         return performance.largest_microbatch(
-            self.bytes_needed,
+            lambda size: num_bytes(compiled(size)),
             expected_batch_size=self.expected_records,
             least=least,
             budget=budget,
