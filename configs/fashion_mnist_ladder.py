@@ -55,17 +55,10 @@ LADDERS = {
     ),
     "cnn": (
         "views and mixups with a small CNN on scattering coefficients",
-        SCATTERING,
+        "scattering_cnn_fashion_mnist",
         (*METHODS, EQUAL_COST),
         ("3",),
-        {
-            "model": {"name": "scattering_cnn"},
-            "finetune": {"whitening": None},
-            "public": {"name": "", "count": None},
-            "privacy": {"expected_batch_size": 2048, "num_updates": 200},
-            "optimizer": {"learning_rate": 16.0},
-            "performance": {"clipping": "ghost", "microbatch_size": "256"},
-        },
+        {},
     ),
     "pixels": (
         "views and mixups on pixels",
