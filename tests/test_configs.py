@@ -42,6 +42,7 @@ NOISE_MULTIPLIERS |= {
     name: dict(zip(LADDER, noise, strict=True))
     for name, noise in {
         "scattering_fashion_mnist": (8.6372, 4.6904, 3.3298, 3.0944, 2.0968),
+        "scattering_cnn_fashion_mnist": (2.041, 1.2803, 1.0322, 0.9039, 0.6807),
         "scattering_cifar10": (10.3342, 5.5900, 3.9505, 3.6698, 2.4653),
     }.items()
 }
