@@ -316,7 +316,7 @@ def gradient_canaries(
         bands=mechanism.bands,
         allocated=mechanism.allocated,
     )
-    params, update = jnp.zeros(num_canaries), jax.jit(add_noise.update)
+    params, update = jnp.zeros(num_canaries), add_noise.update
     # A sum in units of C: 1 where a canary was drawn, and noise.
     unit = mechanism.sampling_prob * num_canaries / l2_clip_norm
     sensitivity = gradient_fn.sensitivity(mechanism.neighboring_relation)

@@ -3,6 +3,7 @@
 import json
 import runpy
 
+import jax
 import numpy as np
 import pytest
 from absl import flags
@@ -61,6 +62,8 @@ def test_every_row_is_printed_and_written(tmp_path):
         (5e-6, None, True),  # nothing more is computed
         (1e-3, 2e-3, True),  # a ReLU may have turned
         (1e-3, 1e-6, False),
+        (1e-3, np.nan, False),
+        (2e-2, 1.0, False),
         (np.nan, 2e-3, False),
     ],
 )
@@ -87,6 +90,20 @@ def test_a_sum_may_differ_as_much_as_rounding_turns_it(
         else:
             with pytest.raises(SystemExit, match="ours differs from jax_privacy by"):
                 program["check"]([ours, peer])
+
+
+def test_a_sum_is_rounded_otherwise_one_record_at_a_time(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "experiments")
+    with forgotten_flags():
+        program = runpy.run_path(str(ROOT / SCRIPT))
+        flags.FLAGS([SCRIPT, "--head=20", "--records=4"])
+        with jax.numpy_dtype_promotion("standard"):  # jax_privacy's
+            (row,) = program["make_rows"](["jax_privacy"], 2)
+            again = row.otherwise()
+    np.testing.assert_allclose(
+        *(r.output["params"]["kernel"] for r in (row, again)), rtol=1e-5, atol=1e-7
+    )
+    assert again.name == "jax_privacy, one record at a time"
 
 
 @pytest.mark.sampled

@@ -88,6 +88,7 @@ def test_memory_of_a_microbatch_is_measured_and_grows():
     ("mib_of_one", "mib_a_record", "memory_gib", "expected"),
     [
         (0, 0.125, 0.0, 64),  # 8 MiB of intermediate results
+        (0, 0.17, 0.0, 48),
         (0, 2.0, 0.0, performance.FEW),
         (0, 1e6, 0.0, 0),  # not even one fits: it is told of memory, not of the cache
         (0, 0.125, 4.0, 243),  # nearly every batch

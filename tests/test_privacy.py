@@ -203,7 +203,7 @@ def noise(relation, sigma, batch, steps=3, size=40_000):
     zeros = {"a": jnp.zeros((size // 2,)), "b": jnp.zeros((size // 20, 10))}
     state, updates = add.init(zeros), []
     for _ in range(steps):
-        update, state = jax.jit(add.update)(zeros, state)
+        update, state = add.update(zeros, state)
         assert {leaf.dtype for leaf in jax.tree.leaves(update)} == {
             jnp.dtype("float32")
         }
@@ -248,6 +248,17 @@ def test_noise_is_independent_between_updates_and_coordinates():
 
 
 @pytest.mark.proves("privacy.privatizer", 2)
+def test_an_update_looks_at_no_parameter_of_any_library():
+    gradient_fn = clipped_gradient(toy.loss_fn, l2_clip_norm=0.7)
+    mechanism = Mechanism(sampling_prob=0.1, num_updates=1, noise_multiplier=1.0)
+    add = privatizer(gradient_fn, mechanism, expected_batch_size=9, key=noise_key(0))
+    zeros = jnp.zeros(5)
+    state = add.init(zeros)
+    expected, _ = add.update(zeros, state)
+    found, _ = add.update(zeros, state, {"activation": jax.nn.relu})
+    np.testing.assert_array_equal(found, expected)
+
+
 def test_a_state_cannot_draw_noise_again():
     """Whoever finds the state after an update cannot subtract what was added."""
     add = add_noise(**GOOD[add_noise])

@@ -146,17 +146,23 @@ class Parts:
             return int(config.microbatch_size)
         least = self.mesh.size * self.terms.least
         budget = config.budget(self.mesh.size)
-        compiled = functools.cache(self._compiled)  # which takes seconds
-        few = performance.FEW * least
-        by_cache = devices.platform(self.mesh) == "cpu" and not config.memory_gib
-        has_few = by_cache and few <= self.expected_records
-        if has_few and num_bytes(compiled(few)) <= budget:
-            least, budget = few, min(budget, bytes_in_cache(compiled(few)))
+        start = 1
+
+        @functools.cache  # compiling takes seconds
+        def needed(size: int) -> tuple[int, int]:
+            compiled = self._compiled(size)
+            return num_bytes(compiled), bytes_in_cache(compiled)
+
+        if devices.platform(self.mesh) == "cpu" and not config.memory_gib:
+            of_few, in_cache = needed(performance.FEW * least)
+            if of_few <= budget:
+                start, budget = performance.FEW, min(budget, in_cache)
         return performance.largest_microbatch(
-            lambda size: num_bytes(compiled(size)),
+            lambda size: needed(size)[0],
             expected_batch_size=self.expected_records,
             least=least,
             budget=budget,
+            start=start,
         )
 
 

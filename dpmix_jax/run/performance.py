@@ -138,6 +138,7 @@ def largest_microbatch(
     expected_batch_size: float,
     least: int,
     budget: float,
+    start: int = 1,
 ) -> int:
     """Finds the largest microbatch that fits the memory of a device.
 
@@ -151,13 +152,15 @@ def largest_microbatch(
       expected_batch_size: B.
       least: the smallest size; the result is a multiple of it.
       budget: bytes of one device.
+      start: times `least`, the first size that is compiled, of which more than 1 must
+        be known to fit.
 
     Raises:
-      UserError: if not even the smallest size fits.
+      UserError: if not even the first size fits.
     """
     most = math.ceil((expected_batch_size + 3 * expected_batch_size**0.5) / least)
     needed: dict[int, int] = {}  # bytes by size, in units of `least`
-    fits, too_large, size = 0, most + 1, 1
+    fits, too_large, size = 0, most + 1, min(start, most)
     while size > 1.1 * fits:
         needed[size] = bytes_needed(size * least)
         if needed[size] <= budget:
@@ -166,9 +169,10 @@ def largest_microbatch(
             too_large = size
         if not fits:
             raise UserError(
-                f"a microbatch of {least} record(s) needs {needed[1] / _GIB:.2f} GiB a"
-                f" device, the budget is {budget / _GIB:.2f} GiB: use a smaller model"
-                " or fewer images a record, or raise performance.memory_gib"
+                f"a microbatch of {size * least} record(s) needs"
+                f" {needed[size] / _GIB:.2f} GiB a device, the budget is"
+                f" {budget / _GIB:.2f} GiB: use a smaller model or fewer images a"
+                " record, or raise performance.memory_gib"
             )
         reached = 2 * size
         if len(needed) > 1:  # the line through the two sizes nearest to the budget
