@@ -11,8 +11,8 @@ Accuracy: docs/results/fashion_mnist.md, at epsilon 3. A linear classifier of wh
 coefficients, `scattering_fashion_mnist.py`, is better.
 
 The network is that of Tramer and Boneh (2021, Appendix C), roots and normalisation are
-those of the linear classifier. The rate is from 5,000 validation records at epsilon 3;
-nothing was tried at others.
+those of the linear classifier. The rate is DP-SGD's at epsilon 3, from 5,000 validation
+records; nothing was tried at others, nor for views.
 """
 
 import ml_collections
