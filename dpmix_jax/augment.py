@@ -52,7 +52,7 @@ def _reflect(index: jax.Array, size: int) -> jax.Array:
 
 
 def _shift(image: jax.Array, offset: jax.Array, axis: int) -> jax.Array:
-    """Moves an image along an axis by `offset` pixels, integer or real."""
+    """Moves an image along an axis by -`offset` pixels, integer or real."""
     size = image.shape[axis]
     whole = jnp.floor(offset).astype(jnp.int32)
     index = jnp.arange(size, dtype=jnp.int32) + whole

@@ -33,15 +33,15 @@ from dpmix_jax.gradients import Weight, check_clip_norm, clip, sum_of_no_records
 
 PyTree = Any
 
-# Rows that are multiplied at once: many are faster, few round less. A CPU is fastest
-# where these stay in its cache from their norms to their sum.
+# At most so many rows in a block of records: many are faster, few round less. On a CPU
+# about so many numbers, which stay in its cache from their norms to their sum.
 _ROWS = 2048
 _NUMBERS_ON_CPU = 2**20
 
 # Up to so many rows, their inner products are faster one by one than as a matrix.
 _FEW_ROWS = 3
 
-# Above this, what is small beside it might vanish from float32 once it is clipped.
+# Beside a longer row small numbers might underflow in float32 after the clip.
 _LONGEST_ROW = 1e12
 
 _CALLS = ("jit", "pjit")
@@ -110,8 +110,8 @@ def ghost_clipped_gradient(
       loss_fn: `loss_fn(params, *record) -> scalar` of one record, in any library. Its
         products are computed in float32 unless it says otherwise.
       l2_clip_norm: C, in [1e-10, 1e10].
-      weight: by which a gradient is multiplied, such as `gradients.automatic`; where
-        that is more than C / norm it is multiplied by that.
+      weight: `f(norm, C)` returns the factor of a gradient, such as
+        `gradients.automatic`; a factor above C / norm is lowered to C / norm.
       convolutions: how per-record gradients of convolutions are computed where they
         are, see `conv.fast_convolutions`.
       keep: `f(T, d, p)`, whether the factors of a matrix used once are kept:
@@ -173,8 +173,8 @@ class _Source(NamedTuple):
     """How an output of the traced gradient comes about; by default it is formed.
 
     Attributes:
-      equation: a product, an equation with a body in which there is one, or that which
-        repeats a 0.
+      equation: a product, an equation whose body has a product, or the broadcast of a
+        0.
       position: which of the equation's outputs it is.
       inner: the source in the body.
       inputs: d, if rows a [*b, T, d] and g [*b, T, p] are kept; 0 if not.
@@ -199,9 +199,9 @@ def _clipped_sums(
 ) -> tuple[list[jax.Array], jax.Array]:
     """Clips every record by the norm of all that is kept of it, and adds up.
 
-    The loop over blocks of records has two rounds at least. Norms and sums are so of
-    the same numbers in memory: outside a loop XLA may compute a number once for each of
-    its uses, and round it in two ways.
+    The loop over blocks of records has two rounds at least, so that norms and sums read
+    the same numbers from memory: outside a loop XLA may compute a number once for each
+    of its uses, and round it in two ways.
 
     Args:
       weight: of a record, by its norm.
@@ -250,7 +250,7 @@ def _sums_of_blocks(
         return [_weighted_sum(weights, x, source) for x, source in each], norm
 
     def block(start):
-        """The last one begins among the records of the one before: these are over."""
+        """Returns a block; the last has records of the one before, masked."""
         first = jnp.minimum(start, last)
         part, *kept_of_block = jax.tree.map(
             lambda x: jax.lax.dynamic_slice_in_dim(x, first, together), (usable, *kept)
@@ -284,7 +284,7 @@ def _records_at_once(
 
 
 def _norms(kept: PyTree, source: _Source, rounds: int) -> jax.Array:
-    """Returns norms, [r] in float64, of r records' gradients in a sum over records."""
+    """Returns bounds of r records' gradient norms, rounding included: float64 [r]."""
     wide = jax.tree.map(lambda x: x.astype(jnp.float64), kept)
     if not source.inputs:
         norms = jnp.sqrt(jnp.square(wide).sum(range(1, wide.ndim)))
@@ -298,7 +298,7 @@ def _norms(kept: PyTree, source: _Source, rounds: int) -> jax.Array:
 def _norms_of_products(
     a: jax.Array, g: jax.Array, rounded: int
 ) -> tuple[jax.Array, jax.Array]:
-    """Norms of sum_t a_t g_t^T, and of any float32 rounding of such sums.
+    """Bounds the norms of sum_t a_t g_t^T, and of any float32 rounding of such sums.
 
     A sum of n products, in any order, is the exact sum of products each changed by a
     share of at most gamma_n = n u / (1 - n u), u = 2^-24 in float32 and 2^-53 in

@@ -18,7 +18,8 @@ Weight = Callable[[jax.Array, float], jax.Array]  # of a gradient, by its norm a
 def clip(norm: jax.Array, l2_clip_norm: float) -> jax.Array:
     """Returns min(1, C / norm), which shortens long gradients (Abadi et al., 2016).
 
-    As the weight of `clipped_gradient` it changes nothing: that clip comes anyway.
+    As the weight of `clipped_gradient` it changes nothing without `per_layer`: that
+    clip comes anyway.
     """
     return jnp.minimum(1.0, l2_clip_norm / jnp.maximum(norm, 1e-30))
 
@@ -26,9 +27,10 @@ def clip(norm: jax.Array, l2_clip_norm: float) -> jax.Array:
 def automatic(norm: jax.Array, l2_clip_norm: float) -> jax.Array:
     """Returns C / (norm + 0.01), which makes nearly all gradients equally long.
 
-    With it C is no longer a setting of its own: C times two is the learning rate times
-    two, noise included. The constant keeps gradients that are nearly 0 short (Bu et
-    al., 2022, "Automatic clipping", Algorithm 1, AUTO-S).
+    With it, under SGD without weight decay, C is no longer a setting of its own: C
+    times two is the learning rate times two, noise included. The constant keeps
+    gradients that are nearly 0 short (Bu et al., 2022, "Automatic clipping", Algorithm
+    1, AUTO-S).
     """
     return l2_clip_norm / (norm + 0.01)
 
@@ -47,9 +49,9 @@ def clipped_gradient(
 ) -> clipping.BoundedSensitivityCallable:
     """Transforms a loss into the clipped sum of its per-record gradients.
 
-    `loss_fn` gets all K images of a record at once. Where it returns their mean, the
-    gradient of the record is the average over its augmentation set, clipped once (De et
-    al., 2022, Section 3.2; DP-Mix, Section 3).
+    `loss_fn` gets all K images of a record at once. Where it returns the mean of their
+    losses, the gradient of the record is the average over its augmentation set, clipped
+    once (De et al., 2022, Section 3.2; DP-Mix, Section 3).
 
     Formal guarantees:
       - Record i's term depends on record i, the parameters and `constants` alone.
@@ -67,9 +69,10 @@ def clipped_gradient(
       loss_fn: `loss_fn(params, *record) -> scalar` of one record, for instance
         `loss_fn(params, images [K, H, W, C], labels [K, O])`, the mean over K.
       l2_clip_norm: C, in [1e-10, 1e10].
-      weight: by which a gradient is multiplied before that clip, such as `automatic`.
-      per_layer: whether every layer is weighted by its own norm, with C / sqrt(L) for
-        the norm of each of the L layers (McMahan et al., 2018; He et al., 2022). A
+      weight: `f(norm, C)` returns the factor of a gradient before the clip, such as
+        `automatic`.
+      per_layer: whether each of the L layers has a factor of its own, `weight` of its
+        norm and C / sqrt(L) (McMahan et al., 2018; He et al., 2022). A
         layer is what lies in one container of `params`, such as a kernel and its bias,
         or an array that lies in none.
       convolutions: how per-record gradients of convolutions are computed, see
@@ -81,9 +84,9 @@ def clipped_gradient(
       `f(params, *records, is_padding_example=None, constants=()) -> (sum, aux)`: each
       leaf of `records` has a leading axis B of records (0 is allowed),
       `is_padding_example` is [B] bool (see `sampling.batches`; None: all are records),
-      `sum` is a pytree like `params`, `aux.values` and `aux.grad_norms`, of losses and
-      of gradients before weight and clip, are [B],
-      `aux.aux` is the sum of magnitudes over the records, like `params`, or None.
+      `sum` is a pytree like `params`, `aux.values` [B] are the losses, `aux.grad_norms`
+      [B] the norms of the gradients before weight and clip, and `aux.aux` is the sum of
+      magnitudes over the records, like `params`, or None.
       `constants`, public values such as the weights of a pretrained encoder, are given
       to the loss after the record, as in `loss_fn(params, *record, *constants)`, and
       not differentiated. `f` carries `.sensitivity(neighboring_relation)`.
@@ -110,8 +113,8 @@ def clipped_gradient(
 
     def record_gradient(params, constants, record):
         value, gradient = value_and_gradient(params, *record, *constants)
-        # As vectors, for XLA adds up records of several axes hundreds of times slower
-        # on CPUs where the same loop scales them (jax 0.10 and 0.12).
+        # Leaves become vectors: on CPUs XLA adds up leaves of several axes hundreds of
+        # times slower where the same loop scales them (jax 0.10 and 0.12).
         gradient = jax.tree.map(jnp.ravel, gradient)
         before = _magnitudes(gradient) if magnitudes else None
         if plain:  # the clip that comes last is all there is

@@ -40,8 +40,8 @@ class MethodConfig:
       name: `dp_sgd` (the image itself), `self_aug` (`k_base` views), `dp_mix_self`
         (`k_base` views and `k_self` mixups of pairs of them), `dp_mix_diff` (`k_base`
         views, `k_diff` public images and `k_self` mixups of pairs from both), or
-        `pure_dp_mix_diff` (`dp_mix_diff` without views: with uniform draws the set
-        holds no private image, with draws by class it depends on the private label).
+        `pure_dp_mix_diff` (`dp_mix_diff` without views: the set holds no private image,
+        but with draws by class it depends on the private label).
       k_base: number of views.
       k_diff: public images drawn for each record and update, flipped and cropped like
         the views.
@@ -53,7 +53,7 @@ class MethodConfig:
         image, which makes the mixup that image again.
 
     Raises:
-      UserError: for an unknown method, or a size that the method does not have.
+      UserError: for a value out of its range, or a size that the method does not have.
 
     Example:
       >>> dpm.MethodConfig(name="dp_mix_diff").set_size  # 16 + 2 + 18
@@ -93,7 +93,7 @@ class MethodConfig:
 
     @property
     def num_views(self) -> int:
-        """`k_base`; without views 1, the image itself, or 0 with public images."""
+        """`k_base`; if that is 0, 1 for the image itself, or 0 with public images."""
         return self.k_base or int(not self.k_diff)
 
     @property
@@ -118,7 +118,7 @@ class MethodConfig:
 def random_pairs(
     key: jax.Array, pool_size: int, num_pairs: int, *, distinct: bool
 ) -> tuple[jax.Array, jax.Array]:
-    """Draws `num_pairs` ordered pairs uniformly from a pool, both ends reachable.
+    """Draws `num_pairs` ordered pairs of a pool's indices, independent and uniform.
 
     Args:
       key: scalar key.
@@ -245,8 +245,8 @@ def augmentation_set(
 
     def record_set(key, image, label, pool: Pool | None = None) -> ImageSet:
         _check_one_record(image, label)
-        # The pool's key is made apart, so that methods without a pool draw as they did
-        # before there was one; by 2, since `split` may fold in 0 and 1.
+        # The key of public images is not part of the split, so that a pool changes no
+        # view. It folds in 2, since `split` may fold in 0 and 1.
         (view_key, mix_key), public_key = (
             jax.random.split(key),
             jax.random.fold_in(key, 2),

@@ -85,8 +85,8 @@ def draw_rows(
     Drawing by class looks at a private label, and costs no privacy: what is drawn goes
     into this record's own set and nowhere else, and the gradient of the record is the
     average over that set, clipped. Whatever the label, that one term has norm at most
-    C. It would not be safe to let the label choose anything outside that term: images
-    that records share, their number, or what is logged.
+    C. It would not be safe to let the label choose anything outside that term, such as
+    images that records share, how many there are of them, or what is logged.
 
     Formal guarantees:
       - The rows are a function of this key, this label and the pool, and for "uniform"

@@ -1,4 +1,4 @@
-"""What is promised, and the noise that keeps it: a clipped sum to a private mean."""
+"""The privacy budget, and the noise that turns a clipped sum into a private mean."""
 
 import dataclasses
 import math
@@ -31,8 +31,8 @@ class PrivacyConfig:
       num_updates: T.
       l2_clip_norm: C, the bound on a record's averaged gradient.
       clipping_rule: `clip` shortens long gradients to C; `automatic` brings nearly all
-        of them to C, so that only the product of C and the learning rate matters (see
-        `gradients.automatic`).
+        of them to C, so that under SGD without weight decay only the product of C and
+        the learning rate matters (see `gradients.automatic`).
       per_layer: whether each layer is clipped by its own norm, see
         `gradients.clipped_gradient`.
       neighboring_relation: `add_or_remove_one`, `replace_one` or `replace_special`
@@ -44,11 +44,11 @@ class PrivacyConfig:
       expected_candidates: mean of that number; None without selection.
       mechanism: `gaussian` adds independent noise in every update; `bandmf` noise that
         is correlated between updates, see `factorization`.
-      bands: b, of `bandmf`; None for the number that disturbs the sums of gradients
-        least among 1, 2, 3, 4, 6, 8, 12, 16 and so on, see `calibrate`.
+      bands: b, of `bandmf`; None tries 1, 2, 3, 4, 6, 8, 12, 16 and so on as long as
+        the sums of gradients are disturbed less, see `calibrate`.
       sampling: `poisson`, or `allocation`, by which each record is in one batch of an
-        epoch, see `sampling.allocated_batch`; N / B must then be a whole number, but
-        for the rounding of B.
+        epoch, see `sampling.allocated_batch`; B must then be N over a whole number of
+        batches, rounded.
       uncovered: what else of this run was chosen by looking at the private records, in
         words, such as "the learning rate"; the statement tells it.
     """
@@ -159,7 +159,7 @@ class NoiseState(NamedTuple):
       key: uint32 [8], of the next update.
       sums: float32 [b - 1, d], the clipped sums of the last updates without any noise,
         the latest first, of a mechanism of b bands; None for independent noise.
-      outputs: the same of these sums with their noise.
+      outputs: `sums` with their noise, of the same shape and order.
     """
 
     key: jax.Array
@@ -198,13 +198,13 @@ def privatizer(
     Args:
       gradient_fn: from `clipped_gradient`; its sensitivity sets the scale.
       mechanism: from `calibrate`. The batches must be those that it accounts for:
-        `sampling.batches(..., bands=mechanism.bands)`.
+        `sampling.batches(..., bands=mechanism.bands, allocated=mechanism.allocated)`.
       expected_batch_size: B = q N, positive and finite.
       key: uint32 [8] from `noise_key`, secret.
 
     Raises:
-      UserError: for another batch size, or for what is no such key; when called, for
-        more noise than `noise.grid` has room for.
+      UserError: if `expected_batch_size` or `key` is not as stated; when called, for
+        more noise or more parameters than `noise.grid` has room for.
 
     Example:
       >>> gradient_fn = dpm.clipped_gradient(lambda w, x: w @ x, l2_clip_norm=1.0)
@@ -236,7 +236,7 @@ def privatizer(
     def private_mean(gradients, state):
         gradients = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), gradients)
         total, restored = jax.flatten_util.ravel_pytree(gradients)
-        # Each of the sums that a record moves is rounded to the grid.
+        # A record's term enters the sums of b updates, each rounded to the grid.
         on = noise.grid(
             mechanism.noise_multiplier, of_all_bands, total.size * mechanism.bands
         )
@@ -265,7 +265,7 @@ def privatizer(
 
 
 def without_sums(state: PyTree) -> PyTree:
-    """Takes sums without noise out of the state of a finished run, see `NoiseState`.
+    """Sets sums without noise to 0 in the state of a finished run, see `NoiseState`.
 
     Args:
       state: of an optimizer that is chained with a `privatizer`.

@@ -1,4 +1,4 @@
-"""All randomness of a run: named streams of one seed, and the Poisson batch of a step.
+"""The randomness of training: named streams of one seed, and the batch of a step.
 
 Batches and augmentation keys are pure functions of (seed, step, record). Nothing of
 them is carried from one update to the next, so a run that resumes, or that uses another
@@ -135,8 +135,8 @@ def poisson_batch(
     require(bands >= 1, "bands", bands, "at least 1")
     most = f"at most 1 / bands = {1 / bands:.4g}"
     require(bands * sampling_prob <= 1, "sampling_prob", sampling_prob, most)
-    # One iteration of jax_privacy's sampler from a generator of this step alone makes
-    # the batch of step t available without drawing the t before it.
+    # One iteration of jax_privacy's sampler, with a generator of this step alone, draws
+    # the batch of step t without the t batches before it.
     strategy = batch_selection.CyclicPoissonSampling(
         sampling_prob=bands * sampling_prob, iterations=1
     )
@@ -220,7 +220,7 @@ def batches(
     bands: int = 1,
     allocated: bool = False,
 ) -> Callable[[int], list[Any]]:
-    """Returns the function from an update to the microbatches of its Poisson batch.
+    """Returns the function from an update to the microbatches of its batch.
 
     Args:
       seed: of the run.

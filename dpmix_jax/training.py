@@ -43,8 +43,8 @@ class TrainState(NamedTuple):
 class Inputs(NamedTuple):
     """What stays on every device for a whole run.
 
-    Compiled functions take it as an argument: what they close over JAX may write to its
-    compilation cache on disk, and records are private.
+    Compiled functions take it as an argument: arrays that a function closes over JAX
+    may write to its compilation cache on disk, and records are private.
 
     Attributes:
       key_words: uint32 [2], the key of the augmentation stream.
@@ -77,9 +77,9 @@ class Sums(NamedTuple):
 
     Attributes:
       gradients: the clipped sum, float32 pytree like the parameters.
-      nonprivate: float32 sums over the drawn records: `loss`, `clipped` (how many are),
-        `records` (how many there are) and, if asked for, `magnitudes` (see
-        `gradients.clipped_gradient`), like the parameters.
+      nonprivate: float32 sums over the drawn records: `loss`, `clipped` (how many have
+        a norm above C), `records` (how many there are) and, if asked for, `magnitudes`
+        (see `gradients.clipped_gradient`), like the parameters.
     """
 
     gradients: PyTree
@@ -117,7 +117,8 @@ def make_sets(
         pool alone, on no other record.
 
     Args:
-      record_set: from `mixup.augmentation_set`.
+      record_set: from `mixup.augmentation_set`. With that of a group of records, from
+        `microbatch_mixup.group_set`, the guarantee is one for groups.
       normalize: uint8 images [..., H, W, C] to the floats that sets are made of.
       num_classes: O.
 

@@ -29,7 +29,7 @@ from dpmix_jax.run.config import ExperimentConfig, to_dict
 from dpmix_jax.run.release import final_line, public_data_used, release
 from dpmix_jax.run.workdir import Workdir
 
-DIVERGED = 3  # the exit status of a run whose weights are not finite
+DIVERGED = 3  # the exit status if logits of a test image are not finite
 STOPPING = signal.SIGTERM, signal.SIGINT  # the latter is Ctrl-C
 
 
@@ -47,12 +47,13 @@ def run(
       stopping: signals at which it saves and stops.
 
     Returns:
-      The exit status: 0, 3 if the weights that came out are not finite, or 128 + n
-      after signal n.
+      The exit status: 0, 3 if the released model gives a test image logits that are not
+      finite, or 128 + n after signal n.
 
     Raises:
       UserError: for a config that cannot run here, or a workdir that is not writable,
-        in use, or of another experiment. Nothing of a run has been written then.
+        in use, or of another experiment, before anything of a run is written; later,
+        for too little memory or a damaged checkpoint.
     """
     started = time.monotonic()
     dataset = data.load(config.data)
@@ -114,8 +115,8 @@ def train_and_release(
       public: public images of the config, or None.
       signals: those caught so far; after the first one the state is saved.
       started: when the run began.
-      book: the run is written down there; None if nothing of it will be released, and
-        on all processes but the first.
+      book: the ledger that records the run; None if nothing of the run will be
+        released, and in all processes but the first.
 
     Returns:
       False if a signal came before the last update.
@@ -155,7 +156,7 @@ def train_and_release(
         given,
         train_set,
         mechanism=mechanism,
-        # There is none only where all updates are done (`first_state` sees to that).
+        # The seed is None only after the last update, or `first_state` raises.
         seed=0 if seed is None else seed,
         public=public,
     )
@@ -281,7 +282,7 @@ def updates_from(
 
 @contextlib.contextmanager
 def caught_signals(numbers: Sequence[int] = STOPPING) -> Iterator[list[int]]:
-    """Collects signals, so that the run saves first; a second one kills."""
+    """Collects signals, so that the run saves first; the same one again kills."""
     caught: list[int] = []
 
     def catch(number, frame):

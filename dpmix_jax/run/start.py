@@ -42,7 +42,7 @@ def warn(config: privacy.PrivacyConfig, num_records: int) -> None:
 
 
 def software() -> str:
-    """Returns the versions, or the sources, of all that draws."""
+    """Returns versions of the libraries that draw or account, and our sources."""
     names = ("dp_accounting", "jax", "jax_privacy", "jaxlib", "numpy")
     found = [importlib.metadata.version(name) for name in names]
     sources = sorted(pathlib.Path(__file__).parents[1].rglob("*.py"))
@@ -54,8 +54,8 @@ def data_digest(
 ) -> str:
     """Returns a checksum of all that gradients are made of.
 
-    A run goes on only with the same: the same noise on another sum would let the
-    difference of the two be seen without noise.
+    A run goes on only with the same data: two sums under the same noise would show
+    their difference without any noise.
     """
     digests = [records.digest() for records in (train, public) if records is not None]
     return "+".join([*digests, *weights])
@@ -69,7 +69,7 @@ def begin(
     *,
     book: ledger.Ledger | None,
 ) -> tuple[dict[str, Any], int | None]:
-    """Writes a run down before it looks at a record, or finds how it began.
+    """Writes a run down before it trains, or finds how it began.
 
     Args:
       config: of the run.
@@ -141,11 +141,15 @@ def first_state(
 ) -> training.TrainState | None:
     """Returns the state of the last checkpoint, or of the initial weights.
 
+    Pre-trains these first if the config asks for it, and forgets metrics of updates
+    after the checkpoint.
+
     Returns:
       None if a signal came before the last update of a pre-training.
 
     Raises:
-      UserError: if updates are left, and the seed is forgotten.
+      UserError: if updates are left and the seed is forgotten, or for a damaged
+        checkpoint.
     """
     state = checkpoints.restore(parts.state)
     if seed is None and (state is None or int(state.step) < config.privacy.num_updates):
