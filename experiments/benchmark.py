@@ -275,10 +275,8 @@ def make_rows(names: Sequence[str], k: int) -> list[Row]:
         placed = on_all_devices(*args) if name == ALL_DEVICES else args
         if name in names:
             rows.append(jax_row(name, k, function, placed))
-        if name == PEER:
-            rows[-1].otherwise = lambda: jax_row(
-                ONE_BY_ONE, k, functions[ONE_BY_ONE], args
-            )
+    for row in (row for row in rows if row.name == PEER):
+        row.otherwise = lambda: jax_row(ONE_BY_ONE, k, functions[ONE_BY_ONE], args)
     if not {*IN_TORCH}.isdisjoint(names):
         try:
             import torch_wrn
