@@ -125,6 +125,29 @@ def test_auto_takes_what_stays_in_the_cache_of_a_cpu_or_a_few(
     assert 0.9 * expected <= found <= expected
 
 
+@pytest.mark.parametrize("batch", [1, 4, 40])
+def test_auto_refuses_no_batch_that_is_small(monkeypatch, batch):
+    """Where XLA takes more memory for fewer records, as it does for one."""
+    config = runs.config(
+        performance__microbatch_size="auto", privacy__expected_batch_size=batch
+    )
+    records = data.blank(config.data)
+    model = build.classifier(config, records)
+    mechanism = Mechanism(sampling_prob=0.1, num_updates=12, noise_multiplier=1.0)
+    parts = build.build(
+        config, model, model.shapes, records, mechanism=mechanism, seed=0
+    )
+
+    def compiled(_, size):
+        mib = 32 if size < performance.FEW else size
+        analysis = mock.Mock(argument_size_in_bytes=0, temp_size_in_bytes=mib * 2**20)
+        return mock.Mock(memory_analysis=lambda: analysis)
+
+    monkeypatch.setattr(build.Parts, "_compiled", compiled)
+    found = parts.microbatch_size(config.performance)
+    assert 1 <= found <= max(performance.FEW, batch + 3 * batch**0.5)
+
+
 @pytest.mark.parametrize(
     "error",
     [

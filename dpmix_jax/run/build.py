@@ -154,9 +154,10 @@ class Parts:
             return num_bytes(compiled), bytes_in_cache(compiled)
 
         if devices.platform(self.mesh) == "cpu" and not config.memory_gib:
-            of_few, in_cache = needed(performance.FEW * least)
+            few = max(1, min(performance.FEW, int(self.expected_records // least)))
+            of_few, in_cache = needed(few * least)
             if of_few <= budget:
-                start, budget = performance.FEW, min(budget, in_cache)
+                start, budget = few, min(budget, in_cache)
         return performance.largest_microbatch(
             lambda size: needed(size)[0],
             expected_batch_size=self.expected_records,

@@ -152,15 +152,15 @@ def largest_microbatch(
       expected_batch_size: B.
       least: the smallest size; the result is a multiple of it.
       budget: bytes of one device.
-      start: times `least`, the first size that is compiled, of which more than 1 must
-        be known to fit.
+      start: times `least`, the first size that is compiled; more than 1 must be known
+        to fit, and to be at most B.
 
     Raises:
       UserError: if not even the first size fits.
     """
     most = math.ceil((expected_batch_size + 3 * expected_batch_size**0.5) / least)
     needed: dict[int, int] = {}  # bytes by size, in units of `least`
-    fits, too_large, size = 0, most + 1, min(start, most)
+    fits, too_large, size = 0, most + 1, start
     while size > 1.1 * fits:
         needed[size] = bytes_needed(size * least)
         if needed[size] <= budget:

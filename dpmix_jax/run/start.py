@@ -42,7 +42,7 @@ def warn(config: privacy.PrivacyConfig, num_records: int) -> None:
 
 
 def software() -> str:
-    """Returns versions of the libraries that draw or account, and our sources."""
+    """Returns versions of the libraries that draw or account, and the sources."""
     names = ("dp_accounting", "jax", "jax_privacy", "jaxlib", "numpy")
     found = [importlib.metadata.version(name) for name in names]
     sources = sorted(pathlib.Path(__file__).parents[1].rglob("*.py"))
