@@ -63,6 +63,7 @@ NOISE_MULTIPLIERS["wrn28_10"] = {
 RUNS = (*NOISE_MULTIPLIERS, "convnext_base")
 SWEEPS = (
     "baselines",
+    "cifar10_ladder",
     "figure2",
     "fine_tuned",
     "from_scratch",
@@ -227,6 +228,13 @@ def test_a_ladder_compares_methods_on_as_many_images():
     pixels = [run.config for run in grid("fashion_mnist_ladder", "pixels").runs()]
     assert [p.method for p in pixels] == [b.method for b in built]
     assert {p.privacy.num_updates for p in pixels} == {1000}
+
+
+def test_halves_mix_what_is_not_private():
+    for run in grid("cifar10_ladder", "halves").runs():
+        config = run.config
+        assert (config.data.name, config.data.half) == ("cifar10", 1)
+        assert (config.public.name, config.public.half) == ("cifar10", 2)
 
 
 @pytest.mark.parametrize("base", ["digits", "fashion_mnist"])

@@ -63,6 +63,17 @@ def test_a_bank_is_scaled_as_the_training_set(tmp_path):
     assert blank.images.shape == bank.images.shape
 
 
+def test_images_that_only_whiten_may_be_of_any_classes(tmp_path):
+    dataset = data.load(DIGITS)
+    others = npz(tmp_path / "bank.npz", class_names=("cat", "dog"))
+    with pytest.raises(UserError, match="its classes must be those of the training"):
+        load_public(others, DIGITS, dataset)
+    found = load_public(others, DIGITS, dataset, labelled=False)
+    np.testing.assert_array_equal(found.images, blobs(30))
+    assert found.class_names == dataset.train.class_names
+    assert not found.labels.any()
+
+
 def test_rendered_digits_are_those_of_a_bank(tmp_path, monkeypatch):
     """Of seed 0; drawn once for the private classes, their order and their shape."""
     monkeypatch.setenv("DPMIX_JAX_CACHE", str(tmp_path / "cache"))

@@ -26,7 +26,8 @@ class PublicConfig:
     """A dataset that is declared public. Nothing in it is protected.
 
     Its training split is the bank; its test split stays out, so that public test images
-    do not enter training. Its classes are those of the training set, in the same order.
+    do not enter training. Its classes are those of the training set, in the same order,
+    unless the images whiten only.
 
     Attributes:
       name: as for `DataConfig`, or `bank` for a folder of class folders of which all
@@ -108,7 +109,11 @@ def _named_public() -> Iterator[None]:
 
 
 def load_public(
-    config: PublicConfig | None, private: DataConfig, dataset: Dataset
+    config: PublicConfig | None,
+    private: DataConfig,
+    dataset: Dataset,
+    *,
+    labelled: bool = True,
 ) -> Records | None:
     """Reads the public images that a private dataset will be trained with, if any.
 
@@ -116,6 +121,8 @@ def load_public(
       config: of the public images, or None.
       private: of the private data.
       dataset: what `private` has brought.
+      labelled: whether the classes of the images matter. Images that only whiten
+        embeddings may be of any classes, and all get the label 0.
 
     Returns:
       The training split of the public dataset, with the constants of the private one,
@@ -128,7 +135,12 @@ def load_public(
     if config is None:
         return None
     _refuse_private_files(config, private)
-    public = _alike(config, _read(config, private, dataset.train), dataset.train)
+    public = _read(config, private, dataset.train)
+    if not labelled:
+        labels = np.zeros(len(public), np.int32)
+        names = dataset.train.class_names
+        public = dataclasses.replace(public, labels=labels, class_names=names)
+    public = _alike(config, public, dataset.train)
     _refuse_private_images(config, private, public, dataset)
     return public
 

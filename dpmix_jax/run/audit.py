@@ -120,7 +120,9 @@ def _of_records(
 ) -> Train:
     """Trains as `experiments/run.py` does, on the others and the included canaries."""
     records, classes = dataset.train, dataset.train.num_classes
-    public = load_public(config.public, config.data, dataset)
+    public = load_public(
+        config.public, config.data, dataset, labelled=config.draws_public
+    )
     chosen = rng.permutation(len(records))
     others = records.subset(np.sort(chosen[num_canaries:]))
     canaries = records.subset(np.sort(chosen[:num_canaries]))

@@ -57,7 +57,9 @@ def run(
     """
     started = time.monotonic()
     dataset = data.load(config.data)
-    public = load_public(config.public, config.data, dataset)
+    public = load_public(
+        config.public, config.data, dataset, labelled=config.draws_public
+    )
     config.augmentation.check_images(dataset.train.image_shape)
     config.performance.check_devices(jax.device_count())
     config.check_processes(jax.process_count())

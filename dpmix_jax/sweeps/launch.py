@@ -127,7 +127,9 @@ def _read(
 ) -> tuple[data.Dataset, data.Records | None, list[str]]:
     """Returns records, public images and checksums of the weights of a run."""
     dataset = data.load(config.data)
-    public = load_public(config.public, config.data, dataset)
+    public = load_public(
+        config.public, config.data, dataset, labelled=config.draws_public
+    )
     return dataset, public, config.finetune.checksums()
 
 
