@@ -15,7 +15,7 @@ import warnings
 import dp_accounting
 import scipy.optimize
 
-from dpmix_jax.errors import UserError, require
+from dpmix_jax.errors import needing, require
 
 # Of the accountant. Rounding, always upward, costs about a tenth of `_ROUNDING` of
 # epsilon; the time of a query is inverse to it.
@@ -62,7 +62,8 @@ def epsilon(
     sigma = float(noise_multiplier)
     require(0 < sigma < math.inf, "noise_multiplier", sigma, "positive and finite")
     require(num_updates >= 0, "num_updates", num_updates, "at least 0")
-    _require_batches(batches_per_epoch)
+    ok = batches_per_epoch >= 1
+    require(ok, "batches_per_epoch", batches_per_epoch, "at least 1")
     require(1e-10 <= delta < 1, "delta", delta, "in [1e-10, 1)")
     epochs = -(-num_updates // batches_per_epoch)
     if epochs == 0:
@@ -181,25 +182,12 @@ def calibrate(
     return noise_multiplier
 
 
-def _spent(noise_multiplier: float, **updates) -> float:
-    return epsilon(noise_multiplier, **updates)  # a name that `calibrate` has taken
-
-
-def _require_batches(batches_per_epoch: int) -> None:
-    ok = batches_per_epoch >= 1
-    require(ok, "batches_per_epoch", batches_per_epoch, "at least 1")
+_spent = epsilon  # a name that `calibrate` has taken
 
 
 def _library() -> types.ModuleType:
-    try:
-        with (
-            warnings.catch_warnings()
-        ):  # that numba, which it can do without, is missing
-            warnings.simplefilter("ignore", ImportWarning)
-            import PLD_accounting
-    except ImportError as error:
-        raise UserError(
-            "random allocation is accounted for by pld-accounting, which is not here:"
-            ' pip install "dpmix_jax[allocation]"'
-        ) from error
+    with needing("allocation", "random allocation needs"), warnings.catch_warnings():
+        # Numba, which it can do without, is missing.
+        warnings.simplefilter("ignore", ImportWarning)
+        import PLD_accounting
     return PLD_accounting

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from dp_accounting import NeighboringRelation
 from jax_privacy import auditing, clipping
-from scipy import special
+from scipy import signal, special
 
 from dpmix_jax import accounting, gradients, privacy, sampling
 from dpmix_jax.errors import require
@@ -29,14 +29,8 @@ MakeGradient = Callable[..., clipping.BoundedSensitivityCallable]
 
 # What a record may hold that is hard to clip: no numbers, overflow, underflow.
 _FLOATS = {
-    "NaN": np.nan,
-    "inf": np.inf,
-    "-inf": -np.inf,
-    "1e6": 1e6,
-    "1e30": 1e30,
-    "-3e38": -3e38,
-    "1e-40": 1e-40,
-    "0": 0.0,
+    name: float(name)
+    for name in ("NaN", "inf", "-inf", "1e6", "1e30", "-3e38", "1e-40", "0")
 }
 _BYTES = {"0": 0, "255": 255}
 
@@ -355,11 +349,8 @@ def _log_likelihood_ratios(
     # update t is the strategy, in the weighted sums t, t + 1, ...
     weights = np.asarray(mechanism.strategy) / math.hypot(*mechanism.strategy)
     updates, bands = seen.shape[0], len(weights)
-    weighted, matches = np.zeros(seen.shape), np.zeros(seen.shape)
-    for band, weight in enumerate(weights[:updates]):
-        weighted[band:] += weight * seen[: updates - band]
-    for band, weight in enumerate(weights[:updates]):
-        matches[: updates - band] += weight * weighted[band:]
+    weighted = signal.lfilter(weights, 1.0, seen, axis=0)
+    matches = signal.lfilter(weights, 1.0, weighted[::-1], axis=0)[::-1]
     # The last updates have fewer weighted sums after them than there are bands.
     left = np.minimum(np.arange(updates, 0, -1), bands)
     energy = np.cumsum(weights**2)[left - 1, np.newaxis]

@@ -19,6 +19,7 @@ import math
 import jax
 import numpy as np
 from jax_privacy.matrix_factorization import toeplitz
+from scipy import signal
 
 from dpmix_jax.errors import require
 
@@ -71,9 +72,4 @@ def impulse(strategy: Strategy, length: int) -> np.ndarray:
     Returns:
       float64 [length], the first column of the inverse of the matrix of c.
     """
-    response = np.zeros(length)
-    for t in range(length):
-        before = range(1, min(len(strategy), t + 1))
-        rest = sum(strategy[k] * response[t - k] for k in before)
-        response[t] = ((t == 0) - rest) / strategy[0]
-    return response
+    return signal.lfilter([1.0], strategy, np.eye(1, length)[0])

@@ -6,6 +6,7 @@ from that record, a key and public data alone.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 
@@ -238,19 +239,16 @@ def augmentation_set(
                 f" {image.dtype} {image.shape} as the record's"
             )
         keys = jax.random.split(view_key, method.num_public)
-        views = jax.vmap(
-            lambda k, drawn: augment.random_view(k, drawn, augmentation=augmentation)
-        )(keys, images)
+        view = functools.partial(augment.random_view, augmentation=augmentation)
+        views = jax.vmap(view)(keys, images)
         return views, jax.nn.one_hot(labels, label.shape[0], dtype=label.dtype)
 
     def record_set(key, image, label, pool: Pool | None = None) -> ImageSet:
         _check_one_record(image, label)
         # The key of public images is not part of the split, so that a pool changes no
         # view. It folds in 2, since `split` may fold in 0 and 1.
-        (view_key, mix_key), public_key = (
-            jax.random.split(key),
-            jax.random.fold_in(key, 2),
-        )
+        view_key, mix_key = jax.random.split(key)
+        public_key = jax.random.fold_in(key, 2)
         parts = []
         if method.k_base:
             views = augment.views(

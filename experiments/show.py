@@ -14,10 +14,8 @@ import pathlib
 
 from absl import flags
 
-from dpmix_jax import data
-from dpmix_jax.data.public import load_public
 from dpmix_jax.files import replacing
-from dpmix_jax.run import build, cli, config, plots
+from dpmix_jax.run import build, cli, config, plots, start
 
 _CONFIG = cli.define_config()
 _OUT = flags.DEFINE_string("out", "set.png", "PNG file to write.")
@@ -33,9 +31,8 @@ def main() -> None:
         f" ({method.name}) of its first test record, and draw it into {_OUT.value}"
     ):
         return
-    dataset = data.load(shown.data)
+    dataset, public = start.read(shown)
     shown.augmentation.check_images(dataset.test.image_shape)
-    public = load_public(shown.public, shown.data, dataset)
     pool = build.make_pool(shown, public if shown.draws_public else None)
     images = build.example_set(shown, dataset.test, pool)
     figure = plots.plot_sheet(images, method.num_views, method.num_public)

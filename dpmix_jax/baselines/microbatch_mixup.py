@@ -8,6 +8,7 @@ the groups of a batch, the set of a group, and the sensitivity.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 
@@ -190,9 +191,7 @@ def group_set(
             lambda key: jax.random.split(key, 3), out_axes=1
         )(keys)
         views = jax.vmap(
-            lambda key, image: augment.views(
-                key, image, method.k_base, augmentation=augmentation
-            )
+            functools.partial(augment.views, k=method.k_base, augmentation=augmentation)
         )(view_keys, images)
         weights = jax.vmap(
             lambda key: jax.random.beta(

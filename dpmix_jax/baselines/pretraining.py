@@ -4,6 +4,7 @@ The DP-Mix poster compares it with mixing the same images in: it did not help th
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -90,11 +91,9 @@ def pretrain(
             row_key, jnp.zeros(num_classes), pool, config.batch_size, draw="uniform"
         )
         images = normalize(jnp.take(pool.images, rows, axis=0, mode="clip"))
-        views = jax.vmap(
-            lambda key, image: augment.random_view(
-                key, image, augmentation=augmentation
-            )
-        )(jax.random.split(view_key, config.batch_size), images)
+        view = functools.partial(augment.random_view, augmentation=augmentation)
+        keys = jax.random.split(view_key, config.batch_size)
+        views = jax.vmap(view)(keys, images)
         labels = jnp.take(pool.labels, rows, mode="clip")
         targets = jax.nn.one_hot(labels, num_classes, dtype=views.dtype)
         return jax.value_and_grad(loss_fn)(params, views, targets, *constants)

@@ -24,6 +24,7 @@ _SPLITS = {
     "validation": "validation valid val dev",
     "test": "test testing eval evaluation",
 }
+_WORDS = {word: split for split, words in _SPLITS.items() for word in words.split()}
 _ROWS = 256  # that are read at a time
 
 
@@ -125,7 +126,7 @@ def _files(folder: pathlib.Path) -> dict[pathlib.Path, str]:
         raise UserError("it has no Parquet files")
     splits = {name: _split(name) for name in sorted(paths)}
     folders = sorted({n.parts[0] for n in splits if len(n.parts) > 1} - {"data"})
-    if len(folders) > 1 and not {*folders} <= {*_words()}:
+    if len(folders) > 1 and not {*folders} <= {*_WORDS}:
         raise UserError(
             f"it has the folders {', '.join(folders)}: name one, as in"
             f" hf:<repository>:{folders[0]}"
@@ -152,15 +153,9 @@ def _check_whole(name: pathlib.Path, there: Collection[pathlib.Path]) -> None:
                 raise UserError(f"{name} is there, but not its part {part[1:]}")
 
 
-def _words() -> dict[str, str]:
-    """Returns the split that each word tells."""
-    return {word: split for split, words in _SPLITS.items() for word in words.split()}
-
-
 def _split(path: pathlib.PurePath) -> str | None:
-    known = _words()
     words = re.split(r"[^a-z]+", str(path).lower())
-    return next((known[word] for word in words if word in known), None)
+    return next((_WORDS[word] for word in words if word in _WORDS), None)
 
 
 def _columns(features: dict[str, dict], columns: str) -> tuple[str, str]:

@@ -52,7 +52,10 @@ class PublicConfig:
     count: int | None = None
 
     def __post_init__(self):
-        self._check_count()
+        if self.count is not None:
+            drawn, enough = self.name in RENDERED, self.count >= 1
+            allowed = "at least 1" if drawn else f"None for public.name {self.name!r}"
+            require(drawn and enough, "public.count", self.count, allowed)
         of_rendered = dict.fromkeys(RENDERED, ("path", "image_size", "half", "columns"))
         refused = {**of_rendered, "bank": ("half",)}
         for key in refused.get(self.name, ()):
@@ -72,12 +75,6 @@ class PublicConfig:
                 image_size=self.size(0),
                 half=self.half or 0,
             )
-
-    def _check_count(self) -> None:
-        if self.count is not None:
-            drawn, enough = self.name in RENDERED, self.count >= 1
-            allowed = "at least 1" if drawn else f"None for public.name {self.name!r}"
-            require(drawn and enough, "public.count", self.count, allowed)
 
     @property
     def is_bank(self) -> bool:

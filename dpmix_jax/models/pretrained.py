@@ -93,7 +93,7 @@ def load_encoder(path: str | os.PathLike, like: PyTree) -> PyTree:
       UserError: if the file is missing, of neither format, damaged or not finite, or if
         keys or shapes are not those of the model.
     """
-    path, wanted = pathlib.Path(path), _flat(like)
+    path, wanted = pathlib.Path(path), flat(like)
     towers = [tower for sign, tower in _TOWERS.items() if sign in wanted]
     if not towers:
         raise ValueError(
@@ -131,7 +131,7 @@ def load_weights(
       UserError: if the file is missing, damaged or not finite, if keys or shapes are
         not those of `like`, or if it has no module of a name in `skip`.
     """
-    path, wanted = pathlib.Path(path), _flat(like)
+    path, wanted = pathlib.Path(path), flat(like)
     for name in skip:
         known = any(name in key.split("/") for key in wanted)
         require(known, "skip", name, "the name of a module of the model")
@@ -227,7 +227,7 @@ def _fill(
       what: says which weights the file must have.
       skip: names of modules whose leaves stay as they are.
     """
-    wanted, stays = _flat(like), {*skip}
+    wanted, stays = flat(like), {*skip}
     places = {ours: k for ours, k in keys.items() if stays.isdisjoint(ours.split("/"))}
     wrong = [
         f"{key!r} is {stored[key].shape}, not {wanted[ours].shape}"
@@ -261,7 +261,7 @@ def _float32(path: pathlib.Path, key: str, array: np.ndarray) -> np.ndarray:
     return array
 
 
-def _flat(tree: PyTree) -> dict[str, Any]:
+def flat(tree: PyTree) -> dict[str, Any]:
     """Returns the leaves of a tree by their paths, as `checkpoint` names them."""
     return {
         jax.tree_util.keystr(path, simple=True, separator="/"): leaf

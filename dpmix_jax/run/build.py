@@ -150,8 +150,9 @@ class Parts:
 
         @functools.cache  # compiling takes seconds
         def needed(size: int) -> tuple[int, int]:
-            compiled = self._compiled(size)
-            return num_bytes(compiled), bytes_in_cache(compiled)
+            memory: Any = self._compiled(size).memory_analysis()
+            given, work = memory.argument_size_in_bytes, memory.temp_size_in_bytes
+            return given + work, given + max(work, performance.CACHE)
 
         if devices.platform(self.mesh) == "cpu" and not config.memory_gib:
             few = max(1, min(performance.FEW, int(self.expected_records // least)))
@@ -171,17 +172,6 @@ def num_bytes(compiled: jax.stages.Compiled) -> int:
     """Returns the memory of one device that a compiled program takes."""
     memory: Any = compiled.memory_analysis()
     return memory.temp_size_in_bytes + memory.argument_size_in_bytes
-
-
-def bytes_in_cache(compiled: jax.stages.Compiled) -> int:
-    """Returns the memory that a CPU's program may take to stay in its cache.
-
-    Args:
-      compiled: the program of a few records, which may take what it takes.
-    """
-    memory: Any = compiled.memory_analysis()
-    work = max(memory.temp_size_in_bytes, performance.CACHE)
-    return memory.argument_size_in_bytes + work
 
 
 def classifier(

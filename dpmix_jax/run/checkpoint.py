@@ -13,6 +13,7 @@ import safetensors.numpy
 
 from dpmix_jax.errors import UserError
 from dpmix_jax.files import write_atomically
+from dpmix_jax.models.pretrained import flat
 from dpmix_jax.progress import say
 from dpmix_jax.training import TrainState
 
@@ -62,7 +63,7 @@ class Checkpoints:
         for step in reversed(steps):
             path = self._path(step)
             tensors = _read(path)
-            if tensors is not None and tensors.keys() != _tensors(like).keys():
+            if tensors is not None and tensors.keys() != flat(like).keys():
                 raise UserError(f"{path} is of another version: use another --workdir")
             if tensors is not None:
                 return _state(tensors, like)
@@ -87,15 +88,11 @@ class Checkpoints:
 
 
 def _tensors(tree: Any) -> dict[str, np.ndarray]:
-    """Returns arrays by their path."""
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-    }
+    return {name: np.asarray(leaf) for name, leaf in flat(tree).items()}
 
 
 def _state(tensors: Mapping[str, np.ndarray], like: TrainState) -> TrainState:
-    leaves = [jnp.asarray(tensors[name]) for name in _tensors(like)]
+    leaves = [jnp.asarray(tensors[name]) for name in flat(like)]
     return jax.tree.unflatten(jax.tree.structure(like), leaves)
 
 

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import optax
+from flax import traverse_util
 
 from dpmix_jax import models, optimizers
 from dpmix_jax.augment import AugmentationConfig
@@ -269,7 +270,7 @@ def to_dict(config: ExperimentConfig) -> dict[str, Any]:
     return values
 
 
-def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """Lists the keys whose values differ, of those that change the outcome of a run."""
     there, here = (
         {k: list(v) if isinstance(v, tuple) else v for k, v in flatten(values).items()}
@@ -283,15 +284,9 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Returns nested mappings as one, with dotted keys."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            flat.update(flatten(value, f"{prefix}{key}."))
-        else:
-            flat[prefix + key] = value
-    return flat
+def flatten(values: dict[str, Any]) -> dict[str, Any]:
+    """Returns nested dicts as one, with dotted keys."""
+    return traverse_util.flatten_dict(values, sep=".")
 
 
 def _build(cls, values: Any, prefix: str):

@@ -56,7 +56,11 @@ def measured(
             )
         found = tuning.find(parts.accumulate_by, parts.arguments(microbatch_size))
         choices = _choices(found)
-        if not _fits(parts, choices, config, microbatch_size):
+        # An automatic size was found with other choices.
+        if config.microbatch_size == "auto" and (
+            _with(parts, choices).bytes_needed(microbatch_size)
+            > config.budget(parts.mesh.size)
+        ):
             say("convolutions: the fastest need more memory than there is: now auto")
             choices = {}
         kept = _content(choices)
@@ -92,14 +96,6 @@ def _choices(found: Mapping[str, conv.Batched]) -> dict[str, str]:
 def _with(parts: Parts, choices: Mapping[str, str]) -> Parts:
     accumulate = parts.accumulate_by(tuning.chooser(choices))
     return dataclasses.replace(parts, accumulate=accumulate)
-
-
-def _fits(parts: Parts, choices, config: PerformanceConfig, size: int) -> bool:
-    """Whether a size that was found with other choices fits with these."""
-    if config.microbatch_size != "auto":
-        return True
-    needed = _with(parts, choices).bytes_needed(size)
-    return needed <= config.budget(parts.mesh.size)
 
 
 # What is on disk.

@@ -1,5 +1,6 @@
 """Evaluation of classifiers on whole datasets, and what a run logs."""
 
+import functools
 import math
 import time
 from collections.abc import Callable
@@ -9,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dpmix_jax import accounting, augment, privacy, sampling, training
+from dpmix_jax import accounting, augment, sampling, training
 from dpmix_jax.data import Dataset, Records
 from dpmix_jax.progress import Progress, say
 from dpmix_jax.run.build import Parts
@@ -112,11 +113,8 @@ def averaged_over_views(
 
     def averaged(params, images):
         keys = jax.random.split(sampling.stream_key(0, "augmentation"), len(images))
-        views = jax.vmap(
-            lambda key, image: augment.views(
-                key, image, num_views, augmentation=augmentation
-            )
-        )(keys, images)
+        view = functools.partial(augment.views, k=num_views, augmentation=augmentation)
+        views = jax.vmap(view)(keys, images)
         logits = logits_fn(params, views.reshape(-1, *images.shape[1:]))
         of_views = jax.nn.log_softmax(logits.reshape(len(images), num_views, -1))
         return jax.nn.logsumexp(of_views, axis=1) - math.log(num_views)
@@ -148,7 +146,15 @@ def make_log(
     """
 
     def log(state, sums, progress, counts):
-        line = _measured(config.privacy, mechanism, int(state.step), sums)
+        step, records = int(state.step), max(float(sums["records"]), 1.0)
+        line = {
+            "step": step,
+            "epsilon": accounting.epsilon_after(mechanism, step, config.privacy.delta),
+            "nonprivate/loss": float(sums["loss"]) / records,
+            "nonprivate/clipped_fraction": float(sums["clipped"]) / records,
+        }
+        if "gradient_stddev" in sums:  # of `diagnostics.observed`
+            line["nonprivate/gradient_stddev"] = float(sums["gradient_stddev"])
         line |= {name: accuracy(confusion) for name, confusion in counts.items()}
         speed = progress.records_per_second() * config.method.set_size
         seconds = time.monotonic() - started
@@ -163,25 +169,6 @@ def make_log(
         )
 
     return log
-
-
-def _measured(
-    config: privacy.PrivacyConfig,
-    mechanism: accounting.Mechanism,
-    step: int,
-    sums: dict[str, jax.Array],
-) -> dict[str, float]:
-    """Returns a line of metrics about an update."""
-    records = max(float(sums["records"]), 1.0)
-    line = {
-        "step": step,
-        "epsilon": accounting.epsilon_after(mechanism, step, config.delta),
-        "nonprivate/loss": float(sums["loss"]) / records,
-        "nonprivate/clipped_fraction": float(sums["clipped"]) / records,
-    }
-    if "gradient_stddev" in sums:  # of `diagnostics.observed`
-        line["nonprivate/gradient_stddev"] = float(sums["gradient_stddev"])
-    return line
 
 
 def _progress_line(line: dict[str, float], progress: Progress, speed: float) -> str:

@@ -11,7 +11,6 @@ from typing import Any
 import jax
 
 from dpmix_jax import data, privacy, training
-from dpmix_jax.data.public import load_public
 from dpmix_jax.progress import Progress, say
 from dpmix_jax.run import (
     build,
@@ -56,10 +55,7 @@ def run(
         for too little memory or a damaged checkpoint.
     """
     started = time.monotonic()
-    dataset = data.load(config.data)
-    public = load_public(
-        config.public, config.data, dataset, labelled=config.draws_public
-    )
+    dataset, public = start.read(config)
     config.augmentation.check_images(dataset.train.image_shape)
     config.performance.check_devices(jax.device_count())
     config.check_processes(jax.process_count())

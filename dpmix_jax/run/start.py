@@ -19,12 +19,24 @@ from dpmix_jax import (
     training,
 )
 from dpmix_jax.baselines import pretraining
+from dpmix_jax.data.public import load_public
 from dpmix_jax.errors import UserError
 from dpmix_jax.progress import Progress, say
 from dpmix_jax.run import build, ledger
 from dpmix_jax.run.checkpoint import Checkpoints
 from dpmix_jax.run.config import ExperimentConfig, to_dict
 from dpmix_jax.run.workdir import Workdir
+
+
+def read(config: ExperimentConfig) -> tuple[data.Dataset, data.Records | None]:
+    """Returns the records of a run, and its public images, if any.
+
+    Raises:
+      UserError: for files that cannot be read, or do not fit.
+    """
+    dataset, labelled = data.load(config.data), config.draws_public
+    public = load_public(config.public, config.data, dataset, labelled=labelled)
+    return dataset, public
 
 
 def warn(config: privacy.PrivacyConfig, num_records: int) -> None:

@@ -58,7 +58,6 @@ class Target:
       platform: `cuda` or `tpu`, as `jax.export` names it.
       num_bytes: of its memory.
       topology: what `topologies.get_topology_desc` takes.
-      wheels: what compiles for it.
     """
 
     platform: str

@@ -10,15 +10,13 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from dpmix_jax import data
-from dpmix_jax.data.public import load_public
 from dpmix_jax.errors import UserError, require
 from dpmix_jax.files import write_atomically
 from dpmix_jax.progress import duration, say
+from dpmix_jax.run import start
 from dpmix_jax.run.config import ExperimentConfig, differences, to_dict
 from dpmix_jax.run.experiment import caught_signals
 from dpmix_jax.run.release import final_line
-from dpmix_jax.run.start import data_digest
 from dpmix_jax.run.workdir import Workdir
 from dpmix_jax.sweeps import figure2, plots, tables
 from dpmix_jax.sweeps.grid import Record, Run, SweepConfig
@@ -117,20 +115,10 @@ def _check_inputs(runs: Sequence[Run]) -> None:
     for config in (run.config for run in runs):
         inputs = config.data, config.public, config.finetune
         if inputs not in num_records:
-            dataset, *_ = _read(config)
+            dataset, _ = start.read(config)
+            config.finetune.checksums()  # reads the files of weights
             num_records[inputs] = len(dataset.train)
         config.privacy.sampling_prob(num_records[inputs])
-
-
-def _read(
-    config: ExperimentConfig,
-) -> tuple[data.Dataset, data.Records | None, list[str]]:
-    """Returns records, public images and checksums of the weights of a run."""
-    dataset = data.load(config.data)
-    public = load_public(
-        config.public, config.data, dataset, labelled=config.draws_public
-    )
-    return dataset, public, config.finetune.checksums()
 
 
 def has_ended(run: Run, workdir: Workdir) -> bool:
@@ -294,9 +282,12 @@ def _select(points: Sequence[Run], folder: Workdir, attempt: Attempt) -> int:
 def _plan(points: Sequence[Run], folder: Workdir) -> list[int]:
     """Returns the point of each candidate, drawn once and for all."""
     path, configs = folder.path / "plan.json", [to_dict(run.config) for run in points]
-    dataset, public, files = _read(points[0].config)
+    config = points[0].config
+    dataset, public = start.read(config)
     assert dataset.validation is not None  # the config has seen to it
-    read = [data_digest(dataset.train, public, files), dataset.validation.digest()]
+    files = config.finetune.checksums()
+    digest = start.data_digest(dataset.train, public, files)
+    read = [digest, dataset.validation.digest()]
     if path.exists():
         kept = json.loads(path.read_text())
         same = len(kept["points"]) == len(configs) and kept["read"] == read
