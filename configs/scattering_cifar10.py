@@ -6,8 +6,9 @@ The argument is the epsilon, one of 1, 2, 3, 4, 8 (3 if none is given). The
 paper has no such row.
 
 The coefficients are whitened by those of 4,096 public photographs: the training images
-of CIFAR-100, whose classes are others, or any folder of photographs
-(--config.public.name=folder --config.public.path=photographs).
+of CIFAR-100, whose classes are others, or photographs in two or more subfolders
+(--config.public.name=folder --config.public.path=photographs
+--config.public.image_size=32), of which a fifth stays out.
 
 Hardware: two CPU cores. Hours: TODO
 

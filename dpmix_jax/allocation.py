@@ -182,7 +182,8 @@ def calibrate(
     return noise_multiplier
 
 
-_spent = epsilon  # a name that `calibrate` has taken
+def _spent(noise_multiplier: float, **updates) -> float:
+    return epsilon(noise_multiplier, **updates)  # a name that `calibrate` has taken
 
 
 def _library() -> types.ModuleType:

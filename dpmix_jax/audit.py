@@ -66,8 +66,9 @@ def check_sensitivity(
       The distance that the sum moves, by neighbour.
 
     Raises:
-      AssertionError: if a neighbour moves the sum further than the sensitivity, if a
-        sum is not finite, or if the same records give two different sums.
+      AssertionError: if a neighbour moves the sum further than the sensitivity and
+        `tolerance` allow, if a sum is not finite, or if the same records give two
+        different sums.
 
     Example:
       >>> gradient_fn = dpm.clipped_gradient(lambda w, x: w @ x, l2_clip_norm=1.0)

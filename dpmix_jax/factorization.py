@@ -72,4 +72,5 @@ def impulse(strategy: Strategy, length: int) -> np.ndarray:
     Returns:
       float64 [length], the first column of the inverse of the matrix of c.
     """
-    return signal.lfilter([1.0], strategy, np.eye(1, length)[0])
+    first = np.eye(1, length)[0]
+    return signal.lfilter([1.0], strategy, first) if length else first

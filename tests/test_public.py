@@ -72,6 +72,12 @@ def test_images_that_only_whiten_may_be_of_any_classes(tmp_path):
     np.testing.assert_array_equal(found.images, blobs(30))
     assert found.class_names == dataset.train.class_names
     assert not found.labels.any()
+    alike = PublicConfig(name="rendered_digits", count=30)
+    digests = {
+        load_public(alike, DIGITS, dataset, labelled=labelled).digest()
+        for labelled in (True, False)
+    }
+    assert len(digests) == 1  # so that a run that goes on finds what it began with
 
 
 def test_rendered_digits_are_those_of_a_bank(tmp_path, monkeypatch):

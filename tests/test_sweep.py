@@ -16,6 +16,7 @@ import time
 
 import jax
 import ml_collections
+import numpy as np
 import pytest
 
 from dpmix_jax import UserError, sweeps
@@ -321,6 +322,38 @@ def test_a_run_that_would_be_refused_is_found_before_the_first(
         launch(path, pretend(calls), rows=rows, common=common)
     assert calls == []
     assert not path.exists()
+
+
+def test_images_that_one_row_only_whitens_by_must_fit_the_row_that_mixes_them(tmp_path):
+    bank, zeros = tmp_path / "bank.npz", np.zeros((4, 8, 8), np.uint8)
+    images = np.random.default_rng(0).integers(256, size=(30, 8, 8), dtype=np.uint8)
+    np.savez(
+        bank,
+        train_images=images,
+        train_labels=np.arange(30) % 2,
+        test_images=zeros,
+        test_labels=np.zeros(4, int),
+        class_names=("cat", "dog"),
+    )
+    mixes = {"method.name": "dp_mix_diff", "method.k_base": 1, "method.k_diff": 1}
+    common = {
+        "public": {"name": "npz", "path": str(bank)},
+        "finetune": {"whitening": 0.1},
+        "method": {"k_self": 0},
+    }
+    plain = {"method.name": "dp_sgd", "method.k_base": 0}
+    changes = {"base": f"{ROOT}/configs/scattering_digits.py:{{epsilon}}"}
+    changes |= {"common": common, "seeds": 1, "paper": None}
+    changes |= {"columns": {"epsilon": ("8",)}}
+    calls = []
+    assert (
+        launch(tmp_path / "one", pretend(calls), rows=(("A", plain),), **changes) == 0
+    )
+    assert len(calls) == 1
+    rows = (("A", plain), ("B", mixes))
+    with pytest.raises(UserError, match="its classes must be those of the training"):
+        launch(tmp_path / "both", pretend(calls), rows=rows, **changes)
+    assert len(calls) == 1
 
 
 # Processes.

@@ -27,7 +27,7 @@ class PublicConfig:
 
     Its training split is the bank; its test split stays out, so that public test images
     do not enter training. Its classes are those of the training set, in the same order,
-    unless the images whiten only.
+    unless they whiten only and are no bank and not drawn.
 
     Attributes:
       name: as for `DataConfig`, or `bank` for a folder of class folders of which all
@@ -118,8 +118,8 @@ def load_public(
       config: of the public images, or None.
       private: of the private data.
       dataset: what `private` has brought.
-      labelled: whether the classes of the images matter. Images that only whiten
-        embeddings may be of any classes, and all get the label 0.
+      labelled: whether the classes of the images matter. Images of other classes
+        than the training set's, which can only whiten, all get the label 0.
 
     Returns:
       The training split of the public dataset, with the constants of the private one,
@@ -133,9 +133,9 @@ def load_public(
         return None
     _refuse_private_files(config, private)
     public = _read(config, private, dataset.train)
-    if not labelled:
+    names = dataset.train.class_names
+    if not labelled and public.class_names != names:
         labels = np.zeros(len(public), np.int32)
-        names = dataset.train.class_names
         public = dataclasses.replace(public, labels=labels, class_names=names)
     public = _alike(config, public, dataset.train)
     _refuse_private_images(config, private, public, dataset)

@@ -113,7 +113,8 @@ def _check_inputs(runs: Sequence[Run]) -> None:
     """Raises `UserError` unless the files that runs read are there, and fit."""
     num_records: dict[tuple, int] = {}
     for config in (run.config for run in runs):
-        inputs = config.data, config.public, config.finetune
+        used = config.draws_public  # then classes matter
+        inputs = config.data, config.public, config.finetune, used
         if inputs not in num_records:
             dataset, _ = start.read(config)
             config.finetune.checksums()  # reads the files of weights
