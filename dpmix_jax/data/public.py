@@ -26,8 +26,8 @@ class PublicConfig:
     """A dataset that is declared public. Nothing in it is protected.
 
     Its training split is the bank; its test split stays out, so that public test images
-    do not enter training. Its classes are those of the training set, in the same order,
-    unless they whiten only and are no bank and not drawn.
+    do not enter training. Its classes are those of the training set, in the same order.
+    Images that only whiten may be of others, but for a bank and drawn images.
 
     Attributes:
       name: as for `DataConfig`, or `bank` for a folder of class folders of which all
