@@ -7,7 +7,7 @@ at epsilon 3, beside DP-SGD at the cost of two images a record. With halves one 
 the training set is private and the other public, so that DP-Mix_diff mixes the best
 public images there could be.
 
-Hardware: two CPU cores. Hours: TODO
+Hardware: two CPU cores. Hours: 0.6 for plain, 1 for methods, 0.9 for halves.
 
 Accuracy: docs/results/cifar10.md.
 """
