@@ -13,7 +13,7 @@ of CIFAR-100, whose classes are others, or photographs in two or more subfolders
 Hardware: two CPU cores. Hours: 0.03, a minute and a half, of which the coefficients of
 all images take half a minute; 2 GB of memory.
 
-Accuracy: @ACC at epsilon 1, 2, 3, 4 and 8 (median of three
+Accuracy: 66.0, 67.6, 67.8, 68.7 and 69.3 at epsilon 1, 2, 3, 4 and 8 (median of three
 seeds, by photographs of Tiny ImageNet: docs/results/cifar10.md; with CIFAR-100 it was
 not run). Published: scattering and a CNN 60.9, 67.0, 69.3, 69.7 and 72.4 (Tramer and
 Boneh, 2021, by another accounting).
