@@ -17,15 +17,19 @@ def test_items_are_made_ahead_in_order_and_not_too_many():
 
 
 def test_nobody_waits_for_what_is_not_wanted_any_more():
-    asked, made, gate = iter(range(9)), [], threading.Event()
+    asked, made = iter(range(9)), []
+    begun, gate = threading.Event(), threading.Event()
 
     def make(item):
         made.append(item)
-        assert item == 0 or gate.wait(timeout=60)
+        if item:
+            begun.set()
+            assert gate.wait(timeout=60)
 
     results = devices.ahead(make, asked, depth=3)
     next(results)
     assert next(asked) == 4  # three are under way
+    assert begun.wait(timeout=60)
     threading.Timer(0.1, gate.set).start()
     results.close()
     assert made == [0, 1]
