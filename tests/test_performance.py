@@ -84,6 +84,25 @@ def test_memory_of_a_microbatch_is_measured_and_grows():
     assert 0 < sizes[0] < sizes[1] < sizes[2]
 
 
+def automatic_size(monkeypatch, mib, **settings):
+    """Returns what `auto` takes where a microbatch needs `mib(size)` to work in."""
+    config = runs.config(performance__microbatch_size="auto", **settings)
+    records = data.blank(config.data)
+    model = build.classifier(config, records)
+    mechanism = Mechanism(sampling_prob=0.1, num_updates=12, noise_multiplier=1.0)
+    parts = build.build(
+        config, model, model.shapes, records, mechanism=mechanism, seed=0
+    )
+
+    def compiled(_, size):
+        work = int(mib(size) * 2**20)
+        memory = mock.Mock(argument_size_in_bytes=2**20, temp_size_in_bytes=work)
+        return mock.Mock(memory_analysis=lambda: memory)
+
+    monkeypatch.setattr(build.Parts, "_compiled", compiled)
+    return parts.microbatch_size(config.performance)
+
+
 @pytest.mark.parametrize(
     ("mib_of_one", "mib_a_record", "memory_gib", "expected"),
     [
@@ -99,52 +118,27 @@ def test_memory_of_a_microbatch_is_measured_and_grows():
 def test_auto_takes_what_stays_in_the_cache_of_a_cpu_or_a_few(
     monkeypatch, mib_of_one, mib_a_record, memory_gib, expected
 ):
-    config = runs.config(
-        performance__microbatch_size="auto", performance__memory_gib=memory_gib
-    )
-    records = data.blank(config.data)
-    model = build.classifier(config, records)
-    mechanism = Mechanism(sampling_prob=0.1, num_updates=12, noise_multiplier=1.0)
-    parts = build.build(
-        config, model, model.shapes, records, mechanism=mechanism, seed=0
-    )
+    def mib(size):
+        return max(mib_a_record * size, mib_of_one * (size == 1))
 
-    def compiled(_, size):
-        mib = max(mib_a_record * size, mib_of_one * (size == 1))
-        analysis = mock.Mock(
-            argument_size_in_bytes=2**20, temp_size_in_bytes=int(mib * 2**20)
-        )
-        return mock.Mock(memory_analysis=lambda: analysis)
+    def found():
+        return automatic_size(monkeypatch, mib, performance__memory_gib=memory_gib)
 
-    monkeypatch.setattr(build.Parts, "_compiled", compiled)
     if not expected:
         with pytest.raises(UserError, match=r"a microbatch of 1 .* needs 976.56 GiB"):
-            parts.microbatch_size(config.performance)
-        return
-    found = parts.microbatch_size(config.performance)
-    assert 0.9 * expected <= found <= expected
+            found()
+    else:
+        assert 0.9 * expected <= found() <= expected
 
 
 @pytest.mark.parametrize("batch", [1, 4, 40])
 def test_auto_refuses_no_batch_that_is_small(monkeypatch, batch):
     """Where XLA takes more memory for fewer records, as it does for one."""
-    config = runs.config(
-        performance__microbatch_size="auto", privacy__expected_batch_size=batch
-    )
-    records = data.blank(config.data)
-    model = build.classifier(config, records)
-    mechanism = Mechanism(sampling_prob=0.1, num_updates=12, noise_multiplier=1.0)
-    parts = build.build(
-        config, model, model.shapes, records, mechanism=mechanism, seed=0
-    )
 
-    def compiled(_, size):
-        mib = 32 if size < performance.FEW else size
-        analysis = mock.Mock(argument_size_in_bytes=0, temp_size_in_bytes=mib * 2**20)
-        return mock.Mock(memory_analysis=lambda: analysis)
+    def mib(size):
+        return 32 if size < performance.FEW else size
 
-    monkeypatch.setattr(build.Parts, "_compiled", compiled)
-    found = parts.microbatch_size(config.performance)
+    found = automatic_size(monkeypatch, mib, privacy__expected_batch_size=batch)
     assert 1 <= found <= max(performance.FEW, batch + 3 * batch**0.5)
 
 

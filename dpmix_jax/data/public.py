@@ -133,11 +133,7 @@ def load_public(
         return None
     _refuse_private_files(config, private)
     public = _read(config, private, dataset.train)
-    names = dataset.train.class_names
-    if not labelled and public.class_names != names:
-        labels = np.zeros(len(public), np.int32)
-        public = dataclasses.replace(public, labels=labels, class_names=names)
-    public = _alike(config, public, dataset.train)
+    public = _alike(config, public, dataset.train, labelled=labelled)
     _refuse_private_images(config, private, public, dataset)
     return public
 
@@ -325,7 +321,9 @@ def image_checksums(images: np.ndarray) -> Iterator[bytes]:
         yield hashlib.sha256(np.ascontiguousarray(image).data).digest()
 
 
-def _alike(config: PublicConfig, public: Records, train: Records) -> Records:
+def _alike(
+    config: PublicConfig, public: Records, train: Records, *, labelled: bool = True
+) -> Records:
     """Returns public images scaled as training images, if they are like those."""
     shape, wanted = public.images.shape[1:], train.images.shape[1:]
     if shape != wanted:
@@ -334,12 +332,16 @@ def _alike(config: PublicConfig, public: Records, train: Records) -> Records:
             f" {shape}, they must be {wanted} as training images are"
         )
     if public.class_names != train.class_names:
-        raise UserError(
-            f"public.name is {config.name!r}: its classes must be those of the training"
-            f" set in the same order, {', '.join(train.class_names[:10])}, but they are"
-            f" {', '.join(public.class_names[:10])} ({public.num_classes} instead of"
-            f" {train.num_classes})"
-        )
+        if labelled:
+            raise UserError(
+                f"public.name is {config.name!r}: its classes must be those of the"
+                f" training set in the same order, {', '.join(train.class_names[:10])},"
+                f" but they are {', '.join(public.class_names[:10])}"
+                f" ({public.num_classes} instead of {train.num_classes})"
+            )
+        none = np.zeros(len(public), np.int32)
+        names = train.class_names
+        public = dataclasses.replace(public, labels=none, class_names=names)
     return dataclasses.replace(
         public, mean=train.mean, stddev=train.stddev, resize=train.resize
     )
