@@ -6,12 +6,13 @@ With the argument methods, in the place of plain, what views and mixups are wort
 at epsilon 3: DP-SGD on one image a record, Self-Aug on two and four, DP-Mix_self and,
 with drawn clothes as public images, DP-Mix_diff on four. On 5,000 validation records
 the learning rate 16 did as well as 8 or better for each of them, DP-SGD included, so
-that all rows have it. With cnn the same methods train a small CNN on the coefficients,
-where DP-SGD at the cost of four images a record has a row too, and with pixels another
-small CNN, on pixels, for 1,000 updates.
+that all rows have it. With epsilons the same methods at epsilon 1, 2, 4 and 8, at the
+learning rates that plain has there. With cnn the same methods train a small CNN on the
+coefficients, where DP-SGD at the cost of four images a record has a row too, and with
+pixels another small CNN, on pixels, for 1,000 updates.
 
-Hardware: two CPU cores. Hours: 0.6 for plain, 1.2 for methods, 1.5 for cnn, 2.0 for
-pixels.
+Hardware: two CPU cores. Hours: 0.6 for plain, 1.2 for methods, 3 for epsilons, 1.5 for
+cnn, 2.0 for pixels.
 
 Accuracy: docs/results/fashion_mnist.md.
 """
@@ -53,6 +54,13 @@ LADDERS = {
         METHODS,
         ("3",),
         {"optimizer": {"learning_rate": 16.0}},
+    ),
+    "epsilons": (
+        "views and mixups on scattering coefficients, other epsilons",
+        SCATTERING,
+        METHODS,
+        ("1", "2", "4", "8"),
+        {},
     ),
     "cnn": (
         "views and mixups with a small CNN on scattering coefficients",

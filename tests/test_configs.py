@@ -217,6 +217,10 @@ def test_a_ladder_compares_methods_on_as_many_images():
         *(("dp_mix_self", 4), ("dp_mix_diff", 4)),
     }
     assert {b.finetune.embeddings for b in plain + built} == {"kept"}
+    others = [run.config for run in grid("fashion_mnist_ladder", "epsilons").runs()]
+    assert len(others) == 4 * len(built)
+    rates = {(c.privacy.epsilon, c.optimizer.learning_rate) for c in plain + others}
+    assert rates == {(1, 4), (2, 6), (3, 8), (4, 12), (8, 16)}
     cnn = [run.config for run in grid("fashion_mnist_ladder", "cnn").runs()]
     by_method = {(c.method.name, c.method.set_size): [] for c in cnn}
     for c in cnn:

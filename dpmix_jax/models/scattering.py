@@ -47,8 +47,8 @@ class Scattering(nn.Module):
       ValueError: for options out of range, or images smaller than 2^J x 2^J pixels.
     """
 
-    # More images at a time leave a CPU's caches.
-    CPU_IMAGES: ClassVar[int | None] = 32
+    # More images of three colours at a time leave a CPU's caches.
+    CPU_IMAGES: ClassVar[int | None] = 16
 
     scales: int = 2
     angles: int = 8

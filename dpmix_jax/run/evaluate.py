@@ -3,7 +3,7 @@
 import functools
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -12,50 +12,59 @@ import numpy as np
 
 from dpmix_jax import accounting, augment, sampling, training
 from dpmix_jax.data import Dataset, Records
+from dpmix_jax.models import finetune
+from dpmix_jax.models.classifier import Classifier
 from dpmix_jax.progress import Progress, say
 from dpmix_jax.run.build import Parts
 from dpmix_jax.run.config import ExperimentConfig
 from dpmix_jax.run.workdir import Workdir
 
 PyTree = Any
-Confusions = dict[str, Callable[[PyTree], np.ndarray]]
+Function = Callable[[PyTree, jax.Array], jax.Array]
+Confusions = dict[str, Callable[[Sequence[PyTree]], np.ndarray]]
 Counts = dict[str, np.ndarray]  # confusion matrices by the name of their accuracy
 
 
 def make_confusion(
-    logits_fn: Callable[[PyTree, jax.Array], jax.Array],
-    records: Records,
-    *,
-    batch_size: int = 512,
-) -> Callable[[PyTree], np.ndarray]:
-    """Compiles the evaluation of a model on every record of a dataset.
+    encode: Function, classify: Function, records: Records, *, batch_size: int = 512
+) -> Callable[[Sequence[PyTree]], np.ndarray]:
+    """Compiles the evaluation of models of one encoder on every record of a dataset.
 
     Args:
-      logits_fn: `f(params, images [B, H, W, C]) -> logits [B, O]`.
+      encode: `f(params, images [B, H, W, C]) -> embeddings`, the same for all models,
+        which are the images where models share nothing.
+      classify: `f(params, embeddings) -> logits [B, O]`.
       records: M of them; the last partial batch counts too.
       batch_size: images in one call.
 
     Returns:
-      `f(params) -> [O, O + 1]` int64 counts, true classes along rows, predicted ones
-      along columns; the last one is of images whose logits are not finite.
+      `f([params, ...]) -> [n, O, O + 1]` int64 counts of each of n models, true classes
+      along rows, predicted ones along columns; the last one is of images whose logits
+      are not finite.
     """
     num_classes = records.num_classes
     batch_size = min(batch_size, max(len(records), 1))
 
     @jax.jit
-    def predict(params, images):
-        logits = logits_fn(params, records.normalize(images))
+    def embed(params, images):
+        return encode(params, records.normalize(images))
+
+    @jax.jit
+    def predict(params, embeddings):
+        logits = classify(params, embeddings)
         finite = jnp.isfinite(logits).all(axis=-1)
         return jnp.where(finite, jnp.argmax(logits, axis=-1), num_classes)
 
-    def confusion(params: PyTree) -> np.ndarray:
-        counts = np.zeros((num_classes, num_classes + 1), np.int64)
+    def confusion(models: Sequence[PyTree]) -> np.ndarray:
+        counts = np.zeros((len(models), num_classes, num_classes + 1), np.int64)
         for start in range(0, len(records), batch_size):
             images = records.images[start : start + batch_size]
             labels = records.labels[start : start + batch_size]
             padding = [(0, batch_size - len(images))] + [(0, 0)] * (images.ndim - 1)
-            predicted = np.asarray(predict(params, np.pad(images, padding)))
-            np.add.at(counts, (labels, predicted[: len(labels)]), 1)
+            embeddings = embed(models[0], np.pad(images, padding))
+            for each, params in zip(counts, models, strict=True):
+                predicted = np.asarray(predict(params, embeddings))
+                np.add.at(each, (labels, predicted[: len(labels)]), 1)
         return counts
 
     return confusion
@@ -72,63 +81,70 @@ def per_class_accuracy(confusion: np.ndarray) -> np.ndarray:
 
 
 def make_confusions(
-    logits_fn: Callable[[PyTree, jax.Array], jax.Array],
-    dataset: Dataset,
-    *,
-    num_views: int = 1,
-    augmentation: augment.AugmentationConfig,
+    config: ExperimentConfig, model: Classifier, dataset: Dataset
 ) -> Confusions:
     """Returns `make_confusion` of each split that is there, by its name in metrics.
 
-    With more than one view, `..._views` are of predictions averaged over them.
+    With more than one view, `..._views` are of predictions averaged over them. Weights
+    of which only a head was trained share the embeddings of the records.
     """
     splits = {"test": dataset.test, "nonprivate/validation": dataset.validation}
     there = {name: x for name, x in splits.items() if x is not None}
-    found = {name: make_confusion(logits_fn, x) for name, x in there.items()}
-    if num_views > 1:
-        averaged = averaged_over_views(logits_fn, num_views, augmentation)
-        size = max(512 // num_views, 1)
+    functions: tuple[Function, Function] = (lambda _, images: images, model.logits)
+    if model.encode and finetune.is_head(*config.finetune.split(model.shapes)):
+        functions = model.encode, model.classify
+    found = {name: make_confusion(*functions, x) for name, x in there.items()}
+    views = config.evaluate.views
+    if views > 1:
+        functions = over_views(*functions, views, config.augmentation)
+        size = max(512 // views, 1)
         for name, x in there.items():
-            found[f"{name}_views"] = make_confusion(averaged, x, batch_size=size)
+            found[f"{name}_views"] = make_confusion(*functions, x, batch_size=size)
     return found
 
 
-def averaged_over_views(
-    logits_fn: Callable[[PyTree, jax.Array], jax.Array],
+def over_views(
+    encode: Function,
+    classify: Function,
     num_views: int,
     augmentation: augment.AugmentationConfig,
-) -> Callable[[PyTree, jax.Array], jax.Array]:
-    """Returns a classifier that averages its probabilities over views of an image.
+) -> tuple[Function, Function]:
+    """Returns functions that average probabilities over views of an image.
 
     What is released does not change by it: this is post-processing.
 
     Args:
-      logits_fn: `f(params, images [B, H, W, C]) -> logits [B, O]`.
+      encode: `f(params, images [B, H, W, C]) -> embeddings`.
+      classify: `f(params, embeddings) -> logits [B, O]`.
       num_views: V.
       augmentation: how views are drawn, from a key that anybody knows.
 
     Returns:
-      `f(params, images [B, H, W, C]) -> log probabilities [B, O]`.
+      `f(params, images [B, H, W, C]) -> embeddings` of all views, and
+      `f(params, embeddings) -> log probabilities [B, O]`.
     """
 
-    def averaged(params, images):
+    def encode_views(params, images):
         keys = jax.random.split(sampling.stream_key(0, "augmentation"), len(images))
         view = functools.partial(augment.views, k=num_views, augmentation=augmentation)
         views = jax.vmap(view)(keys, images)
-        logits = logits_fn(params, views.reshape(-1, *images.shape[1:]))
-        of_views = jax.nn.log_softmax(logits.reshape(len(images), num_views, -1))
+        return encode(params, views.reshape(-1, *images.shape[1:]))
+
+    def classify_views(params, embeddings):
+        logits = classify(params, embeddings)
+        of_views = jax.nn.log_softmax(logits.reshape(-1, num_views, logits.shape[-1]))
         return jax.nn.logsumexp(of_views, axis=1) - math.log(num_views)
 
-    return averaged
+    return encode_views, classify_views
 
 
 def count(confusions: Confusions, parts: Parts, state: training.TrainState) -> Counts:
     """Evaluates raw and EMA weights, the latter under names that end in `_ema`."""
-    weights = {"": state.params, "_ema": state.ema_params}
+    weights = [parts.all_params(x) for x in (state.params, state.ema_params)]
     return {
-        f"{name}/accuracy{suffix}": confusion(parts.all_params(params))
+        f"{name}/accuracy{suffix}": counts
         for name, confusion in confusions.items()
-        for suffix, params in weights.items()
+        for suffix, counts in zip(("", "_ema"), confusion(weights), strict=True)
     }
 
 

@@ -158,12 +158,7 @@ def train_and_release(
         seed=0 if seed is None else seed,
         public=public,
     )
-    confusions = evaluate.make_confusions(
-        model.logits,
-        dataset,
-        num_views=config.evaluate.views,
-        augmentation=config.augmentation,
-    )
+    confusions = evaluate.make_confusions(config, model, dataset)
     log = evaluate.make_log(config, mechanism, workdir, started)
 
     checkpoints = Checkpoints(workdir.path / "checkpoints")
