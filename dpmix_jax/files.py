@@ -28,12 +28,20 @@ def data_folder() -> pathlib.Path:
 
 
 @contextlib.contextmanager
-def naming(path: pathlib.Path) -> Iterator[None]:
-    """Adds the path to an error of the system that has none, as on a full disk."""
+def naming(
+    path: pathlib.Path, *, in_place_of: pathlib.Path | None = None
+) -> Iterator[None]:
+    """Adds the path to an error of the system that has none, as on a full disk.
+
+    Args:
+      path: of the file that the user knows.
+      in_place_of: of one that the user does not know, whose errors get `path` too.
+    """
     try:
         yield
     except OSError as error:
-        if error.errno is not None and error.filename is None:
+        unknown = error.filename in (None, in_place_of and str(in_place_of))
+        if error.errno is not None and unknown:
             error.filename = str(path)
         raise
 
@@ -47,12 +55,13 @@ def replacing(path: pathlib.Path, *, mode: int = 0o644) -> Iterator[BinaryIO]:
     partial = path.with_name(f".{path.name}.partial")
     partial.unlink(missing_ok=True)  # of a killed process
     try:
-        descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
-        with naming(path), open(descriptor, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
+        with naming(path, in_place_of=partial):
+            descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+            with open(descriptor, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
 

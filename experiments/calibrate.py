@@ -48,6 +48,8 @@ def main() -> None:
     )
     if sigma is not None and _PLOT.value:
         raise UserError("--plot is for --epsilon")
+    if _PLOT.value and _RELATION.value == "replace_one":
+        raise UserError("--relation is replace_one: RDP tells no trade-offs to --plot")
     name, value = ("sigma", sigma) if epsilon is None else ("epsilon", epsilon)
     require(bool(value and value > 0), f"--{name}", value, "positive")
     asked = f"{'epsilon' if epsilon is None else 'sigma'} for {name} {value}"
@@ -63,9 +65,8 @@ def main() -> None:
     if epsilon is not None:
         print(calibration.needed(setting, epsilon))
         others = calibration.trade_offs(setting, epsilon)
-        if not others:
-            raise UserError(f"--relation is {_RELATION.value}: RDP tells no trade-offs")
-        print(calibration.table(others))
+        if others:
+            print(calibration.table(others))
         if _PLOT.value:
             calibration.draw(others, pathlib.Path(_PLOT.value))
 

@@ -20,14 +20,12 @@ import pathlib
 from typing import Any
 
 import jax
-import numpy as np
 from absl import flags
 
 from dpmix_jax.data import DataConfig, Records
 from dpmix_jax.data.public import PublicConfig
-from dpmix_jax.errors import UserError
-from dpmix_jax.models.pretrained import load_weights
-from dpmix_jax.run import build, cli
+from dpmix_jax.errors import UserError, require
+from dpmix_jax.run import cli, export
 from dpmix_jax.run.config import ExperimentConfig, from_config_dict
 from dpmix_jax.synthetic import domain_gap
 
@@ -49,11 +47,11 @@ cli.define_dry_run()
 
 
 def measure(
-    run: tuple[ExperimentConfig, int] | None, of_test: DataConfig, public: PublicConfig
+    run: ExperimentConfig | None, of_test: DataConfig, public: PublicConfig
 ) -> dict[str, domain_gap.Gap | None]:
     """Returns the gap of all images, and with --per_class those of each class."""
     test, bank = domain_gap.load_images(of_test, public)
-    features_fn, params = encoder(*run, test) if run else (pixels, ())
+    features_fn, params = encoder(run, test) if run else (pixels, ())
     both = [domain_gap.features(features_fn, params, each) for each in (bank, test)]
     gaps = {"all": domain_gap.compare(*both, num_draws=_DRAWS.value)}
     for label, name in enumerate(test.class_names if _PER_CLASS.value else ()):
@@ -75,14 +73,12 @@ def dataset(of_run: DataConfig | None) -> DataConfig:
     return dataclasses.replace(of_run or DataConfig(), **given)
 
 
-def finished(workdir: str) -> tuple[ExperimentConfig, int]:
-    """Returns the config of a finished run, and its number of classes."""
+def finished(workdir: str) -> ExperimentConfig:
+    """Returns the config of a finished run."""
+    path = pathlib.Path(workdir)
     try:
-        config, results = (
-            json.loads((pathlib.Path(workdir) / name).read_text())
-            for name in ("config.json", "results.json")
-        )
-        return from_config_dict(config), len(results["per_class_accuracy_ema"])
+        (path / "results.json").stat()
+        return from_config_dict(json.loads((path / "config.json").read_text()))
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise UserError(
             f"--encoder is {workdir}: it must be pixels or the workdir of a finished"
@@ -90,18 +86,13 @@ def finished(workdir: str) -> tuple[ExperimentConfig, int]:
         ) from None
 
 
-def encoder(
-    config: ExperimentConfig, num_classes: int, test: Records
-) -> tuple[domain_gap.Function, Any]:
+def encoder(config: ExperimentConfig, test: Records) -> tuple[domain_gap.Function, Any]:
     """Returns the features of a run's model and its EMA weights; reads no data."""
-    labels, names = np.zeros(0, np.int32), tuple(map(str, range(num_classes)))
-    none = dataclasses.replace(
-        test, images=test.images[:0], labels=labels, class_names=names
-    )
-    model = build.classifier(config, none)
-    weights = load_weights(
-        pathlib.Path(_ENCODER.value) / "model.safetensors", model.shapes
-    )
+    path, files = pathlib.Path(_ENCODER.value), export.described(config).files
+    model, weights, like = export.restore(path, **files)
+    fits = like.image_shape == test.image_shape
+    allowed = f"a run on images of {test.image_shape}, not {like.image_shape}"
+    require(fits, "--encoder", _ENCODER.value, allowed)
     return domain_gap.penultimate(model.logits), weights
 
 
@@ -112,7 +103,7 @@ def pixels(params: Any, images: jax.Array) -> jax.Array:
 
 def main() -> None:
     run = None if _ENCODER.value == "pixels" else finished(_ENCODER.value)
-    of_test = dataset(run[0].data if run else None)
+    of_test = dataset(run.data if run else None)
     public = PublicConfig(name=_PUBLIC.value, path=_PUBLIC_PATH.value)
     if not cli.would(
         f"compare the features of {_PUBLIC.value} with those of test images of"

@@ -241,7 +241,9 @@ def test_the_file_of_a_run_is_one_of_the_plain_model(finished):
     }
     assert changed == {"Conv_0": False, "Conv_1": True}
     FinetuneConfig(weights=str(path), trainable="Dense_0").load(model.shapes)
-    said = FinetuneConfig(weights="w", trainable="head", rank=2).describe(["0" * 64])
+    said = FinetuneConfig(weights="w", trainable="head", rank=2).describe(
+        {"weights": "0" * 64}
+    )
     assert "head were trained, and changes of rank 2 of all frozen matrices." in said
 
 

@@ -343,12 +343,25 @@ def test_trade_offs_spend_the_budget_each(tmp_path):
         calibration.draw(found, tmp_path / "none" / "x.png")
 
 
+def test_neighbours_that_rdp_does_not_bound_have_noise_and_no_trade_offs():
+    done = call(
+        "experiments/calibrate.py",
+        ["--epsilon=8", *FLAGS, "--updates=2", "--relation=replace_one"],
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert re.fullmatch(r"sigma .* spends epsilon .* by PLD .*\n", done.stdout)
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         (["--batch=2000"], "--batch is 2000.0: it must be positive and at most 1000"),
         (["--delta=1"], "--delta is 1.0: it must be in (0, 1)"),
         (["--sigma=2"], "give one of --epsilon and --sigma"),
+        (
+            ["--relation=replace_one", "--plot=x.png"],
+            "--relation is replace_one: RDP tells no trade-offs to --plot",
+        ),
         (["--epsilon=1e-9"], "no noise multiplier from"),
     ],
 )

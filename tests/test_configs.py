@@ -447,3 +447,6 @@ def test_default_workdir():
     path = ROOT / "configs/digits.py"
     assert str(default_workdir(path, "")) == "runs/digits"
     assert str(default_workdir(path, "8")) == "runs/digits-8"
+    # What follows a colon in --config=<the config.json in there> is an argument.
+    workdir = default_workdir(ROOT / "configs/rates.py", "vit_b16:cifar10-1")
+    assert str(workdir) == "runs/rates-vit_b16-cifar10-1"

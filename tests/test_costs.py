@@ -63,6 +63,21 @@ def test_what_is_missing_is_told_with_what_gets_it(monkeypatch, tmp_path):
     assert weights.startswith("missing: finetune.weights is w.safetensors: there is no")
 
 
+def test_what_will_be_fetched_is_not_missing(monkeypatch, tmp_path):
+    monkeypatch.setenv("DPMIX_JAX_DATA", str(tmp_path))
+    monkeypatch.setattr(costs, "seconds_an_update", lambda config: 3.6)
+    common = {
+        "data": {"name": "cifar10", "download": True},
+        "public": {"name": "cifar100", "download": True},
+        "method": {"name": "dp_mix_diff"},
+        "finetune": {"weights": __file__},
+    }
+    grid = config(common=common, rows=(("Plain", {}),), paper=None)
+    *_, cell, _, total = sheet(grid).splitlines()
+    assert cell.endswith("| 0.1 |")
+    assert total == "2 runs, 0.2 hours of updates"
+
+
 def test_a_private_selection_has_no_sheet():
     selection = {"selection": "geometric", "expected_candidates": 4.0}
     common = {"privacy": selection, "data": {"validation_size": 100}}

@@ -1,6 +1,6 @@
 """Fréchet distances, features, what they are taken of, and the program."""
 
-import json
+import dataclasses
 import re
 import shutil
 
@@ -15,12 +15,13 @@ from flax import linen as nn
 from dpmix_jax import UserError, data, models
 from dpmix_jax.data.public import PublicConfig
 from dpmix_jax.data.rendered import Render
-from dpmix_jax.run.cli import load_experiment
-from dpmix_jax.run.config import to_dict
+from dpmix_jax.models.finetune import FinetuneConfig
+from dpmix_jax.run.config import ModelConfig, to_dict
+from dpmix_jax.run.export import describe
+from dpmix_jax.run.workdir import Workdir
 from dpmix_jax.synthetic import Plan, domain_gap, fill
 from dpmix_jax.synthetic.domain_gap import compare, frechet_distance
-from tests import towers
-from tests.conftest import ROOT
+from tests import runs, towers
 from tests.programs import call
 
 DIGITS = tuple("0123456789")
@@ -155,23 +156,27 @@ def folder(tmp_path_factory):
     plan = Plan(class_names=DIGITS, count=60, seed=0, image_shape=(8, 8, 1))
     render = Render(class_names=DIGITS, image_shape=(8, 8, 1))
     fill(folder / "bank", plan, render, batch_size=60)
-    config = load_experiment(
-        [
-            f"--config={ROOT}/configs/digits.py",
-            "--config.model.features=4,8",
-            "--config.model.groups=2",
-        ]
-    )
-    params = random_params(models.create("cnn", 7, **CNN))
-    tensors = {
-        f"ema_params/{jax.tree_util.keystr(path, simple=True, separator='/')}": leaf
-        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
-    }
-    (folder / "run").mkdir()
-    safetensors.numpy.save_file(tensors, folder / "run/model.safetensors")
-    (folder / "run/config.json").write_text(json.dumps(to_dict(config)))
-    results = {"per_class_accuracy_ema": [0.5] * 7}
-    (folder / "run/results.json").write_text(json.dumps(results))
+    base = runs.config()
+    test = data.load(base.data).test
+    test = dataclasses.replace(test, class_names=DIGITS[:7], labels=test.labels % 7)
+    for run, name, options in (("run", "cnn", CNN), ("head", "vit", VIT)):
+        config = dataclasses.replace(
+            base,
+            model=ModelConfig(name=name, options=options),
+            finetune=FinetuneConfig(trainable="head" if run == "head" else "all"),
+        )
+        params = random_params(models.create(name, 7, **options))
+        trained, _ = config.finetune.split(params)
+        tensors = {
+            f"ema_params/{jax.tree_util.keystr(path, simple=True, separator='/')}": leaf
+            for path, leaf in jax.tree_util.tree_leaves_with_path(trained)
+        }
+        workdir = Workdir(folder / run)
+        workdir.path.mkdir()
+        workdir.write("model.safetensors", safetensors.numpy.save(tensors))
+        workdir.write_json("config.json", to_dict(config))
+        workdir.write_json("model.json", describe(config, test, {}))
+        workdir.write_json("results.json", {})
     for broken in ("cut", "strange"):
         shutil.copytree(folder / "run", folder / broken)
     (folder / "cut/model.safetensors").write_bytes(b"\0" * 9)
@@ -233,7 +238,7 @@ MISTAKES = {
     "--encoder=run --public=digits": "public.name is 'digits': its training records",
     f"--encoder=pixels {BANK}": "--data is missing",
     f"--encoder=run {BANK} --path=x": "data.path is 'x': it must be None",
-    f"--encoder=run {BANK} --data=digits --image_size=10": "model.safetensors",
+    f"--encoder=run {BANK} --data=digits --image_size=10": "images of (10, 10, 3), not",
     f"--encoder=no {BANK}": "--encoder is no: it must be pixels or the workdir of a",
     f"--encoder=cut {BANK}": "cut/model.safetensors",
     f"--encoder=strange {BANK}": "--encoder is strange: it must be pixels or the",
@@ -254,6 +259,7 @@ def test_mistakes_are_one_line(folder, flags):
     ("flags", "images"),
     [
         ("--encoder=run --per_class", [60, *[6] * 10]),
+        ("--encoder=head", [60]),
         ("--encoder=pixels --data=digits --draws=3", [60]),
     ],
 )

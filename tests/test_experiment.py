@@ -1,6 +1,7 @@
 """Whole runs: what they write, what they refuse, and that they survive."""
 
 import contextlib
+import errno
 import json
 import os
 import re
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import safetensors
 import safetensors.numpy
 
 from dpmix_jax import UserError, noise_key, training
@@ -324,6 +326,31 @@ def test_a_picture_that_fails_costs_a_line(tmp_path, monkeypatch):
     assert done.status == 0
     assert "no report.html: RuntimeError: no fonts" in done.err
     assert (tmp_path / "run/PRIVACY.md").exists()
+
+
+def test_a_checkpoint_that_cannot_be_read_stays(tmp_path, monkeypatch):
+    """As with too many open files: it is not damaged."""
+    path = tmp_path / "checkpoints/3.safetensors"
+    path.parent.mkdir()
+    path.write_bytes(b"whole")
+
+    def fail(*args, **kwargs):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(safetensors, "safe_open", fail)
+    with pytest.raises(OSError, match="Too many open files"):
+        Checkpoints(path.parent).restore(None)
+    assert path.read_bytes() == b"whole"
+
+
+def test_out_of_memory_is_explained_wherever_it_happens(tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise MemoryError
+
+    monkeypatch.setattr("dpmix_jax.run.start.first_state", fail)
+    done = run(tmp_path / "run")
+    assert done.status == 2
+    assert "error: out of memory: lower performance.microbatch_size" in done.err
 
 
 @pytest.mark.sampled

@@ -32,6 +32,19 @@ def exported(finished, folder):
     return call("experiments/export.py", flags)
 
 
+@pytest.mark.parametrize("rank", [None, 2])
+def test_files_of_weights_are_named_as_training_found_them(rank):
+    """They may be gone by then; with adapters the weights are whole without them."""
+    flags = {"finetune.encoder": "gone.safetensors", "finetune.rank": rank}
+    config = load("configs/vit_b16.py", {k: v for k, v in flags.items() if v})
+    test = data.load(data.DataConfig(name="digits")).test
+    about = export.describe(config, test, {"encoder": "0" * 64})["finetune"]
+    assert about["encoder"] == (None if rank else "0" * 64)
+    assert about["weights"] is None
+    named = {} if rank else {"encoder": "gone.safetensors"}
+    assert export.described(config).files == named
+
+
 @pytest.mark.proves("run.export.export", 1)
 def test_nothing_but_the_release_is_exported(finished, tmp_path):
     folder = tmp_path / "digits-model"

@@ -475,8 +475,8 @@ def test_two_files_of_one_name_are_two_files(tmp_path):
         encoder=str(tmp_path / "b/model.safetensors"),
     )
     sums = config.checksums()
-    assert len(set(sums)) == 2
-    for checksum in sums:
+    assert len(set(sums.values())) == 2
+    for checksum in sums.values():
         assert f"model.safetensors (sha256 {checksum[:16]})" in config.describe(sums)
 
 

@@ -135,6 +135,11 @@ def test_a_run_is_in_the_ledger_once_and_refused_over_the_budget(tmp_path, monke
     assert runs.run(tmp_path / "first").status == 0  # it has finished: nothing new
     (path,) = (tmp_path / "ledger").glob("*.jsonl")
     assert len(path.read_text().splitlines()) == 1
+    # A run that is refused, here for its lost secret, spends nothing.
+    (tmp_path / "first/results.json").unlink()
+    refused = runs.run(tmp_path / "first")
+    assert (refused.status, "but no secret.json" in refused.err) == (2, True)
+    assert len(path.read_text().splitlines()) == 1
     digits = f"--config={ROOT}/configs/digits.py"
     shown = call("experiments/budget.py", [digits, "--declare=0.6"])
     assert shown.returncode == 0, shown.stderr

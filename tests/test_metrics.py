@@ -95,6 +95,10 @@ def test_mistakes_are_one_line(run, tmp_path, monkeypatch):
         ([f"--run={run}"], "give one of --csv, --tensorboard and --wandb"),
         ([f"--run={tmp_path}/none", "--csv=x"], f"--run is {tmp_path}/none: it must"),
         ([f"--run={run}", "--tensorboard=x"], needs),
+        (
+            [f"--run={run}", "--csv=none/x"],
+            "[Errno 2] No such file or directory: 'none/x'",
+        ),
     ):
         done = call("experiments/metrics.py", flags)
         assert done.returncode == 2

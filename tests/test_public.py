@@ -326,12 +326,12 @@ def test_a_run_does_not_go_on_with_other_public_images(tmp_path):
     )
     workdir = Workdir(tmp_path)
     for public in (first, None):
-        digest = start.data_digest(dataset.train, public)
-        assert digest != start.data_digest(dataset.train, second)
-    assert start.data_digest(dataset.train, None) == dataset.train.digest()
-    began = start.data_digest(dataset.train, first)
+        digest = start.data_digest(dataset.train, public, {})
+        assert digest != start.data_digest(dataset.train, second, {})
+    assert start.data_digest(dataset.train, None, {}) == dataset.train.digest()
+    began = start.data_digest(dataset.train, first, {})
     workdir.begin(3, data=began, noise_multiplier=1.0)
     with pytest.raises(UserError, match="holds a run that began with other data"):
         workdir.begin(
-            3, data=start.data_digest(dataset.train, second), noise_multiplier=1.0
+            3, data=start.data_digest(dataset.train, second, {}), noise_multiplier=1.0
         )

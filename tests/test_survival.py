@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import json
 import os
 import resource
 import signal
@@ -9,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from unittest import mock
 
 import jax
 import numpy as np
@@ -129,6 +131,18 @@ def test_a_clock_that_jumps_changes_no_time_that_a_run_tells(tmp_path, monkeypat
     seconds = [line["seconds"] for line in Workdir(tmp_path).metrics()]
     assert seconds == sorted(seconds)
     assert 0 < seconds[0] <= seconds[-1] < whole
+
+
+def test_the_seconds_of_a_run_are_those_of_all_its_starts(tmp_path):
+    """A run that ended before its release tells later how long it took before."""
+    with mock.patch("dpmix_jax.run.experiment.release", side_effect=OSError):
+        assert run(tmp_path).status == 2
+    path, slept = tmp_path / "metrics.jsonl", 1e6
+    lines = Workdir(tmp_path).metrics()
+    lines[-1]["seconds"] += slept
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert run(tmp_path).status == 0
+    assert slept < Workdir(tmp_path).results()["seconds"] < slept + 600
 
 
 def start(folder, address, number):

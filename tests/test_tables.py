@@ -168,7 +168,8 @@ def test_the_table_for_latex():
 
 def test_a_csv_gives_the_same_records_and_tables(tmp_path):
     columns = {"epsilon": ("3",), "optimizer": {"learning_rate": (0.5, 1.0)}}
-    grid = config(rows=PLAIN, columns=columns, paper=None)
+    rows = (*PLAIN, ("16", {"method.name": "self_aug"}))  # a number for a name
+    grid = config(rows=rows, columns=columns, paper=None)
     records = [
         record(row, "3", seed, 0.1 + seed / 3)
         | {"optimizer.learning_rate": rate, "note": "no number, with a comma"}

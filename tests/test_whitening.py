@@ -179,6 +179,9 @@ def test_a_run_that_goes_on_is_not_whitened_again(tmp_path, monkeypatch):
     workdir.write("whitening.safetensors", safetensors.numpy.save(other))
     with pytest.raises(UserError, match="began with another kind of whitening"):
         whitened(config, tmp_path)
+    workdir.write("whitening.safetensors", b"cut")
+    with pytest.raises(UserError, match=r"whitening.safetensors is damaged"):
+        whitened(config, tmp_path)
     workdir.whitening.unlink()
     workdir.embeddings.write_bytes(b"")
     with pytest.raises(UserError, match=r"has lost whitening.safetensors"):

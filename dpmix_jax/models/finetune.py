@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -112,24 +112,26 @@ class FinetuneConfig:
             params = {"params": {**inner, "encoder": encoder}}
         return params
 
-    def checksums(self) -> list[str]:
-        """Returns the SHA-256 of each file that weights come from, none without."""
-        return [pretrained.checksum(path) for path in self._files]
-
     @property
-    def _files(self) -> list[str]:
-        return [path for path in (self.weights, self.encoder) if path is not None]
+    def files(self) -> dict[str, str]:
+        """The paths that weights come from, by setting."""
+        named = {"weights": self.weights, "encoder": self.encoder}
+        return {name: path for name, path in named.items() if path is not None}
 
-    def describe(self, checksums: Sequence[str]) -> str:
+    def checksums(self) -> dict[str, str]:
+        """Returns the SHA-256 of each of `files`."""
+        return {name: pretrained.checksum(path) for name, path in self.files.items()}
+
+    def describe(self, checksums: Mapping[str, str]) -> str:
         """Says in a privacy statement which weights were there before; "" for none.
 
         Args:
-          checksums: of the files as they were when training began.
+          checksums: from `checksums`, when training began.
         """
         # Not the whole paths: the statement is released.
         files = [
-            f"{pathlib.Path(path).name} (sha256 {checksum[:16]})"
-            for path, checksum in zip(self._files, checksums, strict=True)
+            f"{pathlib.Path(path).name} (sha256 {checksums[name][:16]})"
+            for name, path in self.files.items()
         ]
         if not files:
             return ""

@@ -17,7 +17,7 @@ from dpmix_jax.data.public import load_public
 from dpmix_jax.errors import UserError, require
 from dpmix_jax.files import replacing, write_atomically
 from dpmix_jax.progress import say
-from dpmix_jax.run import experiment, export
+from dpmix_jax.run import experiment, export, performance
 from dpmix_jax.run.config import ExperimentConfig
 from dpmix_jax.run.workdir import Workdir
 
@@ -148,9 +148,10 @@ def _of_records(
         with tempfile.TemporaryDirectory() as name:
             workdir = Workdir(pathlib.Path(name))
             training = dataset._replace(train=records)
-            experiment.train_and_release(
-                config, workdir, training, public, [], time.monotonic(), book=None
-            )
+            with performance.explained_out_of_memory(config.performance):
+                experiment.train_and_release(
+                    config, workdir, training, public, [], time.monotonic(), book=None
+                )
             return _log_likelihoods(config, canaries, workdir)
 
     return train
@@ -160,7 +161,7 @@ def _log_likelihoods(
     config: ExperimentConfig, canaries: data.Records, workdir: Workdir
 ) -> np.ndarray:
     """Returns that of each canary's label by the averaged weights of a run, [m]."""
-    files = {"encoder": config.finetune.encoder, "weights": config.finetune.weights}
+    files = export.described(config).files
     found = export.load(workdir.path, **files)(np.asarray(canaries.images))
     of_labels = found[np.arange(len(canaries)), canaries.labels]
     return np.log(np.maximum(of_labels, np.finfo(np.float32).tiny))

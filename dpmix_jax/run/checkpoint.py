@@ -105,12 +105,16 @@ def _checksum(tensors: Mapping[str, np.ndarray]) -> str:
 
 
 def _read(path: pathlib.Path) -> dict[str, np.ndarray] | None:
-    """Returns the tensors of a file, or None if it is damaged."""
+    """Returns the tensors of a file, or None if it is damaged.
+
+    Raises:
+      OSError: if it cannot be read, whether it is damaged or not.
+    """
     try:
         with safetensors.safe_open(path, framework="numpy") as file:
             promised = (file.metadata() or {}).get("sha256")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (safetensors.SafetensorError, OSError, ValueError):
+    except (safetensors.SafetensorError, ValueError):
         return None
     return tensors if promised == _checksum(tensors) else None
 

@@ -148,8 +148,11 @@ def _check_file(path: str) -> None:
 
 
 def default_workdir(path: pathlib.Path, argument: str) -> pathlib.Path:
-    """Returns `runs/<name of the config file>[-<argument>]`, of a file its name."""
-    name = pathlib.Path(argument).name
+    """Returns `runs/<name of the config file>[-<argument>]`, of a file its name.
+
+    Colons of the argument become hyphens: what follows one is no part of a path.
+    """
+    name = pathlib.Path(argument).name.replace(":", "-")
     return pathlib.Path("runs") / "-".join(filter(None, (path.stem, name)))
 
 

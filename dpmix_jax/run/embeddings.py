@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import safetensors
 import safetensors.numpy
 from jax_privacy.clipping import BoundedSensitivityCallable
 
@@ -78,7 +79,12 @@ def _fitted(
 ) -> dict[str, np.ndarray]:
     """Returns the whitening that a run began with, or fits that of a new one."""
     if workdir.kept() is not None and workdir.whitening.exists():
-        fitted = safetensors.numpy.load_file(workdir.whitening)
+        try:
+            fitted = safetensors.numpy.load_file(workdir.whitening)
+        except safetensors.SafetensorError:
+            raise UserError(
+                f"{workdir.whitening} is damaged: use another --workdir"
+            ) from None
         wanted = model.shapes["params"]["whitening"]
         shapes = {name: array.shape for name, array in fitted.items()}
         if shapes != {name: leaf.shape for name, leaf in wanted.items()}:

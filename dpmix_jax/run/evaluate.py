@@ -152,9 +152,15 @@ def make_log(
     config: ExperimentConfig,
     mechanism: accounting.Mechanism,
     workdir: Workdir,
-    started: float,
+    began: float,
 ) -> Callable[[training.TrainState, dict[str, jax.Array], Progress, Counts], None]:
     """Returns the function that writes a line of metrics and one of progress.
+
+    Args:
+      config: of the run.
+      mechanism: of the run.
+      workdir: receives the metrics.
+      began: when the run would have begun if it had never been stopped.
 
     Returns:
       `log(state, sums, progress, counts)`; `sums` are the nonprivate ones of the update
@@ -173,7 +179,7 @@ def make_log(
             line["nonprivate/gradient_stddev"] = float(sums["gradient_stddev"])
         line |= {name: accuracy(confusion) for name, confusion in counts.items()}
         speed = progress.records_per_second() * config.method.set_size
-        seconds = time.monotonic() - started
+        seconds = time.monotonic() - began
         workdir.add_metrics(
             {**line, "nonprivate/images_per_second": speed, "seconds": seconds}
         )

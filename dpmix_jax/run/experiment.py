@@ -61,7 +61,8 @@ def run(
     config.check_processes(jax.process_count())
     start.warn(config.privacy, len(dataset.train))
     held = workdir.locked() if hosts.is_first() else contextlib.nullcontext()
-    with held, caught_signals(stopping) as signals:
+    explained = performance.explained_out_of_memory(config.performance)
+    with held, caught_signals(stopping) as signals, explained:
         if jax.process_count() == 1:  # or else the cache must be one that all share
             performance.keep_compiled_code(workdir.path.parent / ".jax_cache")
         if hosts.of_first(lambda: is_finished(config, workdir)):
@@ -126,8 +127,8 @@ def train_and_release(
     model = build.classifier(config, train_set)
     given = config.finetune.load(model.shapes)
     config.finetune.split(model.shapes)
-    weights = config.finetune.checksums()
-    digest = start.data_digest(train_set, public, weights)
+    checksums = config.finetune.checksums()
+    digest = start.data_digest(train_set, public, checksums)
     hosts.check_same(
         config=json.dumps(to_dict(config)),
         data=digest,
@@ -159,8 +160,6 @@ def train_and_release(
         public=public,
     )
     confusions = evaluate.make_confusions(config, model, dataset)
-    log = evaluate.make_log(config, mechanism, workdir, started)
-
     checkpoints = Checkpoints(workdir.path / "checkpoints")
     state = hosts.arrays_of_first(
         lambda: start.first_state(
@@ -173,22 +172,20 @@ def train_and_release(
     first = int(state.step)
     if first:
         say(f"going on after update {first}")
+    began = started - (workdir.seconds() if hosts.is_first() else 0.0)
+    log = evaluate.make_log(config, mechanism, workdir, began)
 
     if config.finetune.embeddings == "kept" and first < num_updates:
         assert seed is not None
         stop, path = lambda: bool(signals), workdir.embeddings
-        with performance.explained_out_of_memory(config.performance):
-            rows = embeddings.keep(parts, config, model, path, len(train_set), stop)
+        rows = embeddings.keep(parts, config, model, path, len(train_set), stop)
         if rows is None:
             say("stopped: the same command goes on from there")
             return False
         parts = embeddings.on_kept(parts, config, model, rows, seed)
 
     every, counts, stopped = config.logging, evaluate.Counts(), hosts.agreed(signals)
-    with (
-        performance.explained_out_of_memory(config.performance),
-        Progress(first, num_updates, started) as progress,
-    ):
+    with Progress(first, num_updates, started) as progress:
         updates = updates_from(state, parts, config, workdir, lambda: bool(stopped))
         for replicated, sums in updates:
             state = hosts.local(replicated)
@@ -228,8 +225,9 @@ def train_and_release(
         state,
         counts or evaluate.count(confusions, parts, state),
         mechanism=mechanism,
-        public_data=public_data_used(config, public, weights),
-        started=started,
+        public_data=public_data_used(config, public, checksums),
+        checksums=checksums,
+        began=began,
     )
     return True
 

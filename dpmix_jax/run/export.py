@@ -14,7 +14,7 @@ import numpy as np
 from dpmix_jax.data import Records
 from dpmix_jax.errors import UserError, require
 from dpmix_jax.models import finetune, pretrained
-from dpmix_jax.models.classifier import make_classifier
+from dpmix_jax.models.classifier import Classifier, make_classifier
 from dpmix_jax.run import build
 from dpmix_jax.run.config import (
     ExperimentConfig,
@@ -24,35 +24,41 @@ from dpmix_jax.run.config import (
 )
 from dpmix_jax.run.workdir import Workdir
 
+PyTree = Any
+
 RELEASED = ("model.safetensors", "model.json", "privacy.json", "PRIVACY.md")
-_FILES = ("encoder", "weights")
 _AT_A_TIME = 128  # images in one call of the model
 
 
-def describe(config: ExperimentConfig, records: Records) -> dict[str, Any]:
+def described(config: ExperimentConfig) -> finetune.FinetuneConfig:
+    """Returns how the released weights of a run become a model, and of which files.
+
+    With adapters the file of weights holds the whole model, as if all was trained.
+    """
+    whole = config.finetune.rank is not None
+    return finetune.FinetuneConfig() if whole else config.finetune
+
+
+def describe(
+    config: ExperimentConfig, records: Records, checksums: Mapping[str, str]
+) -> dict[str, Any]:
     """Returns what `load` needs beside the weights, JSON-ready: `model.json`.
 
     Args:
       config: of the run.
       records: of the test set; nothing but its public constants is taken.
+      checksums: from `FinetuneConfig.checksums`, when training began.
     """
-    values = to_dict(config)
-    # With adapters the file of weights holds the whole model, as if all was trained.
-    whole = config.finetune.rank is not None
-    tuning = finetune.FinetuneConfig() if whole else config.finetune
-    files = {
-        name: path and pretrained.checksum(path)
-        for name in _FILES
-        for path in [getattr(tuning, name)]
-    }
+    tuning = described(config)
+    sums = checksums if tuning.files else {}
     return {
-        "model": values["model"],
+        "model": to_dict(config)["model"],
         "finetune": {
             **{
                 name: getattr(tuning, name)
                 for name in ("trainable", "skip", "whitening")
             },
-            **files,
+            **{name: sums.get(name) for name in ("encoder", "weights")},
         },
         "stored_shape": records.images.shape[1:],
         "resize": records.resize,
@@ -82,7 +88,42 @@ def load(
     Raises:
       UserError: for a folder without a model, or other files than the run began with.
     """
-    path = pathlib.Path(folder)
+    model, params, like = restore(pathlib.Path(folder), encoder, weights)
+
+    @jax.jit
+    def of_some(params, images):
+        return jax.nn.softmax(model.logits(params, like.normalize(images)))
+
+    def probabilities(images: np.ndarray) -> np.ndarray:
+        if images.dtype != np.uint8 or images.shape[1:] != like.images.shape[1:]:
+            raise UserError(
+                f"images are {images.dtype} {images.shape}: they must be uint8"
+                f" (n, {', '.join(map(str, like.images.shape[1:]))})"
+            )
+        found = np.zeros((len(images), like.num_classes), np.float32)
+        for start in range(0, len(images), _AT_A_TIME):
+            part = images[start : start + _AT_A_TIME]
+            whole = np.pad(part, [(0, _AT_A_TIME - len(part)), (0, 0), (0, 0), (0, 0)])
+            found[start : start + len(part)] = of_some(params, whole)[: len(part)]
+        return found
+
+    probabilities.class_names = like.class_names  # type: ignore[attr-defined]
+    return probabilities
+
+
+def restore(
+    path: pathlib.Path, encoder: str | None = None, weights: str | None = None
+) -> tuple[Classifier, PyTree, Records]:
+    """Returns the model of a finished run, its averaged weights, and blank records.
+
+    Args:
+      path: of the run or its export.
+      encoder: as for `load`.
+      weights: as for `load`.
+
+    Raises:
+      UserError: as `load`.
+    """
     about = read_about(path)
     given = {"encoder": encoder, "weights": weights}
     for name, file in given.items():
@@ -114,29 +155,8 @@ def load(
         tuning, model, tuning.load(model.shapes), seed=0
     )
     released = finetune.released(trained, frozen)
-    params = finetune.join(
-        frozen, pretrained.load_weights(path / "model.safetensors", released)
-    )
-
-    @jax.jit
-    def of_some(params, images):
-        return jax.nn.softmax(model.logits(params, like.normalize(images)))
-
-    def probabilities(images: np.ndarray) -> np.ndarray:
-        if images.dtype != np.uint8 or images.shape[1:] != like.images.shape[1:]:
-            raise UserError(
-                f"images are {images.dtype} {images.shape}: they must be uint8"
-                f" (n, {', '.join(map(str, like.images.shape[1:]))})"
-            )
-        found = np.zeros((len(images), like.num_classes), np.float32)
-        for start in range(0, len(images), _AT_A_TIME):
-            part = images[start : start + _AT_A_TIME]
-            whole = np.pad(part, [(0, _AT_A_TIME - len(part)), (0, 0), (0, 0), (0, 0)])
-            found[start : start + len(part)] = of_some(params, whole)[: len(part)]
-        return found
-
-    probabilities.class_names = like.class_names  # type: ignore[attr-defined]
-    return probabilities
+    found = pretrained.load_weights(path / "model.safetensors", released)
+    return model, finetune.join(frozen, found), like
 
 
 def read_about(folder: pathlib.Path) -> dict[str, Any]:
@@ -209,7 +229,9 @@ def card(
     """Returns the model card, Markdown."""
     shape = "x".join(map(str, about["stored_shape"]))
     files = "".join(
-        f', {key}="..."' for key in _FILES if about["finetune"][key] is not None
+        f', {key}="..."'
+        for key in ("encoder", "weights")
+        if about["finetune"][key] is not None
     )
     return "\n".join(
         [

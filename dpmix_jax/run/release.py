@@ -2,6 +2,7 @@
 
 import secrets
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -29,7 +30,8 @@ def release(
     *,
     mechanism: accounting.Mechanism,
     public_data: str,
-    started: float,
+    checksums: Mapping[str, str],
+    began: float,
 ) -> None:
     """Writes what comes out of a run: weights and statement first, results last.
 
@@ -42,7 +44,8 @@ def release(
       counts: of this state, from `evaluate.count`.
       mechanism: of the run.
       public_data: from `public_data_used`.
-      started: when the run began.
+      checksums: from `FinetuneConfig.checksums`, when training began.
+      began: when the run would have begun if it had never been stopped.
     """
     test = dataset.test
     facts = statement.privacy_report(
@@ -62,7 +65,7 @@ def release(
     text = statement.statement(facts)
     weights = (parts.released(params) for params in (state.params, state.ema_params))
     workdir.write("model.safetensors", export_weights(*weights))
-    workdir.write_json("model.json", export.describe(config, test))
+    workdir.write_json("model.json", export.describe(config, test, checksums))
     workdir.write_json("privacy.json", facts)
     workdir.write("PRIVACY.md", text)
     raw, ema = counts["test/accuracy"], counts["test/accuracy_ema"]
@@ -76,7 +79,7 @@ def release(
         "noise_multiplier": facts["noise_multiplier"],
         "device": f"{parts.mesh.size} x {jax.devices()[0].device_kind}",
         "jax": jax.__version__,
-        "seconds": time.monotonic() - started,
+        "seconds": time.monotonic() - began,
     }
     for suffix in ("", "_ema"):
         if (of_views := counts.get(f"test_views/accuracy{suffix}")) is not None:
@@ -118,7 +121,7 @@ def score(correct: int, noise: float, config: ExperimentConfig) -> int:
 
 
 def public_data_used(
-    config: ExperimentConfig, public: data.Records | None, weights: list[str]
+    config: ExperimentConfig, public: data.Records | None, checksums: Mapping[str, str]
 ) -> str:
     """Describes the public images and the weight files that a run used."""
     images = describe(
@@ -132,7 +135,7 @@ def public_data_used(
         checked=not (config.public and config.public.is_other_half(config.data)),
     )
     said = [images] if config.public else []
-    said.append(config.finetune.describe(weights))
+    said.append(config.finetune.describe(checksums))
     return "; ".join(filter(None, said)) or "none"
 
 

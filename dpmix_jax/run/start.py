@@ -3,7 +3,7 @@
 import importlib.metadata
 import pathlib
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -62,15 +62,20 @@ def software() -> str:
 
 
 def data_digest(
-    train: data.Records, public: data.Records | None, weights: Iterable[str] = ()
+    train: data.Records, public: data.Records | None, weights: Mapping[str, str]
 ) -> str:
     """Returns a checksum of all that gradients are made of.
 
     A run goes on only with the same data: two sums under the same noise would show
     their difference without any noise.
+
+    Args:
+      train: the training set.
+      public: public images, or None.
+      weights: from `FinetuneConfig.checksums`.
     """
     digests = [records.digest() for records in (train, public) if records is not None]
-    return "+".join([*digests, *weights])
+    return "+".join([*digests, *weights.values()])
 
 
 def begin(

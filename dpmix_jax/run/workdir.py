@@ -60,8 +60,18 @@ class Workdir:
             )
 
     def kept(self) -> dict[str, Any] | None:
-        """Returns what `begin` has kept, or None for a run that has not begun."""
-        return self.read_json("secret.json")
+        """Returns what `begin` has kept, or None for a run that has not begun.
+
+        Raises:
+          UserError: if a run began here and its secret is lost.
+        """
+        found = self.read_json("secret.json")
+        if found is None and (self.path / "checkpoints").exists():
+            raise UserError(
+                f"workdir {self.path} has checkpoints but no secret.json to go on from"
+                " them: use another --workdir"
+            )
+        return found
 
     def begin(self, seed: int | None, *, data: str, **mechanism: Any) -> int | None:
         """Keeps what the rest of the run needs, or checks that it is the same run.
@@ -78,19 +88,15 @@ class Workdir:
           The seed of the run, or None once `forget_secrets` has erased it.
 
         Raises:
-          UserError: if a run began here with other data, or if its secret is lost.
+          UserError: if a run began here with other data, or as `kept`.
         """
         began = self.kept()
         if began is None:
-            if (self.path / "checkpoints").exists():
-                raise UserError(
-                    f"workdir {self.path} has checkpoints but no secret.json to go on"
-                    " from them: use another --workdir"
-                )
             self._drop_embeddings()  # of another seed
             self.whitening.unlink(missing_ok=True)
             drawn = secrets.randbits(256) if seed is None else seed
-            self._keep({"seed": drawn, "data": data, **mechanism})
+            content = {"seed": drawn, "data": data, **mechanism}
+            self.write_json("secret.json", content, mode=0o600)
             return drawn
         if began["data"] != data:
             raise UserError(
@@ -98,9 +104,6 @@ class Workdir:
                 " back, or use another --workdir"
             )
         return began["seed"]
-
-    def _keep(self, content: Mapping[str, Any]) -> None:
-        self.write_json("secret.json", content, mode=0o600)
 
     @property
     def embeddings(self) -> pathlib.Path:
@@ -121,7 +124,7 @@ class Workdir:
         self._drop_embeddings()
         began = self.kept()
         assert began is not None
-        self._keep({**began, "seed": None})
+        self.write_json("secret.json", {**began, "seed": None}, mode=0o600)
 
     def clean_up(self) -> None:
         """Deletes what a finished run does not need: its secret, its whitening."""
@@ -165,6 +168,10 @@ class Workdir:
             with contextlib.suppress(json.JSONDecodeError):
                 lines.append(json.loads(line))
         return [line for line in lines if isinstance(line, dict) and "step" in line]
+
+    def seconds(self) -> float:
+        """Returns how long the run took up to its last line of metrics."""
+        return max((line["seconds"] for line in self.metrics()), default=0.0)
 
     def keep_metrics(self, last_step: int) -> None:
         """Drops the lines after the update that a killed run goes on from."""

@@ -3,8 +3,8 @@
 import pathlib
 from collections.abc import Iterator
 
-from dpmix_jax.data import datasets
-from dpmix_jax.data.public import RENDERED
+from dpmix_jax.data import DataConfig, datasets
+from dpmix_jax.data.public import RENDERED, PublicConfig
 from dpmix_jax.errors import UserError
 from dpmix_jax.progress import say
 from dpmix_jax.run.config import ExperimentConfig, to_dict
@@ -63,15 +63,17 @@ def _kind(config: ExperimentConfig) -> str:
 
 def _missing(config: ExperimentConfig) -> Iterator[str]:
     """Says which files are not there, and how to get each."""
-    places, public = [(config.data.name, config.data.path)], config.public
+    given: dict[str, tuple[str, DataConfig | PublicConfig]]
+    given, public = {"data": (config.data.name, config.data)}, config.public
     if public is not None and public.name not in RENDERED:
-        places.append((public.files, public.path))
-    for group, (name, path) in zip(("data", "public"), places, strict=False):
+        given["public"] = public.files, public
+    for group, (name, place) in given.items():
+        if place.download and datasets.public_source(name):
+            continue
         try:
-            datasets.location(name, path)
+            datasets.location(name, place.path)
         except UserError as error:
             yield f"missing: {str(error).replace('data.', f'{group}.')}"
-    for key in ("encoder", "weights"):
-        path = getattr(config.finetune, key)
-        if path is not None and not pathlib.Path(path).exists():
+    for key, path in config.finetune.files.items():
+        if not pathlib.Path(path).exists():
             yield f"missing: finetune.{key} is {path}: there is no such file"

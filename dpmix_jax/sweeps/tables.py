@@ -1,6 +1,5 @@
 """What came out of a sweep: a tidy CSV, tables of it, and the settings it chooses."""
 
-import contextlib
 import csv
 import io
 import itertools
@@ -81,8 +80,11 @@ def read(sweep: SweepConfig, path: pathlib.Path) -> list[Record]:
     try:
         for line in csv.DictReader(io.StringIO(path.read_text())):
             point = points[tuple(line[key] for key in sweep.columns)]
-            values: dict[str, Any] = {k: _number(v) for k, v in line.items() if v}
+            if None in line:  # more cells than names
+                raise ValueError
+            values: dict[str, Any] = {k: v for k, v in line.items() if v}
             values |= dict(zip(sweep.columns, point, strict=True))
+            values["seed"] = int(values["seed"])
             for key in (sweep.metric, "seconds"):
                 values[key] = float(values[key])
             run = values["row"], point, values["seed"]
@@ -101,15 +103,6 @@ def read(sweep: SweepConfig, path: pathlib.Path) -> list[Record]:
     if not records:
         raise UserError(f"{path}: it has no runs")
     return list(records.values())
-
-
-def _number(text: str) -> int | float | str:
-    """Reads what `str` has written of a number; other text stays text."""
-    for kind in (int, float):
-        with contextlib.suppress(ValueError):
-            if str(kind(text)) == text:
-                return kind(text)
-    return text
 
 
 def choices(sweep: SweepConfig, records: Iterable[Record]) -> list[dict[str, Any]]:
