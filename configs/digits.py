@@ -16,19 +16,11 @@ import ml_collections
 from configs._base import experiment
 from dpmix_jax.run.config import choose
 
-# By epsilon: updates, learning rate.
-ROWS = {
-    "1": (60, 1.0),
-    "2": (80, 1.0),
-    "3": (100, 1.0),
-    "4": (120, 1.0),
-    "6": (140, 1.0),
-    "8": (160, 1.0),
-}
+# Updates by epsilon.
+ROWS = {"1": 60, "2": 80, "3": 100, "4": 120, "6": 140, "8": 160}
 
 
 def get_config(epsilon: str = "3") -> ml_collections.ConfigDict:
-    num_updates, learning_rate = choose(ROWS, epsilon)
     return experiment(
         data={"name": "digits"},
         model={"name": "cnn", "features": (16, 32), "groups": 8},
@@ -38,9 +30,9 @@ def get_config(epsilon: str = "3") -> ml_collections.ConfigDict:
         privacy={
             "epsilon": float(epsilon),
             "expected_batch_size": 256,
-            "num_updates": num_updates,
+            "num_updates": choose(ROWS, epsilon),
         },
-        optimizer={"learning_rate": learning_rate, "ema_decay": 0.95},
+        optimizer={"learning_rate": 1.0, "ema_decay": 0.95},
         performance={"microbatch_size": "32"},
         logging={"log_every": 5, "eval_every": 10, "checkpoint_every": 10},
     )

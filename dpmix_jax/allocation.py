@@ -182,8 +182,7 @@ def calibrate(
     return noise_multiplier
 
 
-def _spent(noise_multiplier: float, **updates) -> float:
-    return epsilon(noise_multiplier, **updates)  # a name that `calibrate` has taken
+_spent = epsilon  # `calibrate` has taken the name
 
 
 def _library() -> types.ModuleType:

@@ -275,7 +275,6 @@ def gradient_canaries(
     seed: int,
     l2_clip_norm: float = 1.0,
     make_gradient: MakeGradient = gradients.clipped_gradient,
-    microbatch_size: int = 256,
 ) -> Callable[[np.ndarray], np.ndarray]:
     """Returns a `train` for `audit` that attacks sampler, clip, sum and noise at once.
 
@@ -291,7 +290,6 @@ def gradient_canaries(
       seed: of batches and noise.
       l2_clip_norm: C.
       make_gradient: `clipped_gradient` or another of its kind.
-      microbatch_size: records at a time.
     """
     gradient_fn = make_gradient(
         lambda params, axis: 1000.0 * l2_clip_norm * (params * axis).sum(),
@@ -307,7 +305,7 @@ def gradient_canaries(
         seed,
         num_records=num_canaries,
         sampling_prob=mechanism.sampling_prob,
-        microbatch_size=microbatch_size,
+        microbatch_size=256,
         bands=mechanism.bands,
         allocated=mechanism.allocated,
     )

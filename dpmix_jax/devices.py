@@ -63,31 +63,6 @@ def sum_over_devices(
     )
 
 
-def on_every_device(
-    function: Callable[[jax.Array, PyTree, PyTree], PyTree], mesh: jax.sharding.Mesh
-) -> Callable[[jax.Array, PyTree, PyTree], PyTree]:
-    """Runs `function(step, batch, inputs)` on every device's part of a batch.
-
-    Formal guarantees:
-      - Each device runs `function` as it would alone.
-
-    Args:
-      function: returns arrays with an entry for each term along the first axis.
-      mesh: from `make_mesh`.
-
-    Returns:
-      A function of the same signature, to be called under `jit`. The leading axis of
-      `batch` and of what is returned is split over the devices.
-    """
-    return jax.shard_map(
-        function,
-        mesh=mesh,
-        in_specs=(_EVERYWHERE, _SPREAD, _EVERYWHERE),
-        out_specs=_SPREAD,
-        check_vma=False,
-    )
-
-
 def everywhere(mesh: jax.sharding.Mesh) -> NamedSharding:
     """Returns the sharding of arrays that are whole on every device."""
     return NamedSharding(mesh, _EVERYWHERE)

@@ -114,7 +114,7 @@ def low_pass(a: Sequence[float], b: Sequence[float]) -> optax.GradientTransforma
     Args:
       a: a_1, a_2, ... of what came out before; every root of z^n + a_1 z^(n-1) + ... is
         inside the unit circle, or else the past would never be forgotten.
-      b: b_0, b_1, ... of the private means; b_0 is not 0.
+      b: b_0, b_1, ... of the private means; b_0 and the sum are not 0.
 
     Raises:
       UserError: for a filter that is not stable, or has no b_0.
@@ -124,7 +124,8 @@ def low_pass(a: Sequence[float], b: Sequence[float]) -> optax.GradientTransforma
       >>> optimizer = optax.chain(smooth, optax.sgd(1.0))  # after the privatizer
     """
     a, b = tuple(map(float, a)), tuple(map(float, b))
-    require(bool(b) and b[0] != 0, "b", b, "numbers of which the first is not 0")
+    passes = bool(b) and b[0] != 0 and sum(b) != 0  # sum(b) is 0: nothing that stays
+    require(passes, "b", b, "numbers of which the first and the sum are not 0")
     stable = bool(np.isfinite(a).all()) and bool((np.abs(np.roots([1, *a])) < 1).all())
     require(stable, "a", a, "of a stable filter, all poles inside the unit circle")
 

@@ -39,7 +39,14 @@ def duration(seconds: float) -> str:
 
 def bar(of: Iterable[Any] | None = None, **options: Any) -> tqdm:
     """Returns a bar of images, which is shown if they take long; see `tqdm.tqdm`."""
-    return tqdm(of, unit=" images", delay=_SECONDS, mininterval=_SECONDS, **options)
+    return tqdm(
+        of,
+        unit=" images",
+        delay=_SECONDS,
+        mininterval=_SECONDS,
+        disable=_silent,
+        **options,
+    )
 
 
 class Progress(contextlib.AbstractContextManager):

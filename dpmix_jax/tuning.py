@@ -26,8 +26,6 @@ _SECONDS = 0.05  # for the timing of a formulation, after the call that compiles
 # XLA computes `batch_group` ten times slower than the others on CPUs.
 _CANDIDATES = {"cpu": ("rows", "shifted", "plain")}
 
-Timer = Callable[[conv.Batched, str], float]
-
 
 def key(found: conv.Batched) -> str:
     """Returns what a choice depends on, the same in each process and version.
@@ -112,29 +110,27 @@ def seconds_of(found: conv.Batched, name: str) -> float:
     return statistics.median(seconds)
 
 
-def measure(
-    found: Mapping[str, conv.Batched], *, timer: Timer = seconds_of
-) -> dict[str, str]:
+def measure(found: Mapping[str, conv.Batched]) -> dict[str, str]:
     """Times the formulations of each convolution, and returns the fastest by `key`.
 
     Formal guarantees:
       - A choice depends on shapes, types and time alone, on no record: what is timed
         has random operands.
 
+    A formulation that fails, as out of memory, is not chosen; where all do, or two take
+    the same time, the choice is that of `auto`.
+
     Args:
       found: from `find`.
-      timer: of a formulation, in seconds. Where it raises, as out of memory, the
-        formulation is not chosen; where all do, or two take the same time, the choice
-        is that of `auto`.
     """
-    return {name: _fastest(batched, timer) for name, batched in found.items()}
+    return {name: _fastest(batched) for name, batched in found.items()}
 
 
-def _fastest(found: conv.Batched, timer: Timer) -> str:
+def _fastest(found: conv.Batched) -> str:
     names, seconds = applicable(found), {}
     for name in names:
         try:
-            seconds[name] = timer(found, name)
+            seconds[name] = seconds_of(found, name)
         except Exception:  # whatever it is, this formulation does not run here
             continue
     return min(seconds, key=seconds.__getitem__, default=names[0])

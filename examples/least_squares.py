@@ -19,7 +19,9 @@ def features(images):  # [n, 8, 8, 1] -> [n, 324], each of its image alone, of n
 images, labels, test_images, test_labels = digits()
 seed = 1234  # from `secrets` if the model is to be released
 for epsilon in (1.0, 3.0, 8.0):  # each for itself: who releases all spends their sum
-    mechanism = least_squares.calibrate(epsilon, delta=1e-5)
+    mechanism = dpm.calibrate(
+        epsilon=epsilon, delta=1e-5, sampling_prob=1.0, num_updates=1
+    )
     weights = least_squares.fit(
         features(images),
         labels,

@@ -47,6 +47,22 @@ def classifier(monkeypatch, module):
     return make_classifier("new", {}, image_shape=(4, 4, 2), num_classes=3)
 
 
+class Named(nn.Module):
+    """Has an option by the name of a part that other models have."""
+
+    num_classes: int
+    dtype: type
+    encoder: str = "small"
+
+    @nn.compact
+    def __call__(self, images):
+        return nn.Dense(self.num_classes)(images.mean((1, 2)))
+
+
+def test_an_option_by_the_name_of_encoder_is_no_encoder(monkeypatch):
+    assert classifier(monkeypatch, Named).encode is None
+
+
 def test_batch_statistics_are_refused(monkeypatch):
     with pytest.raises(UserError, match="keeps batch_stats: statistics of a batch mix"):
         classifier(monkeypatch, Normalized)

@@ -55,6 +55,8 @@ def test_npz_round_trip(tmp_path):
     np.testing.assert_array_equal(dataset.train.images, arrays()["train_images"])
     np.testing.assert_array_equal(dataset.test.labels, arrays()["test_labels"])
     assert dataset.train.class_names == ("cat", "dog")
+    of_bytes = load(tmp_path, class_names=np.array(["cat", "dog"], "S"))
+    assert of_bytes.train.class_names == ("cat", "dog")
     grey = arrays()["train_images"][..., 0], arrays()["test_images"][..., 0]
     dataset = load(
         tmp_path, train_images=grey[0], test_images=grey[1], class_names=["cat", "Cat"]

@@ -219,6 +219,13 @@ def test_training_and_test_images_are_refused_as_public(tmp_path):
         public = PublicConfig(name=name, path=str(tmp_path / "b"))
         with pytest.raises(UserError, match=r"^public.name is .* no features may be"):
             domain_gap.load_images(config, public)
+    config = data.DataConfig(name="hf:a/faces", path=str(tmp_path / "a"))
+    for name, message in (
+        ("a/faces", "no features may be"),
+        ("b/faces", "of Parquet files"),
+    ):
+        with pytest.raises(UserError, match=message):
+            domain_gap.load_images(config, PublicConfig(name=f"hf:{name}"))
     test = data.load(data.DataConfig(name="digits")).test
     np.savez(
         tmp_path / "copies.npz",

@@ -126,7 +126,6 @@ def test_topologies_agree(sums_on, topology):
         np.testing.assert_allclose(sums_on(topology)[name], one[name], atol=1e-6)
 
 
-@pytest.mark.proves("devices.on_every_device", 1)
 @pytest.mark.proves("models.kept.make_embed", 1)
 def test_each_device_embeds_its_own_records(sums_on):
     """On four devices a row is what it is on one, and of its record alone."""

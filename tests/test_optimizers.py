@@ -270,6 +270,7 @@ def test_a_gain_of_one_is_the_inner_optimizer():
         (lambda: low_pass((-2.5, 1.0), (1.0,)), r"a is \(-2.5, 1.0\): it must be of a"),
         (lambda: low_pass((), (0.0, 1.0)), r"b is \(0.0, 1.0\): it must be numbers"),
         (lambda: low_pass((), ()), r"b is \(\): it must be numbers of which"),
+        (lambda: low_pass((), (1.0, -1.0)), r"b is \(1.0, -1.0\): it must be numbers"),
         (lambda: kalman(optax.sgd(1.0), 0.0), r"kappa is 0.0: it must be in \(0, 1\]"),
         (
             lambda: MEMBERS["kalman"].update(PARAMS, MEMBERS["kalman"].init(PARAMS)),

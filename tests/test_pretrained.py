@@ -20,7 +20,7 @@ from dpmix_jax import UserError, models
 from dpmix_jax.data import images
 from dpmix_jax.data.images import resize_bicubic
 from dpmix_jax.models import pretrained
-from dpmix_jax.models.pretrained import load_encoder, load_weights
+from dpmix_jax.models.pretrained import checksum, load_encoder, load_weights
 from dpmix_jax.run.checkpoint import export_weights
 from tests import towers
 from tests.conftest import ROOT
@@ -119,8 +119,16 @@ def test_keys_shapes_and_values_must_be_those_of_the_model(tmp_path, weights, li
         refused(save(path, weights | {key: value}), like, expected)
     for other in ({}, {"x": proj}, towers.weights("convnext")):
         refused(save(path, other), like, "must be the image tower", "' is missing (and")
-    with pytest.raises(ValueError, match="like must be the parameters of the encoder"):
+    message = "finetune.encoder is .*: it must be None for a model whose encoder is not"
+    with pytest.raises(UserError, match=message):
         load_encoder(path, {"head": {"bias": np.zeros(3)}})
+
+
+def test_a_home_folder_is_found(tmp_path, monkeypatch, weights, like):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    save(tmp_path / "a", weights)
+    assert_same(load_encoder("~/a", like), load_encoder(tmp_path / "a", like))
+    assert checksum("~/a") == checksum(tmp_path / "a")
 
 
 def test_files_that_are_none(tmp_path, weights, like):

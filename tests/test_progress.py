@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from dpmix_jax.progress import Progress, duration, say
+from dpmix_jax.progress import Progress, bar, duration, say, silence
 
 
 class Terminal(io.StringIO):
@@ -30,6 +30,18 @@ def test_without_a_terminal_there_are_lines_alone(monkeypatch):
     first, *lines = written(monkeypatch, io.StringIO()).splitlines()
     assert first.startswith("first update after 0.")
     assert lines == ["update 3/4", "update 4/4", "the end"]
+
+
+def test_other_processes_say_nothing(monkeypatch):
+    stream = Terminal()
+    silence(True)
+    try:
+        monkeypatch.setattr("dpmix_jax.progress._SECONDS", 0.0)
+        monkeypatch.setattr(sys, "stderr", stream)
+        assert list(bar(range(3))) == [0, 1, 2]
+        assert written(monkeypatch, stream) == ""
+    finally:
+        silence(False)
 
 
 def test_on_a_terminal_a_bar_stays_below_the_lines(monkeypatch):

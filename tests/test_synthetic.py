@@ -289,7 +289,7 @@ def test_bad_settings_of_diffusion_are_refused():
 
 def test_a_missing_library_is_one_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "diffusers", None)
-    with pytest.raises(UserError, match=r'pip install -e "\.\[diffusion\]"'):
+    with pytest.raises(UserError, match=r'pip install "dpmix_jax\[diffusion\]"'):
         Diffusion(DiffusionConfig(model="x"), image_shape=(8, 8, 3))
 
 

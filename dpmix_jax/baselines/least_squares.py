@@ -13,7 +13,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from dp_accounting import NeighboringRelation
 from jax_privacy import clipping
 
 from dpmix_jax import accounting, gradients, privacy
@@ -107,29 +106,6 @@ def _unpacked(packed: np.ndarray) -> np.ndarray:
     return matrix + np.triu(matrix, 1).T
 
 
-def calibrate(
-    epsilon: float,
-    delta: float,
-    neighboring_relation: NeighboringRelation = NeighboringRelation.ADD_OR_REMOVE_ONE,
-) -> accounting.Mechanism:
-    """Returns one Gaussian query of all records that spends (epsilon, delta).
-
-    Its noise multiplier m is in units of the sensitivity of both moments together. That
-    is the composition of two queries of multiplier sqrt(2) m, one of each moment, and
-    as tight: all are Gaussian mechanisms of mu = 1 / m (Dong et al., 2022).
-
-    Raises:
-      UserError: for an argument out of its range.
-    """
-    return accounting.calibrate(
-        epsilon=epsilon,
-        delta=delta,
-        sampling_prob=1.0,
-        num_updates=1,
-        neighboring_relation=neighboring_relation,
-    )
-
-
 def private_moments(
     features: jax.Array,
     labels: jax.Array,
@@ -139,6 +115,10 @@ def private_moments(
     key: jax.Array,
 ) -> tuple[Moments, float]:
     """Returns the moments of all records with noise, and its standard deviation.
+
+    The noise multiplier m is in units of the sensitivity of both moments together. That
+    is the composition of two queries of multiplier sqrt(2) m, one of each moment, and
+    as tight: all are Gaussian mechanisms of mu = 1 / m (Dong et al., 2022).
 
     Formal guarantees:
       - Independent Gaussian noise of one standard deviation, `noise_multiplier` times
@@ -150,14 +130,14 @@ def private_moments(
       features: [N, d].
       labels: [N, O], see `clipped_moments`.
       l2_clip_norm: C.
-      mechanism: from `calibrate`.
+      mechanism: from `accounting.calibrate`, with `sampling_prob` and `num_updates` 1.
       key: uint32 [8] from `noise_key`, secret, and for this one query.
 
     Raises:
       UserError: for a mechanism that is not one query of all records.
     """
     query = (mechanism.sampling_prob, mechanism.num_updates)
-    allowed = "(1.0, 1), one query of all records, as `calibrate` returns"
+    allowed = "(1.0, 1), one query of all records"
     require(query == (1, 1), "(sampling_prob, num_updates)", query, allowed)
     moments_fn = clipped_moments(l2_clip_norm, len(features))
     privatizer = privacy.privatizer(
@@ -209,7 +189,7 @@ def fit(
       labels: [N, O], one-hot.
       l2_clip_norm: C. The noise is in proportion to it: features that all have this
         norm lose nothing by the clip, and stand out best.
-      mechanism: from `calibrate`.
+      mechanism: as for `private_moments`.
       key: uint32 [8] from `noise_key`, secret, and for this one fit.
 
     Returns:

@@ -63,7 +63,7 @@ def npz(path: pathlib.Path) -> Arrays:
             raise UserError(
                 f"{name} is missing, it must be an .npz archive of {', '.join(_NPZ)}"
             )
-    class_names = tuple(map(str, np.atleast_1d(arrays["class_names"])))
+    class_names = tuple(np.atleast_1d(arrays["class_names"]).astype(str).tolist())
     splits = []
     for split in ("train", "test"):
         images, labels = arrays[f"{split}_images"], arrays[f"{split}_labels"]

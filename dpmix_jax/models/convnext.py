@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from dpmix_jax.models.layers import LayerNorm, Patches, dense, mlp
+from dpmix_jax.models.layers import Patches, dense, layer_norm, mlp
 
 _EPSILON = 1e-6
 
@@ -49,16 +49,16 @@ class ConvNeXt(nn.Module):
         for stage, channels in enumerate(self.features):
             if stage == 0:
                 x = Patches(channels, self.patch_size, dtype=self.dtype, name="stem")(x)
-                x = LayerNorm(_EPSILON, self.dtype, name="stem_norm")(x)
+                x = layer_norm(x, _EPSILON, self.dtype, "stem_norm")
             else:
                 name = f"downsample_{stage}"
-                x = LayerNorm(_EPSILON, self.dtype, name=f"{name}_norm")(x)
+                x = layer_norm(x, _EPSILON, self.dtype, f"{name}_norm")
                 x = Patches(channels, 2, dtype=self.dtype, name=name)(x)
             for index in range(self.depths[stage]):
                 hidden, name = int(channels * self.mlp_ratio), f"stage_{stage}_{index}"
                 x = Block(hidden, self.layer_scale, self.dtype, name=name)(x)
         x = x.astype(jnp.float32).mean((1, 2))
-        x = LayerNorm(_EPSILON, self.dtype, name="norm")(x)
+        x = layer_norm(x, _EPSILON, self.dtype, "norm")
         if self.embedding_size is not None:
             x = dense(self.embedding_size, self.dtype, "proj", use_bias=False)(x)
         return x.astype(jnp.float32)
@@ -102,7 +102,7 @@ class Block(nn.Module):
             kernel_init=nn.initializers.normal(0.02),
             name="conv",
         )(x)
-        y = LayerNorm(_EPSILON, self.dtype, name="norm")(y)
+        y = layer_norm(y, _EPSILON, self.dtype, "norm")
         y = mlp(y, self.hidden, self.dtype)
         start = nn.initializers.constant(self.layer_scale)
         gamma = self.param("gamma", start, (channels,))

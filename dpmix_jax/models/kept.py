@@ -5,24 +5,24 @@ of every record, one row a set. From then on the rows are the data: an update dr
 of the M rows of each record of its batch (`rows_of`), and looks it up (`sets`).
 """
 
+import itertools
 import os
 import pathlib
-import time
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 
-from dpmix_jax import devices, sampling, training
+from dpmix_jax import sampling, training
 from dpmix_jax.files import naming
-from dpmix_jax.progress import duration, say
+from dpmix_jax.progress import bar
 
 PyTree = Any
 Embed = Callable[[jax.Array, training.Batch, training.Inputs], tuple[jax.Array, ...]]
 
-_SECONDS = 10.0  # between lines of progress
 _LARGEST = float(np.finfo(np.float16).max)
 
 
@@ -59,7 +59,16 @@ def make_embed(
         found = found.reshape(records, -1)
         return found.astype(jnp.float16), labels.astype(jnp.float32)
 
-    return jax.jit(devices.on_every_device(embed, mesh))
+    whole, split = PartitionSpec(), PartitionSpec("records")
+    return jax.jit(
+        jax.shard_map(
+            embed,
+            mesh=mesh,
+            in_specs=(whole, split, whole),
+            out_specs=split,
+            check_vma=False,
+        )
+    )
 
 
 def row_type(embed: Embed, batch: training.Batch, inputs: training.Inputs) -> np.dtype:
@@ -114,43 +123,31 @@ def keep(
         descriptor = os.open(partial, flags, 0o600)
         with naming(partial), open(descriptor, "r+b") as file:
             os.fchmod(descriptor, 0o600)  # of a file that was there before
-            starts = [
-                (j, i)
-                for j in range(num_sets)
-                for i in range(0, num_records, microbatch_size)
-            ]
-            size = os.fstat(descriptor).st_size
-            written = size // row.itemsize if size <= whole else 0
-            done = max(sum(j * num_records + i <= written for j, i in starts) - 1, 0)
-            j, i = starts[done]
-            file.truncate((j * num_records + i) * row.itemsize)
-            file.seek(0, os.SEEK_END)
-            for j, i in _with_progress(starts, done):
-                if stop():
-                    return None
-                indices = np.arange(i, i + microbatch_size)
-                indices[indices >= num_records] = -1
-                found = embed(jnp.int32(j), put(indices), inputs)
-                rows = np.zeros(np.count_nonzero(indices >= 0), row)
-                for name, array in zip(row.names or (), found, strict=True):
-                    rows[name] = np.asarray(array)[: len(rows)]
-                file.write(rows.tobytes())
+            if os.fstat(descriptor).st_size > whole:  # of another run
+                file.truncate(0)
+            written = os.fstat(descriptor).st_size // row.itemsize
+            starts = range(0, num_records, microbatch_size)
+            total = num_sets * num_records
+            with bar(desc="embedding", total=total, initial=written) as progress:
+                for j, i in itertools.product(range(num_sets), starts):
+                    indices = np.arange(i, i + microbatch_size)
+                    indices[indices >= num_records] = -1
+                    rows = np.zeros(np.count_nonzero(indices >= 0), row)
+                    first = j * num_records + i
+                    if first + len(rows) <= written:
+                        continue
+                    if stop():
+                        return None
+                    found = embed(jnp.int32(j), put(indices), inputs)
+                    for name, array in zip(row.names or (), found, strict=True):
+                        rows[name] = np.asarray(array)[: len(rows)]
+                    file.seek(first * row.itemsize)
+                    file.write(rows.tobytes())
+                    progress.update(len(rows))
             file.flush()
             os.fsync(descriptor)
         os.replace(partial, path)
     return np.memmap(path, row, "r", shape=(num_sets * num_records,))
-
-
-def _with_progress(starts: list[tuple[int, int]], done: int):
-    """Yields what is still to do, and says now and then how much that is."""
-    began = said = time.monotonic()
-    for count, start in enumerate(starts[done:]):
-        now = time.monotonic()
-        if now - said >= _SECONDS:
-            said, pace = now, (now - began) / count
-            eta = duration(pace * (len(starts) - done - count))
-            say(f"embedding {(done + count) / len(starts):.0%}  ETA {eta}")
-        yield start
 
 
 def rows_of(

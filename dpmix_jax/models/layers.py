@@ -48,30 +48,16 @@ class GroupNorm(nn.Module):
         return (x * factor[:, None, None] + shift[:, None, None]).astype(self.dtype)
 
 
-class LayerNorm(nn.Module):
-    """Layer normalisation (Ba et al., 2016) over the last axis.
+def layer_norm(
+    x: jax.Array, epsilon: float, dtype: jax.typing.DTypeLike, name: str
+) -> jax.Array:
+    """[..., C] -> [..., C]: layer normalisation (Ba et al., 2016), in float32.
 
     The variance is of centred values: as mean(x^2) - mean(x)^2, flax.linen's default,
     it would lose the digits of vectors with a large mean, which CLIP's towers have.
-
-    Attributes:
-      epsilon: added to the variance.
-      dtype: of the result; statistics and parameters are float32.
     """
-
-    epsilon: float
-    dtype: jax.typing.DTypeLike = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """[..., C] -> [..., C]."""
-        shape = (*[1] * (x.ndim - 1), x.shape[-1])
-        scale = self.param("scale", nn.initializers.ones, shape[-1:]).reshape(shape)
-        bias = self.param("bias", nn.initializers.zeros, shape[-1:]).reshape(shape)
-        x = x.astype(jnp.float32)
-        x = x - x.mean(-1, keepdims=True)
-        factor = jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + self.epsilon)
-        return (x * factor * scale + bias).astype(self.dtype)
+    norm = nn.LayerNorm(epsilon, jnp.float32, use_fast_variance=False, name=name)
+    return norm(x.astype(jnp.float32)).astype(dtype)
 
 
 def max_pool(x: jax.Array) -> jax.Array:

@@ -93,11 +93,12 @@ def load_encoder(path: str | os.PathLike, like: PyTree) -> PyTree:
       UserError: if the file is missing, of neither format, damaged or not finite, or if
         keys or shapes are not those of the model.
     """
-    path, wanted = pathlib.Path(path), flat(like)
+    path, wanted = pathlib.Path(path).expanduser(), flat(like)
     towers = [tower for sign, tower in _TOWERS.items() if sign in wanted]
     if not towers:
-        raise ValueError(
-            "like must be the parameters of the encoder of vit or convnext"
+        raise UserError(
+            f"finetune.encoder is {path}: it must be None for a model whose encoder is"
+            " not that of vit or convnext; finetune.weights takes a whole model"
         )
     names, repository = towers[0]
     hint = f"the one that `hf download {repository} open_clip_model.safetensors` prints"
@@ -131,7 +132,7 @@ def load_weights(
       UserError: if the file is missing, damaged or not finite, if keys or shapes are
         not those of `like`, or if it has no module of a name in `skip`.
     """
-    path, wanted = pathlib.Path(path), flat(like)
+    path, wanted = pathlib.Path(path).expanduser(), flat(like)
     for name in skip:
         known = any(name in key.split("/") for key in wanted)
         require(known, "skip", name, "the name of a module of the model")
@@ -147,7 +148,7 @@ def load_weights(
 def checksum(path: str | os.PathLike) -> str:
     """Returns the SHA-256 of a file, or raises `UserError` if it cannot be read."""
     try:
-        with open(path, "rb") as file:
+        with open(pathlib.Path(path).expanduser(), "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise UserError(

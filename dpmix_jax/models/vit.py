@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from dpmix_jax.models.layers import LayerNorm, Patches, dense, mlp
+from dpmix_jax.models.layers import Patches, dense, layer_norm, mlp
 
 _EPSILON = 1e-5
 
@@ -58,11 +58,11 @@ class VisionTransformer(nn.Module):
         x = jnp.concatenate([first, x], axis=1)
         positions = self.param("positional_embedding", at_random, x.shape[1:])
         x = x + positions[None].astype(self.dtype)
-        x = LayerNorm(_EPSILON, self.dtype, name="ln_pre")(x)
+        x = layer_norm(x, _EPSILON, self.dtype, "ln_pre")
         for index in range(self.depth):
             hidden = int(self.width * self.mlp_ratio)
             x = Block(self.heads, hidden, self.dtype, name=f"block_{index}")(x)
-        x = LayerNorm(_EPSILON, self.dtype, name="ln_post")(x[:, 0])
+        x = layer_norm(x[:, 0], _EPSILON, self.dtype, "ln_post")
         if self.embedding_size is not None:
             x = dense(self.embedding_size, self.dtype, "proj", stddev, use_bias=False)(
                 x
@@ -97,8 +97,8 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """[B, T, width] -> [B, T, width]."""
-        x = x + self._attention(LayerNorm(_EPSILON, self.dtype, name="norm1")(x))
-        y = LayerNorm(_EPSILON, self.dtype, name="norm2")(x)
+        x = x + self._attention(layer_norm(x, _EPSILON, self.dtype, "norm1"))
+        y = layer_norm(x, _EPSILON, self.dtype, "norm2")
         return x + mlp(y, self.hidden, self.dtype)
 
     def _attention(self, x: jax.Array) -> jax.Array:

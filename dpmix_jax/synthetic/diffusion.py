@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from dpmix_jax.data import images
-from dpmix_jax.errors import UserError, require, require_one_of
+from dpmix_jax.errors import UserError, needing, require, require_one_of
+from dpmix_jax.models.pretrained import checksum
 from dpmix_jax.synthetic.plan import Wanted
 
 PROMPT = "a photo of a {name}"  # DP-Mix, Section 5
@@ -130,15 +131,10 @@ class Diffusion:
 
 
 def _libraries() -> tuple[Any, Any]:
-    try:
+    with needing("diffusion", "--generator is diffusion: it needs"):
         import diffusers
         import torch
         import transformers
-    except ImportError as error:
-        raise UserError(
-            "--generator is diffusion: it needs torch, diffusers and transformers,"
-            f' `pip install -e ".[diffusion]"` ({error})'
-        ) from None
     diffusers.utils.logging.set_verbosity_error()
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
@@ -181,7 +177,6 @@ def _load(diffusers: Any, config: DiffusionConfig, dtype: Any) -> tuple[Any, str
 def _checksum(folder: pathlib.Path) -> str:
     content = hashlib.sha256()
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        with open(path, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        content.update(f"{path.relative_to(folder).as_posix()}\0{digest}\n".encode())
+        name = path.relative_to(folder).as_posix()
+        content.update(f"{name}\0{checksum(path)}\n".encode())
     return content.hexdigest()

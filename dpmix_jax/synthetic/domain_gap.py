@@ -22,7 +22,7 @@ import numpy as np
 from flax import linen as nn
 
 from dpmix_jax import data
-from dpmix_jax.data import DataConfig, Dataset, Records
+from dpmix_jax.data import DataConfig, Dataset, Records, hf, tfds
 from dpmix_jax.data.public import PublicConfig, load_public
 from dpmix_jax.errors import UserError
 
@@ -65,7 +65,7 @@ def load_images(config: DataConfig, public: PublicConfig) -> tuple[Records, Reco
         private one, wherever it is.
     """
     ours, theirs = (
-        name.removeprefix("tfds:").split(":")[0].split("/")[0]
+        hf.repository_of(name) or tfds.builder_of(name) or name
         for name in (public.name, config.name)
     )
     if ours == theirs and ours not in ("bank", "npz", "folder"):
