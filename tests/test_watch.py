@@ -10,6 +10,7 @@ import pytest
 
 from dpmix_jax import UserError, sweeps
 from dpmix_jax.files import locked
+from dpmix_jax.run.config import to_dict
 from dpmix_jax.run.workdir import Workdir
 from dpmix_jax.sweeps import worker
 from tests.programs import call
@@ -26,6 +27,7 @@ def half_way(tmp_path):
     workdir.write_json("results.json", {**workdir.results(), "seconds": 8.0})
     workdir = Workdir(tmp_path / running.folder)
     with workdir.locked():
+        workdir.write_json("config.json", to_dict(running.config))
         for step, seconds in ((1, 5.0), (2, 9.0)):
             workdir.add_metrics({"step": step, "seconds": seconds})
         worker.log_of(workdir).write_text("update 1/3\nupdate 2/3  ETA 0:00:04\n")

@@ -236,7 +236,7 @@ def build(
             of_head = head_gradient(config, model, platform, formulation)
             gradient_fn = finetune.on_embeddings(of_head, encode)
         else:
-            gradient_fn = _gradient(config, loss_fn, platform, formulation)
+            gradient_fn = _gradient(config, model, loss_fn, platform, formulation)
         return microbatch_mixup.of_groups(gradient_fn) if groups else gradient_fn
 
     def accumulate_by(formulation: conv.Formulation) -> Any:
@@ -325,13 +325,9 @@ def initial_params(
 
 
 def _gradient(
-    config,
-    loss_fn,
-    platform: str,
-    formulation: conv.Formulation,
-    *,
-    linear_head: bool = False,
+    config, model: Classifier, loss_fn, platform: str, formulation: conv.Formulation
 ) -> clipping.BoundedSensitivityCallable:
+    linear_head = suits_ghost(config, model)
     name = config.performance.clipping_of(linear_head, platform)
     options: dict[str, Any] = {
         "weight": gradients.WEIGHTS[config.privacy.clipping_rule]
@@ -368,8 +364,7 @@ def head_gradient(
         logits = model.classify(params, embeddings)
         return optax.softmax_cross_entropy(logits, labels).mean()
 
-    linear_head = suits_ghost(config, model)
-    return _gradient(config, loss_fn, platform, formulation, linear_head=linear_head)
+    return _gradient(config, model, loss_fn, platform, formulation)
 
 
 def accumulate(config, sets: training.MakeSets, gradient_fn, mesh) -> Any:

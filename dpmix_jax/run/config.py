@@ -252,14 +252,42 @@ _FREE = ("performance", "logging", "evaluate", "data.download", "public.download
 _FIXED = tuple(f"performance.{x}" for x in ("clipping", "convolutions", "precision"))
 
 
-def from_config_dict(values: Mapping[str, Any], cls: Any = ExperimentConfig) -> Any:
+def from_config_dict(values: Any, cls: Any = ExperimentConfig, prefix: str = "") -> Any:
     """Builds an `ExperimentConfig`, or another dataclass, from nested mappings.
+
+    Args:
+      values: what is to be built.
+      cls: the dataclass.
+      prefix: of the keys in messages.
 
     Raises:
       UserError: for an unknown or missing key, a value of a wrong type, or one that is
         not allowed; the message names the key.
     """
-    return _build(cls, values, "")
+    if not isinstance(values, Mapping) and not hasattr(values, "items"):
+        raise UserError(f"{prefix[:-1]} is {values!r}: it must be a group of settings")
+    values = dict(values.items())
+    if cls is ExperimentConfig and "rows" in values:
+        raise UserError("the config is that of a sweep: it is for experiments/sweep.py")
+    if cls is ModelConfig:
+        return _build_model(values, prefix)
+    if cls is MethodConfig:
+        cls, values = _method(values)
+    hints = typing.get_type_hints(cls)
+    check_keys(values, hints, prefix)
+    built = {}
+    for field in dataclasses.fields(cls):
+        name, hint = field.name, hints[field.name]
+        if name not in values:
+            if field.default is field.default_factory is dataclasses.MISSING:
+                raise UserError(f"{prefix}{name} is missing from the config")
+        elif group := _group(hint):
+            if not (type(None) in typing.get_args(hint) and _is_none(values[name])):
+                key = f"{prefix}{name}."
+                built[name] = from_config_dict(values[name], group, key)
+        else:
+            built[name] = _typed(values[name], hint, prefix + name)
+    return cls(**built)
 
 
 def to_dict(config: ExperimentConfig) -> dict[str, Any]:
@@ -287,32 +315,6 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 def flatten(values: dict[str, Any]) -> dict[str, Any]:
     """Returns nested dicts as one, with dotted keys."""
     return traverse_util.flatten_dict(values, sep=".")
-
-
-def _build(cls, values: Any, prefix: str):
-    if not isinstance(values, Mapping) and not hasattr(values, "items"):
-        raise UserError(f"{prefix[:-1]} is {values!r}: it must be a group of settings")
-    values = dict(values.items())
-    if cls is ExperimentConfig and "rows" in values:
-        raise UserError("the config is that of a sweep: it is for experiments/sweep.py")
-    if cls is ModelConfig:
-        return _build_model(values, prefix)
-    if cls is MethodConfig:
-        cls, values = _method(values)
-    hints = typing.get_type_hints(cls)
-    check_keys(values, hints, prefix)
-    built = {}
-    for field in dataclasses.fields(cls):
-        name, hint = field.name, hints[field.name]
-        if name not in values:
-            if field.default is field.default_factory is dataclasses.MISSING:
-                raise UserError(f"{prefix}{name} is missing from the config")
-        elif group := _group(hint):
-            if not (type(None) in typing.get_args(hint) and _is_none(values[name])):
-                built[name] = _build(group, values[name], f"{prefix}{name}.")
-        else:
-            built[name] = _typed(values[name], hint, prefix + name)
-    return cls(**built)
 
 
 def _group(hint: Any) -> Any:

@@ -65,7 +65,7 @@ def run(
     with held, caught_signals(stopping) as signals, explained:
         if jax.process_count() == 1:  # or else the cache must be one that all share
             performance.keep_compiled_code(workdir.path.parent / ".jax_cache")
-        if hosts.of_first(lambda: is_finished(config, workdir)):
+        if hosts.of_first(lambda: workdir.is_finished(config)):
             say(f"finished before: {workdir.path}")
         elif not train_and_release(
             config,
@@ -78,12 +78,6 @@ def run(
         ):
             return 128 + hosts.agreed(signals)[0]
         return hosts.of_first(lambda: conclude(workdir))
-
-
-def is_finished(config: ExperimentConfig, workdir: Workdir) -> bool:
-    """Whether this run has ended before; raises `UserError` if it is another one."""
-    workdir.check(config)
-    return workdir.results() is not None
 
 
 def conclude(workdir: Workdir) -> int:

@@ -59,6 +59,16 @@ class Workdir:
                 f" these differ: {', '.join(changed)}"
             )
 
+    def is_finished(self, config: ExperimentConfig) -> bool:
+        """Whether this run has ended here.
+
+        Raises:
+          UserError: if the folder is of another experiment.
+        """
+        if self.path.exists():
+            self.check(config)
+        return self.results() is not None
+
     def kept(self) -> dict[str, Any] | None:
         """Returns what `begin` has kept, or None for a run that has not begun.
 

@@ -22,22 +22,20 @@ from dpmix_jax.sweeps import figure2, plots, tables
 from dpmix_jax.sweeps.grid import Record, Run, SweepConfig
 from dpmix_jax.sweeps.worker import last_line, log_of
 
-# Does a run in a folder, or goes on with it; returns why it failed, or None.
-Attempt = Callable[[Run, Workdir], str | None]
 Signals = Sequence[int]
+# Does a run in a folder, or goes on with it; returns why it failed, or None.
+RunOne = Callable[[ExperimentConfig, Workdir, Signals], str | None]
 # As each run ends: the run, why it failed or None, and the seconds that it took.
 Ended = Iterator[tuple[Run, str | None, float]]
-
-
-class _StoppedError(Exception):
-    """A signal has come."""
+# Does runs below a folder, up to the first signal.
+RunAll = Callable[[Sequence[Run], pathlib.Path, Signals], Ended]
 
 
 def launch(
     config: SweepConfig,
     path: pathlib.Path,
-    run_one: Callable[[ExperimentConfig, Workdir, Signals], str | None] | None = None,
-    run_all: Callable[[Sequence[Run], pathlib.Path, Signals], Ended] | None = None,
+    run_one: RunOne | None = None,
+    run_all: RunAll | None = None,
 ) -> int:
     """Does what is left of a sweep, or of a private selection if a run asks for one.
 
@@ -68,33 +66,31 @@ def launch(
             _check_metric(config.metric, run.config)
     _check_inputs(left)
     with folder.locked(), caught_signals() as signals:
-
-        def attempt(run: Run, workdir: Workdir) -> str | None:
+        if run_all is None:
             assert run_one is not None
-            why = run_one(run.config, workdir, signals)
+            run_all = _in_turn(run_one)
+        if selects:
+            assert run_one is not None
+            status = _select(runs, folder, run_one, signals)
+        else:
+            status = _sweep(config, runs, folder, run_all, signals)
+    if status > 128:
+        say("stopped: the same command goes on from there")
+    return status
+
+
+def _in_turn(run_one: RunOne) -> RunAll:
+    """Returns what does one run after the other."""
+
+    def run_all(runs, path, signals):
+        for run in runs:
+            began = time.monotonic()
+            why = run_one(run.config, Workdir(path / run.folder), signals)
             if signals:
-                raise _StoppedError
-            return why
+                return
+            yield run, why, time.monotonic() - began
 
-        def each(runs: Sequence[Run]) -> Ended:
-            for run in runs:
-                began = time.monotonic()
-                why = attempt(run, Workdir(path / run.folder))
-                yield run, why, time.monotonic() - began
-
-        def side_by_side(runs: Sequence[Run]) -> Ended:
-            assert run_all is not None
-            yield from run_all(runs, path, signals)
-            if signals:
-                raise _StoppedError
-
-        try:
-            if selects:
-                return _select(runs, folder, attempt)
-            return _sweep(config, runs, folder, side_by_side if run_all else each)
-        except _StoppedError:
-            say("stopped: the same command goes on from there")
-            return 128 + signals[0]
+    return run_all
 
 
 def _check_metric(metric: str, config: ExperimentConfig) -> None:
@@ -122,14 +118,6 @@ def _check_inputs(runs: Sequence[Run]) -> None:
         config.privacy.sampling_prob(num_records[inputs])
 
 
-def has_ended(run: Run, workdir: Workdir) -> bool:
-    """Whether a folder has results; raises `UserError` if they are of another run."""
-    if workdir.results() is None:
-        return False
-    workdir.check(run.config)
-    return True
-
-
 def _eta(started: float, done: int, total: int) -> str:
     return duration((time.monotonic() - started) / done * (total - done))
 
@@ -138,7 +126,8 @@ def _sweep(
     config: SweepConfig,
     runs: Sequence[Run],
     folder: Workdir,
-    do: Callable[[Sequence[Run]], Ended],
+    run_all: RunAll,
+    signals: Signals,
 ) -> int:
     """Does the runs that have not ended and prints the table; returns the status."""
     records: dict[Run, Record] = {}
@@ -154,14 +143,15 @@ def _sweep(
 
     for run in runs:
         try:
-            if has_ended(run, workdirs[run]):
+            if workdirs[run].is_finished(run.config):
                 collect(run)
         except UserError as error:
             failures[run] = str(error)
     total, started = len(runs), time.monotonic()
     say(f"{total} runs into {folder.path}, {len(records)} of them finished before")
     left = [run for run in runs if run not in records and run not in failures]
-    for done, (run, why, seconds) in enumerate(do(left), 1):
+    ended = run_all(left, folder.path, signals)
+    for done, (run, why, seconds) in enumerate(ended, 1):
         try:
             if why:
                 _end_log(workdirs[run], why)
@@ -175,6 +165,8 @@ def _sweep(
         number = f"{total - len(left) + done:>{len(str(total))}}/{total}"
         eta = _eta(started, done, len(left))
         say(f"run {number}  {run.name}: {outcome}; ETA {eta}")
+    if signals:
+        return 128 + signals[0]
     print(write(), end="", flush=True)
     for run, why in failures.items():
         say(f"failed: {run.name}: {why}")
@@ -229,7 +221,9 @@ def _check_candidates(runs: Sequence[Run]) -> None:
             )
 
 
-def _select(points: Sequence[Run], folder: Workdir, attempt: Attempt) -> int:
+def _select(
+    points: Sequence[Run], folder: Workdir, run_one: RunOne, signals: Signals
+) -> int:
     """Does the candidates, drawn from points of the grid, and leaves the best alone.
 
     Which candidates there are is decided, and kept, before the first begins: a
@@ -251,10 +245,13 @@ def _select(points: Sequence[Run], folder: Workdir, attempt: Attempt) -> int:
         candidates.mkdir(mode=0o700, exist_ok=True)
         workdirs = [Workdir(candidates / str(n)) for n in range(len(drawn))]
         pairs = enumerate(zip(drawn, workdirs, strict=True), 1)
-        left = [(n, *pair) for n, pair in pairs if not has_ended(*pair)]
+        left = [(n, r, w) for n, (r, w) in pairs if not w.is_finished(r.config)]
         started = time.monotonic()
         for done, (n, run, workdir) in enumerate(left, 1):
-            if why := attempt(run, workdir):
+            why = run_one(run.config, workdir, signals)
+            if signals:
+                return 128 + signals[0]
+            if why:
                 say(f"failed: candidate {n}: {why}")
                 say("a selection needs them all: the same command tries again")
                 return 1

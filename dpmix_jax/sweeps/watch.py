@@ -12,7 +12,6 @@ from dpmix_jax.files import is_locked
 from dpmix_jax.progress import duration
 from dpmix_jax.run.workdir import Workdir
 from dpmix_jax.sweeps.grid import Run, SweepConfig
-from dpmix_jax.sweeps.launch import has_ended
 from dpmix_jax.sweeps.worker import last_line, log_of
 
 STATES = ("done", "running", "failed", "queued")
@@ -65,7 +64,7 @@ def screen(runs: Sequence[Run], path: pathlib.Path) -> tuple[str, bool]:
 def _state(run: Run, workdir: Workdir) -> tuple[str, str]:
     """Returns the state of a run, and the last thing that it has said."""
     try:
-        if has_ended(run, workdir):
+        if workdir.is_finished(run.config):
             return "done", ""
     except UserError as error:  # results of another experiment
         return "failed", str(error)
