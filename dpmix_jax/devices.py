@@ -13,7 +13,7 @@ PyTree = Any
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-_EVERYWHERE, _SPREAD = PartitionSpec(), PartitionSpec("records")
+EVERYWHERE, SPREAD = PartitionSpec(), PartitionSpec("records")
 
 
 def make_mesh(devices: list[jax.Device] | None = None) -> jax.sharding.Mesh:
@@ -57,15 +57,15 @@ def sum_over_devices(
     return jax.shard_map(
         lambda *arguments: jax.lax.psum(function(*arguments), "records"),
         mesh=mesh,
-        in_specs=(_EVERYWHERE, _EVERYWHERE, _SPREAD, _EVERYWHERE),
-        out_specs=_EVERYWHERE,
+        in_specs=(EVERYWHERE, EVERYWHERE, SPREAD, EVERYWHERE),
+        out_specs=EVERYWHERE,
         check_vma=False,
     )
 
 
 def everywhere(mesh: jax.sharding.Mesh) -> NamedSharding:
     """Returns the sharding of arrays that are whole on every device."""
-    return NamedSharding(mesh, _EVERYWHERE)
+    return NamedSharding(mesh, EVERYWHERE)
 
 
 def put_everywhere(tree: PyTree, mesh: jax.sharding.Mesh) -> PyTree:
@@ -90,7 +90,7 @@ def put_spread(
       mesh: from `make_mesh`.
       read: returns a slice of the first axis. A process reads for its own devices only.
     """
-    spread = NamedSharding(mesh, _SPREAD)
+    spread = NamedSharding(mesh, SPREAD)
     return jax.make_array_from_callback(
         shape,
         spread,

@@ -42,7 +42,7 @@ def naming(
     except OSError as error:
         unknown = error.filename in (None, in_place_of and str(in_place_of))
         if error.errno is not None and unknown:
-            error.filename = str(path)
+            raise OSError(error.errno, error.strerror, str(path)) from None
         raise
 
 
@@ -53,17 +53,17 @@ def replacing(path: pathlib.Path, *, mode: int = 0o644) -> Iterator[BinaryIO]:
     A process that fails or is killed leaves the old file, never a part of the new one.
     """
     partial = path.with_name(f".{path.name}.partial")
-    partial.unlink(missing_ok=True)  # of a killed process
-    try:
-        with naming(path, in_place_of=partial):
+    with naming(path, in_place_of=partial):
+        partial.unlink(missing_ok=True)  # of a killed process
+        try:
             descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
             with open(descriptor, "wb") as file:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+        finally:
+            partial.unlink(missing_ok=True)
 
 
 def write_atomically(

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import scipy.signal
 
 from dpmix_jax.errors import require
 
@@ -97,6 +98,9 @@ class LowPassState(NamedTuple):
     outputs: tuple[Any, ...]
 
 
+_FIRST = 10_000  # updates of a filter that are looked at, after which it has settled
+
+
 def low_pass(a: Sequence[float], b: Sequence[float]) -> optax.GradientTransformation:
     """DOPPLER: a linear filter in time, as gradients change slowly and noise does not.
 
@@ -114,20 +118,23 @@ def low_pass(a: Sequence[float], b: Sequence[float]) -> optax.GradientTransforma
     Args:
       a: a_1, a_2, ... of what came out before; every root of z^n + a_1 z^(n-1) + ... is
         inside the unit circle, or else the past would never be forgotten.
-      b: b_0, b_1, ... of the private means; b_0 and the sum are not 0.
+      b: b_0, b_1, ... of the private means; b_0 is not 0.
 
     Raises:
-      UserError: for a filter that is not stable, or has no b_0.
+      UserError: for a filter that is not stable, has no b_0, or makes 0 of ones at any
+        update, so that c_t is 0.
 
     Example:
       >>> smooth = dpm.optimizers.low_pass(a=(-0.9,), b=(0.05, 0.05))
       >>> optimizer = optax.chain(smooth, optax.sgd(1.0))  # after the privatizer
     """
     a, b = tuple(map(float, a)), tuple(map(float, b))
-    passes = bool(b) and b[0] != 0 and sum(b) != 0  # sum(b) is 0: nothing that stays
-    require(passes, "b", b, "numbers of which the first and the sum are not 0")
+    require(bool(b) and b[0] != 0, "b", b, "numbers of which the first is not 0")
     stable = bool(np.isfinite(a).all()) and bool((np.abs(np.roots([1, *a])) < 1).all())
     require(stable, "a", a, "of a stable filter, all poles inside the unit circle")
+    of_ones = scipy.signal.lfilter(b, (1.0, *a), np.ones(_FIRST))
+    lasts = bool(np.abs(of_ones).min() > 1e-6 * np.abs(b).sum())
+    require(lasts, "b", b, "of a filter that never makes 0 of ones")
 
     def init(params):
         def zeros():

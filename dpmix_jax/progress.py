@@ -39,14 +39,8 @@ def duration(seconds: float) -> str:
 
 def bar(of: Iterable[Any] | None = None, **options: Any) -> tqdm:
     """Returns a bar of images, which is shown if they take long; see `tqdm.tqdm`."""
-    return tqdm(
-        of,
-        unit=" images",
-        delay=_SECONDS,
-        mininterval=_SECONDS,
-        disable=_silent,
-        **options,
-    )
+    usual = {"unit": " images", "delay": _SECONDS, "mininterval": _SECONDS}
+    return tqdm(of, disable=_silent, **usual | options)
 
 
 class Progress(contextlib.AbstractContextManager):

@@ -210,6 +210,16 @@ FAULTS = {
         ),
         "test_kept.py::test_rows_are_the_sets_of_the_first_updates_embedded",
     ),
+    "averaged weights evaluated on the encoder of the last": Fault(
+        "run/evaluate.py",
+        (
+            (
+                "finetune.is_head(*config.finetune.split(model.shapes))",
+                "True",
+            ),
+        ),
+        "test_evaluate.py::test_weights_share_an_encoder_only_where_it_is_frozen",
+    ),
     "a turn in every update": Fault(
         "sampling.py",
         (("turns == step % bands", "turns >= 0"),),

@@ -53,6 +53,7 @@ class Named(nn.Module):
     num_classes: int
     dtype: type
     encoder: str = "small"
+    whiten: bool = False
 
     @nn.compact
     def __call__(self, images):

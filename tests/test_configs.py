@@ -12,7 +12,7 @@ from dpmix_jax import UserError, sweeps
 from dpmix_jax.accounting import Mechanism
 from dpmix_jax.data import blank
 from dpmix_jax.mixup import METHODS
-from dpmix_jax.run.cli import default_workdir, load_experiment, parse
+from dpmix_jax.run.cli import default_workdir, load_experiment, parse, read_config
 from dpmix_jax.run.config import (
     check_flags,
     differences,
@@ -447,6 +447,12 @@ def test_default_workdir():
     path = ROOT / "configs/digits.py"
     assert str(default_workdir(path, "")) == "runs/digits"
     assert str(default_workdir(path, "8")) == "runs/digits-8"
-    # What follows a colon in --config=<the config.json in there> is an argument.
-    workdir = default_workdir(ROOT / "configs/rates.py", "vit_b16:cifar10-1")
-    assert str(workdir) == "runs/rates-vit_b16-cifar10-1"
+
+
+def test_a_run_is_a_config_whatever_its_folder_is_called(tmp_path):
+    folder = default_workdir(ROOT / "configs/rates.py", "vit_b16:cifar10-1")
+    path = tmp_path / folder / "config.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps(to_dict(load_experiment(["--config=digits:8"]))))
+    assert load_experiment([f"--config={path}"]).privacy.epsilon == 8
+    assert read_config(str(path)).privacy.epsilon == 8

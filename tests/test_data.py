@@ -55,8 +55,8 @@ def test_npz_round_trip(tmp_path):
     np.testing.assert_array_equal(dataset.train.images, arrays()["train_images"])
     np.testing.assert_array_equal(dataset.test.labels, arrays()["test_labels"])
     assert dataset.train.class_names == ("cat", "dog")
-    of_bytes = load(tmp_path, class_names=np.array(["cat", "dog"], "S"))
-    assert of_bytes.train.class_names == ("cat", "dog")
+    of_bytes = load(tmp_path, class_names=np.array([b"cat", "caf\xe9".encode()]))
+    assert of_bytes.train.class_names == ("cat", "caf\xe9")
     grey = arrays()["train_images"][..., 0], arrays()["test_images"][..., 0]
     dataset = load(
         tmp_path, train_images=grey[0], test_images=grey[1], class_names=["cat", "Cat"]
@@ -70,6 +70,7 @@ def test_npz_round_trip(tmp_path):
     [
         ({"test_labels": None}, "test_labels is missing"),
         ({"class_names": None}, "class_names is missing"),
+        ({"class_names": [["a", "b"]]}, r"class_names are \(1, 2\), not one for each"),
         ({"train_labels": np.zeros(20)}, "data.npz: train_labels are float64"),
         ({"train_labels": np.full(20, -1)}, r"labels are in \[-1, -1\]"),
         ({"train_labels": np.full(20, 2**32 + 1)}, r"labels are in \[2, 2\]"),

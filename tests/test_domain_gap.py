@@ -135,6 +135,12 @@ def test_features_are_what_the_last_layer_is_given(name, options, last):
         domain_gap.features(lambda scale, x: x * scale, np.float32("nan"), records)
 
 
+def test_features_of_a_head_on_a_grid_are_flat():
+    model = models.create("scattering_linear", 10, scales=1)
+    features_fn = domain_gap.penultimate(model.apply)
+    assert features_fn(random_params(model), jnp.zeros((2, 8, 8, 1))).shape == (2, 144)
+
+
 class Convolutional(nn.Module):
     """Has a Dense layer, and ends in a convolution."""
 
@@ -222,7 +228,8 @@ def test_training_and_test_images_are_refused_as_public(tmp_path):
     config = data.DataConfig(name="hf:a/faces", path=str(tmp_path / "a"))
     for name, message in (
         ("a/faces", "no features may be"),
-        ("b/faces", "of Parquet files"),
+        ("b/Faces", "no features may be"),
+        ("b/dogs", "of Parquet files"),
     ):
         with pytest.raises(UserError, match=message):
             domain_gap.load_images(config, PublicConfig(name=f"hf:{name}"))

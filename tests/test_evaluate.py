@@ -1,13 +1,19 @@
 """Evaluation of several weights at once, and over views of an image."""
 
+import functools
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dpmix_jax import AugmentationConfig, views
-from dpmix_jax.run.evaluate import make_confusion, over_views
+from dpmix_jax import AugmentationConfig, data, views
+from dpmix_jax.models import finetune
+from dpmix_jax.run import build
+from dpmix_jax.run.evaluate import make_confusion, make_confusions, over_views
 from dpmix_jax.sampling import stream_key
 from tests import toy
+from tests.test_finetune import SHORT, VIT_FLAGS, load
 
 V = 3
 IMAGES = toy.records(4).normalize(toy.records(4).images)
@@ -61,6 +67,45 @@ def test_probabilities_are_those_of_a_loop_over_images_and_views():
         expected = np.mean([jax.nn.softmax(x) for x in each], axis=0)
         np.testing.assert_allclose(np.exp(logs), expected, rtol=1e-5)
         assert np.ptp(each, axis=0).max() > 1e-3  # the views do differ
+
+
+@pytest.mark.sampled("all-1", "head-2")
+@pytest.mark.parametrize("num_views", [1, 2])
+@pytest.mark.parametrize("trainable", ["head", "head,bias", "all"])
+def test_weights_share_an_encoder_only_where_it_is_frozen(trainable, num_views):
+    """Counts of raw and averaged weights are those of the whole model of each."""
+    changes = {"finetune.trainable": trainable, "evaluate.views": num_views}
+    config = load("configs/vit_b16.py", SHORT | VIT_FLAGS | changes)
+    dataset = data.load(config.data)
+    dataset = dataset._replace(test=dataset.test.subset(np.arange(40)))
+    model = build.classifier(config, dataset.test)
+    rng = np.random.default_rng(0)
+
+    def drawn():
+        return jax.tree.map(
+            lambda leaf: leaf + rng.normal(0, 0.2, leaf.shape).astype(np.float32),
+            config.finetune.split(model.init(jax.random.key(0))),
+        )
+
+    _, frozen = drawn()
+    weights = [finetune.join(drawn()[0], frozen) for _ in range(2)]
+    for params in weights:  # nothing but the image decides
+        params["params"]["head"]["bias"] *= 0
+    name = "test_views" if num_views > 1 else "test"
+    found = make_confusions(config, model, dataset)[name](weights)
+    images = dataset.test.normalize(jnp.asarray(dataset.test.images))
+    of_each = [images]
+    if num_views > 1:
+        keys = jax.random.split(stream_key(0, "augmentation"), len(images))
+        draw = functools.partial(views, k=num_views, augmentation=config.augmentation)
+        of_each = jnp.moveaxis(jax.vmap(draw)(keys, images), 1, 0)
+    logits_fn = jax.jit(model.logits)
+    for counts, params in zip(found, weights, strict=True):
+        expected = np.zeros_like(counts)
+        likely = sum(jax.nn.softmax(logits_fn(params, view)) for view in of_each)
+        np.add.at(expected, (dataset.test.labels, likely.argmax(1)), 1)
+        np.testing.assert_array_equal(counts, expected)
+    assert (found[0] != found[1]).any()
 
 
 def test_of_views_that_are_the_image_it_is_the_prediction():

@@ -1,10 +1,10 @@
 """Whole runs: what they write, what they refuse, and that they survive."""
 
 import contextlib
-import errno
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import stat
@@ -334,12 +334,17 @@ def test_a_checkpoint_that_cannot_be_read_stays(tmp_path, monkeypatch):
     path.parent.mkdir()
     path.write_bytes(b"whole")
 
-    def fail(*args, **kwargs):
-        raise OSError(errno.EMFILE, "Too many open files")
-
-    monkeypatch.setattr(safetensors, "safe_open", fail)
-    with pytest.raises(OSError, match="Too many open files"):
-        Checkpoints(path.parent).restore(None)
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    free = os.dup(0)
+    os.close(free)
+    checkpoints = Checkpoints(path.parent)
+    monkeypatch.setattr(checkpoints, "steps", lambda: [3])
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free, most))
+    try:
+        with pytest.raises(OSError, match=f"Too many open files: '{path}'"):
+            checkpoints.restore(None)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     assert path.read_bytes() == b"whole"
 
 

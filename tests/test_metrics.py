@@ -99,6 +99,11 @@ def test_mistakes_are_one_line(run, tmp_path, monkeypatch):
             [f"--run={run}", "--csv=none/x"],
             "[Errno 2] No such file or directory: 'none/x'",
         ),
+        ([f"--run={run}", f"--csv={run}"], f"[Errno 21] Is a directory: '{run}'\n"),
+        (
+            [f"--run={run}", f"--csv={run}/metrics.jsonl/x"],
+            f"[Errno 20] Not a directory: '{run}/metrics.jsonl/x'\n",
+        ),
     ):
         done = call("experiments/metrics.py", flags)
         assert done.returncode == 2

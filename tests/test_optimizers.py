@@ -270,7 +270,13 @@ def test_a_gain_of_one_is_the_inner_optimizer():
         (lambda: low_pass((-2.5, 1.0), (1.0,)), r"a is \(-2.5, 1.0\): it must be of a"),
         (lambda: low_pass((), (0.0, 1.0)), r"b is \(0.0, 1.0\): it must be numbers"),
         (lambda: low_pass((), ()), r"b is \(\): it must be numbers of which"),
-        (lambda: low_pass((), (1.0, -1.0)), r"b is \(1.0, -1.0\): it must be numbers"),
+        *(
+            (
+                lambda b=b: low_pass((), b),
+                f"b is .*{b[-1]}.: it must be of a filter that",
+            )
+            for b in ((1.0, -1.0), (0.1, 0.2, -0.3), (1.0, -1.0, 1.0))
+        ),
         (lambda: kalman(optax.sgd(1.0), 0.0), r"kappa is 0.0: it must be in \(0, 1\]"),
         (
             lambda: MEMBERS["kalman"].update(PARAMS, MEMBERS["kalman"].init(PARAMS)),

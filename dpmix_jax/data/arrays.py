@@ -63,7 +63,12 @@ def npz(path: pathlib.Path) -> Arrays:
             raise UserError(
                 f"{name} is missing, it must be an .npz archive of {', '.join(_NPZ)}"
             )
-    class_names = tuple(np.atleast_1d(arrays["class_names"]).astype(str).tolist())
+    named = np.atleast_1d(arrays["class_names"])
+    if named.ndim > 1:
+        raise UserError(f"class_names are {named.shape}, not one for each class")
+    if named.dtype.kind == "S":
+        named = np.strings.decode(named, "utf-8")
+    class_names = tuple(map(str, named))
     splits = []
     for split in ("train", "test"):
         images, labels = arrays[f"{split}_images"], arrays[f"{split}_labels"]

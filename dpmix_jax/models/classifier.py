@@ -100,7 +100,8 @@ def make_classifier(
         whiten = _in_chunks(of_one(lambda model, x: model.whiten(x)), None)
         return whiten(params, embed(params, images))
 
-    encodes = hasattr(module, "whiten")  # an `EncoderAndHead`, or what is like it
+    # An `EncoderAndHead`, or what is like it.
+    encodes = hasattr(module, "encoder") and callable(getattr(module, "whiten", None))
     shape = jax.eval_shape(encode, shapes, blank).shape[1:] if encodes else ()
 
     def classify(params, embeddings):

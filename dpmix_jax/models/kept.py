@@ -14,9 +14,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec
 
-from dpmix_jax import sampling, training
+from dpmix_jax import devices, sampling, training
 from dpmix_jax.files import naming
 from dpmix_jax.progress import bar
 
@@ -59,13 +58,12 @@ def make_embed(
         found = found.reshape(records, -1)
         return found.astype(jnp.float16), labels.astype(jnp.float32)
 
-    whole, split = PartitionSpec(), PartitionSpec("records")
     return jax.jit(
         jax.shard_map(
             embed,
             mesh=mesh,
-            in_specs=(whole, split, whole),
-            out_specs=split,
+            in_specs=(devices.EVERYWHERE, devices.SPREAD, devices.EVERYWHERE),
+            out_specs=devices.SPREAD,
             check_vma=False,
         )
     )
@@ -128,7 +126,9 @@ def keep(
             written = os.fstat(descriptor).st_size // row.itemsize
             starts = range(0, num_records, microbatch_size)
             total = num_sets * num_records
-            with bar(desc="embedding", total=total, initial=written) as progress:
+            with bar(
+                desc="embedding", unit=" sets", total=total, initial=written
+            ) as progress:
                 for j, i in itertools.product(range(num_sets), starts):
                     indices = np.arange(i, i + microbatch_size)
                     indices[indices >= num_records] = -1
@@ -143,7 +143,7 @@ def keep(
                         rows[name] = np.asarray(array)[: len(rows)]
                     file.seek(first * row.itemsize)
                     file.write(rows.tobytes())
-                    progress.update(len(rows))
+                    progress.update(first + len(rows) - progress.n)
             file.flush()
             os.fsync(descriptor)
         os.replace(partial, path)

@@ -57,6 +57,7 @@ class Checkpoints:
         Raises:
           UserError: if states were saved, and all files are damaged, or the latest is
             that of another version.
+          OSError: for a file that cannot be read, whether it is damaged or not.
         """
         self._folder.mkdir(mode=0o700, exist_ok=True)  # from now on a run has begun
         steps = self.steps()
@@ -110,6 +111,8 @@ def _read(path: pathlib.Path) -> dict[str, np.ndarray] | None:
     Raises:
       OSError: if it cannot be read, whether it is damaged or not.
     """
+    with open(path, "rb"):  # safetensors does not say why it cannot open a file
+        pass
     try:
         with safetensors.safe_open(path, framework="numpy") as file:
             promised = (file.metadata() or {}).get("sha256")

@@ -54,7 +54,7 @@ def find_config(text: str) -> str:
       text: such as `my_config.py:8`; `digits:8` and `configs/digits.py:8` are those of
         the package where there is no such file.
     """
-    name, colon, argument = text.partition(":")
+    name, colon, argument = _split(text)
     if pathlib.Path(name).is_file():
         return text
     stem = name.removeprefix("configs/").removesuffix(".py")
@@ -63,13 +63,18 @@ def find_config(text: str) -> str:
     return f"{programs_folder() / 'configs' / stem}.py{colon}{argument}"
 
 
+def _split(text: str) -> tuple[str, str, str]:
+    """Returns file, colon and argument; a file may have a colon in its path."""
+    return (text, "", "") if pathlib.Path(text).is_file() else text.partition(":")
+
+
 def read_config(text: str) -> ConfigDict:
     """Returns what a config says, given as `--config` takes it.
 
     Raises:
       UserError: if there is no such config, or it is that of a sweep.
     """
-    path = find_config(text).partition(":")[0]
+    path, *_ = _split(find_config(text))
     _check_file(path)
     found = _ConfigParser("config", lock_config=False).parse(text)
     if "optimizer" not in found:
@@ -135,7 +140,7 @@ def config_file(
             "--config is missing: give a file, or a name of `dpmix configs`"
         )
     name = find_config(config_flags.get_config_filename(flag_values["config"]))
-    path, _, argument = name.partition(":")
+    path, _, argument = _split(name)
     _check_file(path)
     return pathlib.Path(path), argument
 
@@ -148,11 +153,8 @@ def _check_file(path: str) -> None:
 
 
 def default_workdir(path: pathlib.Path, argument: str) -> pathlib.Path:
-    """Returns `runs/<name of the config file>[-<argument>]`, of a file its name.
-
-    Colons of the argument become hyphens: what follows one is no part of a path.
-    """
-    name = pathlib.Path(argument).name.replace(":", "-")
+    """Returns `runs/<name of the config file>[-<argument>]`, of a file its name."""
+    name = pathlib.Path(argument).name
     return pathlib.Path("runs") / "-".join(filter(None, (path.stem, name)))
 
 

@@ -227,7 +227,7 @@ def _begin_log(workdir: Workdir) -> None:
     """Lets a log no longer end with the error of an earlier job."""
     workdir.path.parent.mkdir(parents=True, exist_ok=True)
     with open(log_of(workdir), "a") as file:
-        file.write("waiting for its job to begin\n")
+        file.write("\nwaiting for its job to begin\n")
 
 
 def _why(job: submitit.Job, workdir: Workdir) -> str | None:

@@ -68,12 +68,13 @@ def _missing(config: ExperimentConfig) -> Iterator[str]:
     if public is not None and public.name not in RENDERED:
         given["public"] = public.files, public
     for group, (name, place) in given.items():
-        if place.download and datasets.public_source(name):
-            continue
+        fetched = place.download and place.path is None and name in datasets.SOURCES
         try:
             datasets.location(name, place.path)
         except UserError as error:
+            if fetched and datasets.public_source(name):
+                continue
             yield f"missing: {str(error).replace('data.', f'{group}.')}"
     for key, path in config.finetune.files.items():
-        if not pathlib.Path(path).exists():
+        if not pathlib.Path(path).expanduser().exists():
             yield f"missing: finetune.{key} is {path}: there is no such file"

@@ -182,8 +182,8 @@ def _end_log(workdir: Workdir, why: str) -> None:
     """Ends the log of a run that failed with the reason, which a crash has not told."""
     log = log_of(workdir)
     if log.exists() and not last_line(log).startswith("error: "):
-        with open(log, "a") as file:
-            file.write(f"error: {why}\n")
+        with open(log, "a") as file:  # a bar may be its last line, without an end
+            file.write(f"\nerror: {why}\n")
 
 
 # Private selections.

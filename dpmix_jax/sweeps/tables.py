@@ -72,6 +72,9 @@ def to_csv(records: Sequence[Record]) -> str:
 def read(sweep: SweepConfig, path: pathlib.Path) -> list[Record]:
     """Returns the runs in a CSV that `write` has written.
 
+    Columns of the sweep, the seed, the metric and the seconds are what they were; all
+    else is text.
+
     Raises:
       UserError: for a file that is none, or of another sweep.
     """

@@ -65,10 +65,13 @@ def load_images(config: DataConfig, public: PublicConfig) -> tuple[Records, Reco
         private one, wherever it is.
     """
     ours, theirs = (
-        hf.repository_of(name) or tfds.builder_of(name) or name
+        # One dataset has several owners and spellings there.
+        (hf.repository_of(name) or tfds.builder_of(name) or name)
+        .split("/")[-1]
+        .casefold()
         for name in (public.name, config.name)
     )
-    if ours == theirs and ours not in ("bank", "npz", "folder"):
+    if ours == theirs and public.name not in ("bank", "npz", "folder"):
         raise UserError(
             f"public.name is {public.name!r}: its training records are those of"
             f" data.name {config.name!r}, of which no features may be taken"
@@ -82,7 +85,7 @@ def load_images(config: DataConfig, public: PublicConfig) -> tuple[Records, Reco
 
 
 def penultimate(logits_fn: Function) -> Function:
-    """Returns what the last Dense layer of a Flax Linen model is given, [B, D].
+    """Returns what the last Dense layer of a Flax Linen model is given, flat: [B, D].
 
     Args:
       logits_fn: `f(params, images [B, H, W, C]) -> logits [B, O]`.
@@ -106,7 +109,7 @@ def penultimate(logits_fn: Function) -> Function:
             raise UserError(
                 "the encoder's last layer is not a Dense: it has no features"
             )
-        return last[0].astype(jnp.float32)
+        return last[0].reshape(len(images), -1).astype(jnp.float32)
 
     return features_fn
 
