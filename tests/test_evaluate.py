@@ -83,29 +83,29 @@ def test_weights_share_an_encoder_only_where_it_is_frozen(trainable, num_views):
 
     def drawn():
         return jax.tree.map(
-            lambda leaf: leaf + rng.normal(0, 0.2, leaf.shape).astype(np.float32),
+            lambda leaf: leaf + rng.normal(0, 0.5, leaf.shape).astype(np.float32),
             config.finetune.split(model.init(jax.random.key(0))),
         )
 
     _, frozen = drawn()
     weights = [finetune.join(drawn()[0], frozen) for _ in range(2)]
-    for params in weights:  # nothing but the image decides
-        params["params"]["head"]["bias"] *= 0
+    images = dataset.test.normalize(jnp.asarray(dataset.test.images))
+    logits_fn = jax.jit(model.logits)
+    for params in weights:  # so that images are of several classes to each
+        params["params"]["head"]["bias"] -= logits_fn(params, images).mean(0)
     name = "test_views" if num_views > 1 else "test"
     found = make_confusions(config, model, dataset)[name](weights)
-    images = dataset.test.normalize(jnp.asarray(dataset.test.images))
     of_each = [images]
     if num_views > 1:
         keys = jax.random.split(stream_key(0, "augmentation"), len(images))
         draw = functools.partial(views, k=num_views, augmentation=config.augmentation)
         of_each = jnp.moveaxis(jax.vmap(draw)(keys, images), 1, 0)
-    logits_fn = jax.jit(model.logits)
     for counts, params in zip(found, weights, strict=True):
         expected = np.zeros_like(counts)
         likely = sum(jax.nn.softmax(logits_fn(params, view)) for view in of_each)
         np.add.at(expected, (dataset.test.labels, likely.argmax(1)), 1)
         np.testing.assert_array_equal(counts, expected)
-    assert (found[0] != found[1]).any()
+    assert (found.sum(1) > 0).sum() > 6
 
 
 def test_of_views_that_are_the_image_it_is_the_prediction():
