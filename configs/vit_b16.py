@@ -33,14 +33,14 @@ from dpmix_jax.run.config import choose
 
 BATCH_SIZE, EPOCHS, SIZE = 1_000, 10, 224
 # By dataset: training records, side at which images are stored (0: their own; those of
-# one size are enlarged on the device), learning rate.
+# one size are enlarged on the device).
 DATASETS = {
-    "cifar10": (50_000, 0, 2.0),
-    "cifar100": (50_000, 0, 2.0),
-    "eurosat": (21_600, 0, 2.0),
-    "caltech256": (24_485, SIZE, 2.0),
-    "sun397": (87_003, SIZE, 2.0),
-    "oxford_iiit_pet": (3_680, SIZE, 2.0),
+    "cifar10": (50_000, 0),
+    "cifar100": (50_000, 0),
+    "eurosat": (21_600, 0),
+    "caltech256": (24_485, SIZE),
+    "sun397": (87_003, SIZE),
+    "oxford_iiit_pet": (3_680, SIZE),
 }
 POINTS = {
     f"{data}-{epsilon}": (data, float(epsilon))
@@ -51,7 +51,7 @@ POINTS = {
 
 def get_config(point: str = "cifar10-1") -> ml_collections.ConfigDict:
     data, epsilon = choose(POINTS, point, "dataset and epsilon")
-    num_records, stored, learning_rate = DATASETS[data]
+    num_records, stored = DATASETS[data]
     return experiment(
         data={
             "name": data,
@@ -74,6 +74,6 @@ def get_config(point: str = "cifar10-1") -> ml_collections.ConfigDict:
             "expected_batch_size": BATCH_SIZE,
             "num_updates": -(-EPOCHS * num_records // BATCH_SIZE),
         },
-        optimizer={"learning_rate": learning_rate, "weight_decay": 1e-5},
+        optimizer={"learning_rate": 2.0, "weight_decay": 1e-5},
         logging={"log_every": 5, "eval_every": 50, "checkpoint_every": 10},
     )

@@ -28,10 +28,9 @@ from configs._base import experiment
 from dpmix_jax.run.config import choose
 
 UPDATES = {1: 250, 2: 500, 4: 1000, 8: 2000}
-LEARNING_RATES = {"cifar10": 1.0, "cifar100": 1.0}
 POINTS = {
     f"{data}-{epsilon}": (data, float(epsilon), updates)
-    for data in LEARNING_RATES
+    for data in ("cifar10", "cifar100")
     for epsilon, updates in UPDATES.items()
 }
 
@@ -48,6 +47,6 @@ def get_config(point: str = "cifar10-1") -> ml_collections.ConfigDict:
             "expected_batch_size": 16_384,
             "num_updates": num_updates,
         },
-        optimizer={"learning_rate": LEARNING_RATES[data], "ema_decay": 0.9},
+        optimizer={"learning_rate": 1.0, "ema_decay": 0.9},
         logging={"log_every": 5, "eval_every": 50, "checkpoint_every": 10},
     )

@@ -72,7 +72,7 @@ def test_rows_are_the_sets_of_the_first_updates_embedded(tmp_path):
     assert stat.S_IMODE((tmp_path / "embeddings").stat().st_mode) == 0o600
 
 
-@pytest.mark.sampled
+@pytest.mark.sampled("4-17")
 @pytest.mark.parametrize("cut", [0, 17])
 @pytest.mark.parametrize("after", range(1, 9, 3))
 def test_stopped_or_killed_it_goes_on_to_the_same_bytes(tmp_path, after, cut):

@@ -48,8 +48,8 @@ def find_version(name: str, path: str | None) -> pathlib.Path:
     match = NAME.fullmatch(name)
     assert match is not None  # DataConfig has seen to it
     default = pathlib.Path.home() / "tensorflow_datasets"
-    data_dir = pathlib.Path(path or os.environ.get("TFDS_DATA_DIR") or default)
-    data_dir = data_dir.expanduser()
+    given = path or os.environ.get("TFDS_DATA_DIR") or default
+    data_dir = pathlib.Path(given).expanduser()
     if (data_dir / _INFO).is_file():
         return data_dir
     # Tfds itself would want its own default config, which ours are prepared without.
