@@ -252,7 +252,7 @@ def _loss_of_one(sampled, relation: NeighboringRelation):
 
 
 def _calibrate(epsilon, delta, noiseless):
-    relation, updates = noiseless.neighboring_relation, noiseless.num_updates
+    updates = noiseless.num_updates
     if noiseless.allocated:
         return allocation.calibrate(
             epsilon=epsilon,
@@ -261,21 +261,21 @@ def _calibrate(epsilon, delta, noiseless):
             batches_per_epoch=noiseless.batches_per_epoch,
         )
 
-    def mechanism(noise_multiplier):
-        return dataclasses.replace(noiseless, noise_multiplier=noise_multiplier)
+    @functools.cache  # the search asks again at the ends of its brackets
+    def excess(noise_multiplier: float, accountant: str | None = None) -> float:
+        each = dataclasses.replace(noiseless, noise_multiplier=noise_multiplier)
+        return each.epsilon(delta, accountant=accountant) - epsilon
 
     # RDP is quick and bounds the search roughly; PLD, whose cost grows with epsilon, is
     # then asked only near the target.
     high = _MAX_NOISE
-    while high > _MIN_NOISE and (
-        mechanism(high / 2).epsilon(delta, accountant="rdp") <= epsilon
-    ):
+    while high > _MIN_NOISE and excess(high / 2, "rdp") <= 0:
         high /= 2
     enough = high > _MIN_NOISE
-    while enough and high < _MAX_NOISE and mechanism(high).epsilon(delta) > epsilon:
+    while enough and high < _MAX_NOISE and excess(high) > 0:
         high *= 2
     low = high
-    while enough and mechanism(low).epsilon(delta) <= epsilon:
+    while enough and excess(low) <= 0:
         enough = low > _MIN_NOISE
         low, high = max(0.8 * low, _MIN_NOISE), low
     if not enough or low == high:
@@ -285,16 +285,10 @@ def _calibrate(epsilon, delta, noiseless):
             f" probability {noiseless.sampling_prob:.4g}: ask for another epsilon,"
             " batch size or number of updates"
         )
-    return dp_accounting.calibrate_dp_mechanism(
-        make_fresh_accountant=lambda: _ACCOUNTANTS[noiseless.accountant](
-            neighboring_relation=relation
-        ),
-        make_event_from_param=lambda value: mechanism(value).event(),
-        target_epsilon=epsilon,
-        target_delta=delta,
-        bracket_interval=dp_accounting.ExplicitBracketInterval(low, high),
-        tol=1e-5 * low,
-    )
+    tolerance = 1e-5 * low
+    root = scipy.optimize.brentq(excess, low, high, xtol=tolerance)
+    # The root is up to the tolerance off, on either side.
+    return next(x for x in (root, root + tolerance, high) if excess(x) <= 0)
 
 
 def calibrate(

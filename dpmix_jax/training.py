@@ -6,6 +6,7 @@ become augmentation sets (`make_sets`), whose gradients are clipped and summed
 to the whole sum once, and the parameters move (`make_update`); `train` repeats that.
 """
 
+import functools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -325,24 +326,19 @@ def init_state(params: PyTree, optimizer: optax.GradientTransformation) -> Train
     )
 
 
+@functools.partial(jax.jit, static_argnames=("mesh", "magnitudes"))
 def init_sums(
     params: PyTree, mesh: jax.sharding.Mesh, *, magnitudes: bool = False
 ) -> Sums:
-    """Returns float32 zeros to accumulate into."""
-    where = devices.everywhere(mesh)
-
-    def zeros() -> PyTree:  # anew, for `accumulate` donates them
-        return jax.tree.map(
-            lambda p: jnp.zeros(p.shape, jnp.float32, device=where), params
-        )
-
-    nonprivate: dict[str, Any] = {
-        name: jnp.zeros((), jnp.float32, device=where)
-        for name in ("loss", "clipped", "records")
-    }
+    """Returns float32 zeros to accumulate into, of one call for all leaves."""
+    names = ("loss", "clipped", "records")
+    nonprivate: dict[str, Any] = dict.fromkeys(names, jnp.zeros(()))
     if magnitudes:
-        nonprivate["magnitudes"] = zeros()
-    return Sums(zeros(), nonprivate)
+        nonprivate["magnitudes"] = params
+    zeros = jax.tree.map(
+        lambda p: jnp.zeros(p.shape, jnp.float32), Sums(params, nonprivate)
+    )
+    return jax.lax.with_sharding_constraint(zeros, devices.everywhere(mesh))
 
 
 def put_inputs(
