@@ -11,7 +11,7 @@ learning rates that plain has there. With cnn the same methods train a small CNN
 coefficients, where DP-SGD at the cost of four images a record has a row too, and with
 pixels another small CNN, on pixels, for 1,000 updates.
 
-Hardware: two CPU cores. Hours: 0.6 for plain, 0.6 for methods, 2 for epsilons, 1.5 for
+Hardware: two CPU cores. Hours: 0.7 for plain, 1.5 for methods, 2 for epsilons, 1.5 for
 cnn, 2.0 for pixels.
 
 Accuracy: docs/results/fashion_mnist.md.

@@ -48,7 +48,7 @@ def get_config(epsilon: str = "3") -> ml_collections.ConfigDict:
         public={"name": "rendered_clothes", "count": 3000},
         finetune={"embeddings": "kept", "whitening": 0.01},
         method={"name": "dp_sgd"},
-        # Of methods with views; tried once only, see the page of results.
+        # Of methods with views: all that was tried, see the page of results.
         augmentation={"flip": False, "max_shift": 1.0},
         privacy={
             "epsilon": float(epsilon),

@@ -12,8 +12,8 @@ import optax
 import pytest
 
 import dpmix_jax as dpm
-from dpmix_jax import command, sweeps
-from dpmix_jax.run import cli
+from dpmix_jax import command, data, sweeps
+from dpmix_jax.run import build, cli, statement
 from tests.conftest import ROOT
 
 DOCS = ROOT / "docs"
@@ -150,6 +150,25 @@ def test_configs_of_commands_load(monkeypatch):
             cli.load_experiment([w for w in words if w.startswith("--config")])
         loaded += 1
     assert loaded > 25
+
+
+def test_the_page_of_the_statement_has_that_of_the_first_command():
+    config = cli.load_experiment(["--config=configs/digits.py"])
+    records = data.load(config.data).train
+    shapes = jax.tree.leaves(build.classifier(config, records).shapes)
+    facts = statement.privacy_report(
+        config.privacy,
+        config.privacy.calibrate(config.privacy.sampling_prob(len(records))),
+        num_records=len(records),
+        num_parameters=sum(x.size for x in shapes),
+        images_per_record=config.method.set_size,
+        secret_seed=True,
+        sensitivity=config.privacy.l2_clip_norm,
+    )
+    quoted = re.findall("^> ?(.*\n)", (DOCS / "privacy_statement.md").read_text(), re.M)
+    title, text = statement.statement(facts).split("\n\n", 1)
+    assert title == "# Privacy statement"
+    assert "".join(quoted).strip() == text.strip()
 
 
 # --- The API ----------------------------------------------------------------------
