@@ -12,7 +12,8 @@ All runs look at the same private records. The epsilon of a model trained with t
 that comes out, `choice.json`, covers its own run and not this search, as its privacy
 statement says. For a search that epsilon covers, at the price of more noise, add
 
-    --set=privacy.selection=geometric --set=privacy.expected_candidates=10
+    --workdir=runs/selection --set=privacy.selection=geometric \
+    --set=privacy.expected_candidates=10
 
 which trains a random number of candidates, 10 on average, and leaves the best.
 

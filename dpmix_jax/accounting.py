@@ -95,7 +95,8 @@ class Mechanism:
         none = self.selection is None
         require(none, "selection", self.selection, with_allocation("None"))
         require(self.bands == 1, "bands", self.bands, with_allocation("1"))
-        whole = abs(self.batches_per_epoch * self.sampling_prob - 1) < 1e-9
+        q = self.sampling_prob
+        whole = q > 0 and abs(self.batches_per_epoch * q - 1) < 1e-9
         allowed = with_allocation("one over a whole number")
         require(whole, "sampling_prob", self.sampling_prob, allowed)
 
@@ -341,6 +342,7 @@ def calibrate(
         ("sampling_prob", sampling_prob, 0 < sampling_prob <= 1, "in (0, 1]"),
         ("num_updates", num_updates, num_updates >= 1, "at least 1"),
         ("num_updates", num_updates, num_updates % 1 == 0, "a whole number"),
+        ("bands", bands, (bands or 1) % 1 == 0, "a whole number, or None"),
     ):
         require(valid, name, value, allowed)
     noiseless = Mechanism(

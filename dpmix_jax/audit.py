@@ -207,7 +207,10 @@ def audit(
     """
     require(0.5 < confidence < 1, "confidence", confidence, "in (0.5, 1)")
     require(0 < delta < 1, "delta", delta, "in (0, 1)")
-    included = rng.random(num_canaries) < 0.5
+    require(num_canaries >= 8, "num_canaries", num_canaries, "at least 8")
+    included = np.zeros(num_canaries, bool)
+    while included.all() or not included.any():
+        included = rng.random(num_canaries) < 0.5
     return bound(train(included), included, delta=delta, rng=rng, confidence=confidence)
 
 
@@ -227,7 +230,7 @@ def bound(
     Args:
       scores: [m], m at least 8. Ties are broken at random; what is not finite is
         lowest.
-      included: [m] bool.
+      included: [m] bool, neither all nor none: coins are thrown again then.
       delta: of the claim.
       rng: breaks ties.
       confidence: that the bound holds.
@@ -238,16 +241,19 @@ def bound(
     lowest_first = np.lexsort((rng.random(size), finite))
     ranks = np.empty(size)
     ranks[lowest_first] = np.arange(size)
-    if included.all() or not included.any():  # a chance of 2^(1 - m)
-        raise ValueError("all canaries or none are included: draw again")
+    mixed = 0 < included.sum() < size
+    require(bool(mixed), "included", included, "neither all nor none")
     auditor = auditing.CanaryScoreAuditor(ranks[included], ranks[~included])
     guesses = [size // 2**k for k in range(1, 8) if size // 2**k >= 4]
+
+    # All or none are thrown with a chance of 2^(1 - m), and then the coins again.
+    significance = (1 - confidence) * (1 - 2.0 ** (1 - size)) / len(guesses)
 
     def best(estimate):
         return max(
             float(
                 estimate(
-                    significance=(1 - confidence) / len(guesses),
+                    significance=significance,
                     delta=delta,
                     threshold_strategy=auditing.Explicit(size - number),
                 )

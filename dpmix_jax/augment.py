@@ -81,9 +81,13 @@ def random_view(
       [H, W, C] of the dtype of `image`.
 
     Raises:
-      UserError: if `augmentation.max_shift` is not smaller than the image.
+      UserError: if `augmentation.max_shift` is not smaller than the image, or an image
+        that is not floating-point shall move by parts of pixels.
     """
     augmentation.check_images(image.shape)
+    floating = jnp.issubdtype(image.dtype, jnp.floating)
+    allowed = "floating-point for augmentation.subpixel"
+    require(floating or not augmentation.subpixel, "image", image.dtype.name, allowed)
     flip_key, row_key, column_key = jax.random.split(key, 3)
     reach = augmentation.max_shift
     if reach > 0:

@@ -3,6 +3,7 @@ of the package: of datasets and of caches.
 """
 
 import contextlib
+import errno
 import fcntl
 import math
 import os
@@ -52,6 +53,8 @@ def replacing(path: pathlib.Path, *, mode: int = 0o644) -> Iterator[BinaryIO]:
 
     A process that fails or is killed leaves the old file, never a part of the new one.
     """
+    if not path.name:  # such as "."
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     partial = path.with_name(f".{path.name}.partial")
     with naming(path, in_place_of=partial):
         partial.unlink(missing_ok=True)  # of a killed process

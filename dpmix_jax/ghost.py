@@ -130,7 +130,7 @@ def ghost_clipped_gradient(
       >>> gradient_fn.sensitivity(dpm.NeighboringRelation.REPLACE_ONE)
       2.0
     """
-    check_clip_norm(l2_clip_norm)
+    l2_clip_norm = check_clip_norm(l2_clip_norm)
 
     def of_norm(norm: jax.Array) -> jax.Array:
         longest = l2_clip_norm / jnp.maximum(norm, 1e-30)

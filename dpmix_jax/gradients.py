@@ -9,7 +9,7 @@ import optax
 from jax_privacy import clipping
 
 from dpmix_jax import conv
-from dpmix_jax.errors import UserError
+from dpmix_jax.errors import require
 
 PyTree = Any
 Weight = Callable[[jax.Array, float], jax.Array]  # of a gradient, by its norm and C
@@ -104,7 +104,7 @@ def clipped_gradient(
       >>> print(total)
       [0.5 1. ]
     """
-    check_clip_norm(l2_clip_norm)
+    l2_clip_norm = check_clip_norm(l2_clip_norm)
     value_and_gradient = conv.fast_convolutions(
         jax.value_and_grad(loss_fn), formulation=convolutions
     )
@@ -119,7 +119,7 @@ def clipped_gradient(
         before = _magnitudes(gradient) if magnitudes else None
         if plain:  # the clip that comes last is all there is
             return gradient, (value, before, None)
-        gradient = jax.tree.map(_finite, gradient)
+        gradient = jax.tree.map(lambda x: _finite(x).astype(jnp.float32), gradient)
         weighted = _weighted(gradient, weight, l2_clip_norm, per_layer)
         return weighted, (value, before, optax.global_norm(gradient))
 
@@ -184,9 +184,9 @@ def _magnitudes(gradient: PyTree) -> PyTree:
 def _weighted(
     gradient: PyTree, weight: Weight, l2_clip_norm: float, per_layer: bool
 ) -> PyTree:
-    """Multiplies a gradient, or each of its layers, by the weight for its norm."""
+    """Multiplies a gradient in float32, or each of its layers, by its weight."""
     paths, structure = jax.tree_util.tree_flatten_with_path(gradient)
-    names = [(path[:-1] or path) if per_layer else () for path, _ in paths]
+    names = [_container(path) if per_layer else () for path, _ in paths]
     layers = {
         name: [leaf for n, (_, leaf) in zip(names, paths, strict=True) if n == name]
         for name in names
@@ -194,10 +194,16 @@ def _weighted(
     share = l2_clip_norm / len(layers) ** 0.5
     weights = {n: weight(optax.global_norm(x), share) for n, x in layers.items()}
     scaled = [
-        leaf * weights[name].astype(leaf.dtype)
-        for name, (_, leaf) in zip(names, paths, strict=True)
+        leaf * weights[name] for name, (_, leaf) in zip(names, paths, strict=True)
     ]
     return jax.tree.unflatten(structure, scaled)
+
+
+def _container(path: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Returns the path of what an array lies in; Flax NNX has a variable between."""
+    if path[-1:] == (jax.tree_util.GetAttrKey("value"),):
+        path = path[:-1]
+    return path[:-1] or path
 
 
 def _like(params: PyTree, vectors: PyTree) -> PyTree:
@@ -205,10 +211,16 @@ def _like(params: PyTree, vectors: PyTree) -> PyTree:
     return jax.tree.map(lambda p, x: x.reshape(jnp.shape(p)), params, vectors)
 
 
-def check_clip_norm(l2_clip_norm: float) -> None:
-    """Raises `UserError` where squares of float32 might vanish or overflow."""
-    if not 1e-10 <= l2_clip_norm <= 1e10:
-        raise UserError(f"l2_clip_norm is {l2_clip_norm}: it must be in [1e-10, 1e10]")
+def check_clip_norm(l2_clip_norm: float) -> float:
+    """Returns C as a Python float.
+
+    Raises:
+      UserError: where squares of float32 might vanish or overflow.
+    """
+    require(
+        1e-10 <= l2_clip_norm <= 1e10, "l2_clip_norm", l2_clip_norm, "in [1e-10, 1e10]"
+    )
+    return float(l2_clip_norm)
 
 
 def sum_of_no_records(params: PyTree) -> tuple[PyTree, clipping.AuxiliaryOutput]:

@@ -129,7 +129,12 @@ def random_pairs(
 
     Returns:
       Two int32 arrays [M] with values in [0, P).
+
+    Raises:
+      UserError: for too small a pool.
     """
+    least = 1 + distinct
+    require(pool_size >= least, "pool_size", pool_size, f"at least {least}")
     first_key, second_key = jax.random.split(key)
     first = jax.random.randint(first_key, (num_pairs,), 0, pool_size)
     if not distinct:
@@ -156,7 +161,7 @@ def mixups(
     Args:
       key: scalar key.
       images: [P, H, W, C] floating-point pool.
-      labels: [P, O] soft labels.
+      labels: [P, O] soft labels, floating-point.
       num_mixes: M.
       alpha: one weight w ~ Beta(alpha, alpha) is drawn for each mix.
       distinct_pairs: see `MethodConfig`.
@@ -164,12 +169,17 @@ def mixups(
     Returns:
       [M, H, W, C] images and [M, O] soft labels.
 
+    Raises:
+      UserError: for labels that are not floating-point, or one image and
+        `distinct_pairs`.
+
     Example:
       >>> images, labels = jnp.zeros((4, 28, 28, 1)), jnp.eye(4)
       >>> mix = lambda key: dpm.mixups(key, images, labels, 3, alpha=0.2)
       >>> [array.shape for array in jax.eval_shape(mix, jax.random.key(0))]
       [(3, 28, 28, 1), (3, 4)]
     """
+    _check_floating("labels", labels, "soft, in floating-point")  # or w becomes 0
     pair_key, weight_key = jax.random.split(key)
     first, second = random_pairs(
         pair_key, images.shape[0], num_mixes, distinct=distinct_pairs
@@ -209,8 +219,8 @@ def augmentation_set(
       `f(key, image [H, W, C], label [O], pool=None) -> images [K, H, W, C], labels
       [K, O]`, for one record; use `jax.vmap` for several, over all but the pool. The
       views are first, then public images, then mixes. `f` raises `UserError` for more
-      than one record, for images that are not floating-point, and for a pool that is
-      missing or unlike the record.
+      than one record, for images or labels that are not floating-point, and for a pool
+      that is missing or unlike the record.
 
     Example:
       >>> method = dpm.MethodConfig(name="dp_mix_self", k_base=16, k_self=18)
@@ -286,10 +296,13 @@ def _check_one_record(image: jax.Array, label: jax.Array) -> None:
             f"the record has shapes {image.shape} and {label.shape}: they must be"
             " [H, W, C] and [O] of one record; use jax.vmap for several"
         )
-    if not jnp.issubdtype(image.dtype, jnp.floating):
-        raise UserError(
-            f"the image is {image.dtype}: it must be floating-point, normalise it first"
-        )
+    _check_floating("the image", image, "floating-point, normalise it first")
+    _check_floating("the label", label, "soft, in floating-point")
+
+
+def _check_floating(name: str, array: jax.Array, allowed: str) -> None:
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        raise UserError(f"{name} is {array.dtype}: it must be {allowed}")
 
 
 def _joined(parts: Sequence[ImageSet]) -> ImageSet:

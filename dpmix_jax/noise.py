@@ -62,6 +62,7 @@ def grid(noise_multiplier: float, sensitivity: float, size: int) -> Grid:
       UserError: for so much noise, or so many coordinates, that rounding would cost
         more than the noise.
     """
+    noise_multiplier, sensitivity = float(noise_multiplier), float(sensitivity)
     reach, root = _WIDEST * math.sqrt(_SPREAD), math.sqrt(max(size, 1))
     most = 0.5 * reach / root
     require(size <= 2**32, "the number of parameters", size, "at most 2^32")

@@ -58,6 +58,8 @@ def make_pool(
             f"public images have shape {images.shape}, their labels {labels.shape}:"
             " they must be [M, H, W, C] and [M], M at least 1"
         )
+    if not np.issubdtype(labels.dtype, np.integer):
+        raise UserError(f"public labels are {labels.dtype}: they must be integers")
     if not 0 <= labels.min() <= labels.max() < num_classes:
         raise UserError(
             f"public labels are in [{labels.min()}, {labels.max()}]: they must be in"
@@ -92,7 +94,7 @@ def draw_rows(
       - The rows are a function of this key, this label and the pool, and for "uniform"
         not of the label.
       - Each row is uniform over the pool, or for "class" over its images of the
-        record's class; rows are independent, so one may come twice.
+        record's class, if it has any; rows are independent, so one may come twice.
 
     Args:
       key: scalar key.
@@ -107,6 +109,10 @@ def draw_rows(
     if draw == "uniform":
         return jax.random.randint(key, (num,), 0, pool.labels.shape[0])
     own = jnp.argmax(label)  # the argmax of NaN is still a class
-    first, end = jnp.take(jnp.asarray(pool.ends), jnp.stack([own, own + 1]))
+    ends = jnp.asarray(pool.ends)
+    first, end = jnp.take(ends, jnp.stack([own, own + 1]))
+    # Of a class without images, which `make_pool` refuses for draws by class, any.
+    is_there = first < end
+    first, end = jnp.where(is_there, first, 0), jnp.where(is_there, end, ends[-1])
     places = jax.random.randint(key, (num,), first, end)
     return jnp.take(jnp.asarray(pool.by_class), places)

@@ -203,8 +203,9 @@ def privatizer(
       key: uint32 [8] from `noise_key`, secret.
 
     Raises:
-      UserError: if `expected_batch_size` or `key` is not as stated; when called, for
-        more noise or more parameters than `noise.grid` has room for.
+      UserError: if `expected_batch_size` or `key` is not as stated; by `init`, under
+        `jax.jit`; by `update`, for more noise or more parameters than `noise.grid` has
+        room for.
 
     Example:
       >>> gradient_fn = dpm.clipped_gradient(lambda w, x: w @ x, l2_clip_norm=1.0)
@@ -226,11 +227,17 @@ def privatizer(
     share = jnp.array(later, jnp.float32) / jnp.float32(first)
 
     def init(params):
+        leaves = jax.tree.leaves(params)
+        if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+            raise UserError(
+                "init is called under jax.jit or its like: call it outside, for the"
+                " compiled program, which JAX may write to disk, would hold the key"
+            )
         if not later:
             return NoiseState(jnp.array(key))
-        number = sum(leaf.size for leaf in jax.tree.leaves(params))
-        blank = jnp.zeros((len(later), number), jnp.float32)
-        return NoiseState(jnp.array(key), blank, blank)
+        shape = len(later), sum(leaf.size for leaf in leaves)
+        blanks = (jnp.zeros(shape, jnp.float32) for _ in range(2))
+        return NoiseState(jnp.array(key), *blanks)
 
     @jax.jit  # hundreds of operations: one by one they would take half a second
     def private_mean(gradients, state):

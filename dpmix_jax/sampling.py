@@ -58,7 +58,11 @@ def stream_key(seed: int, stream: str) -> jax.Array:
     Returns:
       A scalar typed threefry key. Streams of one seed are independent.
     """
-    words = _sequence(seed, stream).generate_state(2, np.uint32)
+    return threefry_key(_sequence(seed, stream).generate_state(2, np.uint32))
+
+
+def threefry_key(words: jax.typing.ArrayLike) -> jax.Array:
+    """Returns the scalar key of these words, uint32 [2], whatever JAX's default is."""
     return jax.random.wrap_key_data(jnp.asarray(words), impl="threefry2x32")
 
 
@@ -122,7 +126,8 @@ def poisson_batch(
       Integer indices in [0, N), without repeats, of random length (0 is possible).
 
     Raises:
-      UserError: if b `sampling_prob` is outside [0, 1], or `num_records` or b below 1.
+      UserError: if b `sampling_prob` is outside [0, 1], `num_records` outside [1,
+        2^31), b below 1, or the step below 0.
 
     Example:
       >>> draw = {"num_records": 1000, "sampling_prob": 0.1}
@@ -130,7 +135,9 @@ def poisson_batch(
       >>> bool((batch == dpm.poisson_batch(1234, 7, **draw)).all())
       True
     """
-    require(num_records >= 1, "num_records", num_records, "at least 1")
+    require(operator.index(step) >= 0, "step", step, "at least 0")
+    countable = 1 <= num_records < 2**31
+    require(countable, "num_records", num_records, "at least 1 and below 2^31")
     require(0 <= sampling_prob <= 1, "sampling_prob", sampling_prob, "in [0, 1]")
     require(bands >= 1, "bands", bands, "at least 1")
     most = f"at most 1 / bands = {1 / bands:.4g}"
@@ -205,7 +212,11 @@ def microbatches(indices: np.ndarray, microbatch_size: int) -> list[np.ndarray]:
     Returns:
       ceil(n / m) arrays [m], the last one padded with -1; none for n = 0. Do not index
       with -1, which is the last record: see `batches`.
+
+    Raises:
+      UserError: for a size below 1.
     """
+    require(microbatch_size >= 1, "microbatch_size", microbatch_size, "at least 1")
     if indices.size == 0:
         return []
     return batch_selection.split_and_pad_global_batch(indices, microbatch_size)

@@ -132,7 +132,7 @@ def make_sets(
         present = (indices >= 0).astype(jnp.float32)
         images, labels = look_up(batch, inputs)
         labels = jax.nn.one_hot(labels, num_classes) * present[..., None]
-        key = jax.random.wrap_key_data(inputs.key_words)
+        key = sampling.threefry_key(inputs.key_words)
         keys = sampling.record_keys(key, step, indices)
         images, labels = jax.vmap(record_set, (0, 0, 0, None))(
             keys, normalize(images), labels, inputs.pool

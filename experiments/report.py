@@ -4,7 +4,8 @@
         --runs=runs/table11-digits/runs.csv --to=table11
 
 leaves `table.md`, `table.tex` (LaTeX, booktabs), `plot.png`, `plot.pdf` and `runs.csv`
-in the folder. Nothing is trained, and no data are read.
+in the folder, and of a sweep that chooses settings `choice.json`. Nothing is trained,
+and no data are read.
 """
 
 import signal

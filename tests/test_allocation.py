@@ -416,5 +416,5 @@ def test_the_ledger_adds_up_what_it_cannot_compose(tmp_path):
     for each in spent:
         book.spend(each, epsilon=1.0, delta=1e-5, workdir="")
     assert [run.mechanism for run in book.runs()] == spent
-    total = ledger.composed(spent, 1e-5)
+    total = ledger.composed(book.runs(), 1e-5)
     assert total == pytest.approx(sum(each.epsilon(5e-6) for each in spent))

@@ -388,7 +388,22 @@ def test_scores_that_are_no_numbers_are_lowest():
 def test_refuses(options, message):
     options = {"num_canaries": 10, "delta": 1e-5, **options}
     with pytest.raises(UserError, match=re.escape(message)):
-        audit.audit(np.asarray, rng=np.random.default_rng(0), **options)
+        audit.audit(pytest.fail, rng=np.random.default_rng(0), **options)
+
+
+def test_coins_are_thrown_again_if_all_fall_alike():
+    class Coins:
+        def __init__(self):
+            self.thrown = iter([np.zeros(8), np.ones(8), np.arange(8) % 2])
+
+        def random(self, size):
+            return next(self.thrown, np.zeros(size))
+
+    found = audit.audit(np.asarray, 8, delta=1e-5, rng=Coins())
+    assert found.auroc == 1.0
+    rng = np.random.default_rng(0)
+    with pytest.raises(UserError, match="it must be neither all nor none"):
+        audit.bound(np.arange(8.0), np.ones(8, bool), delta=1e-5, rng=rng)
 
 
 # --- The program ------------------------------------------------------------------

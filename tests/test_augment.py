@@ -89,6 +89,12 @@ def test_refuses(options, message):
         AugmentationConfig(**options)
 
 
+def test_integers_are_not_moved_by_parts_of_pixels():
+    change = AugmentationConfig(max_shift=0.5, subpixel=True)
+    with pytest.raises(UserError, match="image is 'uint8': it must be floating-point"):
+        random_view(key(), jnp.zeros((4, 4, 1), jnp.uint8), augmentation=change)
+
+
 @pytest.mark.parametrize("reach", [4, 100])
 def test_a_shift_must_be_smaller_than_the_image(reach):
     message = rf"max_shift is {reach}: it must be smaller than the images, .* 9x4"

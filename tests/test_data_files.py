@@ -157,6 +157,7 @@ def test_modes_become_rgb():
     colour = Image.fromarray(files.picture(0))
     grey = np.arange(64, dtype=np.uint8).reshape(8, 8)
     deep = Image.fromarray(grey.astype(np.uint16) << 8 | 0x7F)
+    pgm = (grey.astype(">u2") << 8 | 0x7F).astype(">u2").tobytes()
     clear = colour.quantize(8)
     clear.info["transparency"] = 0
     cases = {
@@ -167,6 +168,7 @@ def test_modes_become_rgb():
         "alpha": (files.encoded(colour.convert("RGBA")), colour),
         "gif": (files.encoded(colour.quantize(8), ".gif"), colour.quantize(8)),
         "cmyk": (files.encoded(colour.convert("CMYK"), ".tif"), colour),
+        "pgm": (b"P5 8 8 65535\n" + pgm, np.stack([grey] * 3, -1)),
     }
     for name, (content, expected) in cases.items():
         if isinstance(expected, Image.Image):
@@ -258,7 +260,7 @@ def test_damaged_archives_are_one_clear_error(tmp_path, kind):
             load(path)
 
 
-def test_links_to_folders_are_passed_over_to_files_followed(tmp_path):
+def test_links_to_folders_are_passed_over_to_files_followed(tmp_path, capsys):
     root = tree(tmp_path / "a")
     (root / "cat" / "loop").symlink_to(root)
     (root / "again").symlink_to(root / "cat")
@@ -268,6 +270,8 @@ def test_links_to_folders_are_passed_over_to_files_followed(tmp_path):
     dataset = load(root)
     assert dataset.train.class_names == ("cat", "dog")
     assert len(dataset.train) + len(dataset.test) == 11
+    told = capsys.readouterr().err
+    assert told.count(f"{root / 'again'} is a link to a folder, and is not fol") == 1
     (root / "cat" / "cat_7.png").symlink_to(root / "nowhere")
     with pytest.raises(UserError, match=r"cannot be read .*cat_7.png"):
         load(root)
@@ -278,6 +282,10 @@ def test_links_in_a_tar_are_passed_over(tmp_path):
     link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
     members = [*files.class_members(PAIR, 5), (link, b"")]
     assert len(load(files.tar(tmp_path / "x.tar", members, "w")).train) == 8
+    again = tarfile.TarInfo("cat/again.png")  # the same file by another name
+    again.type, again.linkname = tarfile.LNKTYPE, members[0][0]
+    found = load(files.tar(tmp_path / "y.tar", [*members, (again, b"")], "w"))
+    assert len(found.train) + len(found.test) == 11
 
 
 def test_cache_is_used_private_and_renewed(tmp_path, caches, monkeypatch):

@@ -140,6 +140,12 @@ def test_what_cannot_be_exported_is_one_line(finished, tmp_path):
     with pytest.raises(UserError, match=r"model\.json is missing or damaged: give"):
         export.load(ROOT / "docs")
     about = json.loads((finished / "model.json").read_text())
+    for key in [*about]:
+        (unfinished / "model.json").write_text(
+            json.dumps({k: v for k, v in about.items() if k != key})
+        )
+        with pytest.raises(UserError, match=r"model\.json is damaged: give a fin"):
+            export.load(unfinished)
     about["model"]["feature"] = [4]
     (unfinished / "model.json").write_text(json.dumps(about))
     with pytest.raises(

@@ -13,13 +13,17 @@ import numpy as np
 import optax
 import pytest
 from dp_accounting import NeighboringRelation
+from flax import nnx
 
 from dpmix_jax import (
+    Mechanism,
     UserError,
     check_sensitivity,
     clipped_gradient,
     ghost_clipped_gradient,
     gradients,
+    privatizer,
+    sampling,
 )
 from tests import toy
 
@@ -222,6 +226,42 @@ def test_an_array_outside_of_containers_is_a_layer():
     total, _ = gradient_fn(params, jnp.array([[3.0, 4.0]]))
     for leaf in total.values():
         np.testing.assert_allclose(leaf, np.array([0.6, 0.8]) / 2**0.5, rtol=1e-6)
+
+
+def test_a_layer_of_nnx_has_a_kernel_and_a_bias():
+    layer = nnx.state(nnx.Linear(2, 2, rngs=nnx.Rngs(0)))
+    leaves = {"first": layer, "second": layer}
+    gradient_fn = clipped_gradient(
+        lambda params, x: sum(jnp.sum(leaf * x) for leaf in jax.tree.leaves(params)),
+        l2_clip_norm=1.0,
+        per_layer=True,
+    )
+    total, _ = gradient_fn(leaves, jnp.array([50.0]))
+    for part in total.values():  # of two layers, not of four
+        assert np.linalg.norm(toy.flat(part)) == pytest.approx(0.5**0.5, rel=1e-5)
+
+
+def test_weights_are_found_in_float32():
+    """The square of 400 is no number of float16."""
+    gradient_fn = clipped_gradient(
+        lambda w, x: (w * x).sum(), l2_clip_norm=1.0, weight=gradients.automatic
+    )
+    records = jnp.full((1, 4), 200, jnp.float16)
+    total, aux = gradient_fn(jnp.zeros(4, jnp.float16), records)
+    np.testing.assert_allclose(total, 0.5, rtol=1e-3)
+    assert aux.grad_norms.dtype == jnp.float32
+
+
+@pytest.mark.parametrize("make", [clipped_gradient, ghost_clipped_gradient])
+def test_a_clip_norm_may_be_a_number_of_numpy(make):
+    options = {"expected_batch_size": 5, "key": sampling.noise_key(0)}
+    mechanism = Mechanism(
+        sampling_prob=0.1, num_updates=1, noise_multiplier=np.float32(2)
+    )
+    gradient_fn = make(lambda w, x: w @ x, l2_clip_norm=np.float32(0.5))
+    assert isinstance(gradient_fn.sensitivity(), float)
+    add = privatizer(gradient_fn, mechanism, **options)
+    assert add.update(jnp.zeros(2), add.init(jnp.zeros(2)))[0].shape == (2,)
 
 
 @pytest.mark.sampled

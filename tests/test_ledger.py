@@ -1,8 +1,10 @@
 """What runs on the same records spend together."""
 
 import json
+import os
 import stat
 
+import dp_accounting
 import numpy as np
 import pytest
 from dp_accounting import NeighboringRelation
@@ -21,6 +23,10 @@ FULL = Mechanism(sampling_prob=1.0, num_updates=4, noise_multiplier=8.0)
 @pytest.fixture
 def book(tmp_path):
     return ledger.Ledger(tmp_path / "ledger" / "records.jsonl")
+
+
+def spent(*mechanisms, epsilon=1.0):
+    return [ledger.Spent(each, 1e-5, epsilon, "/runs/a", "") for each in mechanisms]
 
 
 def spend(book, mechanism=FULL, epsilon=1.0):
@@ -54,8 +60,9 @@ def test_composition_is_that_of_one_mechanism_of_all_updates():
     """Full batches: four times 4 updates are 16."""
     once = Mechanism(sampling_prob=1.0, num_updates=16, noise_multiplier=8.0)
     expected = once.epsilon(1e-5)
-    assert ledger.composed([FULL] * 4, 1e-5) == pytest.approx(expected, rel=1e-3)
-    assert ledger.composed([FULL], 1e-5) == FULL.epsilon(1e-5)
+    four = ledger.composed(spent(*[FULL] * 4), 1e-5)
+    assert four == pytest.approx(expected, rel=1e-3)
+    assert ledger.composed(spent(FULL), 1e-5) == FULL.epsilon(1e-5)
     assert ledger.composed([], 1e-5) == 0
     special = Mechanism(
         sampling_prob=1.0,
@@ -64,19 +71,39 @@ def test_composition_is_that_of_one_mechanism_of_all_updates():
         neighboring_relation=NeighboringRelation.REPLACE_SPECIAL,
     )
     halves = [each.epsilon(5e-6) for each in (FULL, special)]
-    assert ledger.composed([FULL, special], 1e-5) == sum(halves)
+    assert ledger.composed(spent(FULL, special), 1e-5) == sum(halves)
     selection = Selection(distribution="geometric", expected_candidates=3)
     chosen = Mechanism(
         sampling_prob=1.0, num_updates=4, noise_multiplier=8.0, selection=selection
     )
-    both = ledger.composed([FULL, chosen], 1e-5)
+    claim = chosen.epsilon(1e-5)
+    both = ledger.composed(spent(FULL, chosen, epsilon=claim), 1e-5)
     assert chosen.epsilon(1e-5) < both < chosen.epsilon(1e-5) + FULL.epsilon(1e-5)
+
+
+def test_selections_spend_on_validation_records_too():
+    """At low orders choosing costs more than training, by the accountant itself."""
+    selection = Selection(distribution="geometric", expected_candidates=10)
+    chosen = Mechanism(
+        sampling_prob=0.01, num_updates=3000, noise_multiplier=2.0, selection=selection
+    )
+    epsilon = chosen.epsilon(1e-5)
+    relation = chosen.neighboring_relation
+    noise = selection.score_noise(epsilon, 1e-5, relation)
+    score = selection.event(dp_accounting.GaussianDpEvent(noise))
+    for number in (1, 4):
+        total = ledger.composed(spent(*[chosen] * number, epsilon=epsilon), 1e-5)
+        for event in (chosen.event(), score):
+            accountant = dp_accounting.rdp.RdpAccountant(neighboring_relation=relation)
+            accountant.compose(event, number)
+            assert accountant.get_epsilon(1e-5) <= total + 1e-9
+        assert total < 1.1 * number * epsilon
 
 
 @pytest.mark.proves("run.ledger.Ledger", 2)
 def test_a_budget_is_not_exceeded(book):
     spend(book)
-    one, two = FULL.epsilon(1e-5), ledger.composed([FULL] * 2, 1e-5)
+    one, two = FULL.epsilon(1e-5), ledger.composed(spent(FULL, FULL), 1e-5)
     book.declare((one + two) / 2, 1e-5)
     with pytest.raises(
         UserError, match=r"spent before it on these records that makes [\d.]+ at"
@@ -126,6 +153,14 @@ def test_a_folder_that_cannot_be_written_is_a_warning(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     spend(ledger.Ledger(tmp_path / "file" / "records.jsonl"))
     assert "is not writable, so this run is in no ledger" in capsys.readouterr().err
+
+
+@pytest.mark.proves("run.ledger.Ledger", 2)
+def test_a_declared_budget_is_kept_where_nothing_can_be_written(book, monkeypatch):
+    book.declare(0.1, 1e-5)
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(UserError, match=r"not writable, and epsilon 0.1 is declared"):
+        spend(book)
 
 
 @pytest.mark.proves("run.ledger.Ledger", 1)

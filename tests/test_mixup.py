@@ -228,6 +228,15 @@ def pool_of(images, names="abc"):
 BLANK = np.zeros((1, 6, 6, 1), np.float32)
 
 
+def test_hard_labels_and_lone_images_are_not_mixed():
+    """Integers would make each weight 0."""
+    images, labels = jnp.zeros((2, 6, 6, 1)), jnp.eye(2, dtype=int)
+    with pytest.raises(UserError, match="labels is int32: it must be soft"):
+        mixups(jax.random.key(0), images, labels, 3, alpha=0.2)
+    with pytest.raises(UserError, match="pool_size is 1: it must be at least 2"):
+        random_pairs(jax.random.key(0), 1, 3, distinct=True)
+
+
 @pytest.mark.parametrize(
     ("image", "label", "pool", "message"),
     [
@@ -245,6 +254,12 @@ BLANK = np.zeros((1, 6, 6, 1), np.float32)
             LABEL,
             None,
             "the image is uint8: it must be floating",
+        ),
+        (
+            IMAGE,
+            LABEL.astype(int),
+            None,
+            "the label is int32: it must be soft, in floating-point",
         ),
     ],
 )

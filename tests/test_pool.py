@@ -59,6 +59,7 @@ def test_what_draws_depend_on():
         (IMAGES, LABELS[1:], r"their labels \(7,\): they must be"),
         (IMAGES, LABELS + 1, r"public labels are in \[1, 3\]: .* be in \[0, 3\)"),
         (IMAGES, LABELS - 1, r"public labels are in \[-1, 1\]"),
+        (IMAGES, LABELS.astype(float), "public labels are float64: they must be int"),
         (
             IMAGES,
             LABELS.clip(1),
@@ -73,3 +74,16 @@ def test_refuses(images, labels, message):
 
 def test_a_class_may_be_absent_from_uniform_draws():
     assert make_pool(IMAGES, LABELS.clip(1), "abc").ends.tolist() == [0, 0, 4, 8]
+
+
+@pytest.mark.parametrize("own", [0, 1, 2])
+def test_draws_of_an_absent_class_are_of_all(own):
+    labels = np.where(own == LABELS, (own + 1) % 3, LABELS)
+    rows = draw_rows(
+        jax.random.key(0),
+        jax.nn.one_hot(own, 3),
+        make_pool(IMAGES, labels, "abc"),
+        400,
+        draw="class",
+    )
+    assert {*rows.tolist()} == {*range(len(labels))}

@@ -247,6 +247,24 @@ def test_noise_is_independent_between_updates_and_coordinates():
     assert len(np.unique(samples)) > 0.9 * samples.size
 
 
+@pytest.mark.parametrize("bands", [1, 2])
+def test_a_state_is_made_outside_of_compiled_programs(bands):
+    """A compiled program that is kept on disk would hold the key."""
+    gradient_fn = clipped_gradient(toy.loss_fn, l2_clip_norm=0.7)
+    mechanism = Mechanism(
+        sampling_prob=0.1,
+        num_updates=4,
+        noise_multiplier=1.0,
+        strategy=(1.0, 0.5)[:bands],
+    )
+    add = privatizer(gradient_fn, mechanism, expected_batch_size=9, key=noise_key(0))
+    with pytest.raises(UserError, match=r"init is called under jax\.jit"):
+        jax.jit(add.init)(jnp.zeros(5))
+    # Each of its arrays is its own, so that an update may reuse them.
+    update = jax.jit(add.update, donate_argnums=1)
+    assert update(jnp.zeros(5), add.init(jnp.zeros(5)))[0].shape == (5,)
+
+
 @pytest.mark.proves("privacy.privatizer", 2)
 def test_an_update_looks_at_no_parameter_of_any_library():
     gradient_fn = clipped_gradient(toy.loss_fn, l2_clip_norm=0.7)
@@ -420,6 +438,7 @@ GOOD = {
         (calibrate, "sampling_prob", 0.0, "in (0, 1]"),
         (calibrate, "num_updates", 15.9, "a whole number"),
         (calibrate, "num_updates", 0, "at least 1"),
+        (calibrate, "bands", 2.5, "a whole number, or None"),
         (add_noise, "expected_batch_size", -5, "positive and finite"),
         (add_noise, "expected_batch_size", math.nan, "positive and finite"),
         (add_noise, "key", 3, "uint32 [8], such as noise_key(seed)"),

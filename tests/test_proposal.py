@@ -1,6 +1,7 @@
 """Images of one's own: what is found, what is proposed, and that it trains."""
 
 import os
+import pathlib
 import sys
 
 import numpy as np
@@ -54,6 +55,15 @@ def test_what_is_proposed_is_a_config(tmp_path):
     assert config.model.options["scales"] == 3
     assert config.privacy.uncovered
     compile(file.read_text(), file, "exec")
+
+
+@pytest.mark.parametrize("name", ["📷 pics", "it's", 'a "b"', "l'\"x", "\udcff"])
+def test_a_folder_may_have_any_name(tmp_path, name):
+    file = tmp_path / "photos.py"
+    file.write_text(propose(pathlib.Path("/") / name, found(), epsilon=3.0))
+    scope = {}
+    exec(compile(file.read_text(), file, "exec"), scope)
+    assert scope["get_config"]()["data"]["path"] == f"/{name}"
 
 
 @pytest.mark.parametrize(("records", "delta"), [(1000, 1e-5), (50_000, 1e-6)])

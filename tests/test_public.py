@@ -63,6 +63,19 @@ def test_a_bank_is_scaled_as_the_training_set(tmp_path):
     assert blank.images.shape == bank.images.shape
 
 
+def test_a_bank_for_classes_that_are_not_known_yet(tmp_path):
+    """A dry run has numbers for the names of Caltech256's classes."""
+    for name in ("ak47", "zebra"):
+        file = tmp_path / name / "0.png"
+        file.parent.mkdir()
+        file.write_bytes(encode(blobs(1)[0]))
+    like = data.DataConfig(name="caltech256", image_size=8, path=str(tmp_path))
+    config = PublicConfig(name="bank", path=str(tmp_path))
+    assert blank_public(config, like, data.blank(like)).images.shape == (2, 8, 8, 3)
+    with pytest.raises(UserError, match="folder 'ak47' is of no class"):
+        blank_public(config, DIGITS, data.blank(DIGITS))
+
+
 def test_images_that_only_whiten_may_be_of_any_classes(tmp_path):
     dataset = data.load(DIGITS)
     others = npz(tmp_path / "bank.npz", class_names=("cat", "dog"))

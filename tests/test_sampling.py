@@ -12,7 +12,7 @@ from dpmix_jax import (
     record_keys,
     stream_key,
 )
-from dpmix_jax.sampling import STREAMS, generator
+from dpmix_jax.sampling import STREAMS, generator, threefry_key
 
 N, Q, STEPS = 40, 0.3, 3000
 
@@ -151,8 +151,21 @@ def test_the_key_of_a_record_follows_the_record():
         ({"num_records": 0, "sampling_prob": 0.1}, "num_records is 0"),
         ({"num_records": 5, "sampling_prob": 1.1}, "sampling_prob is 1.1"),
         ({"num_records": 5, "sampling_prob": float("nan")}, "sampling_prob is nan"),
+        ({"num_records": 2**31, "sampling_prob": 0.1}, "num_records is 2147483648"),
+        ({"num_records": 5, "sampling_prob": 0.1, "step": -1}, "step is -1: it must"),
     ],
 )
 def test_refuses(options, message):
     with pytest.raises(UserError, match=message):
-        poisson_batch(0, 0, **options)
+        poisson_batch(**{"seed": 0, "step": 0, **options})
+
+
+def test_a_microbatch_has_a_record():
+    with pytest.raises(UserError, match="microbatch_size is 0: it must be at least 1"):
+        microbatches(np.arange(3), 0)
+
+
+def test_keys_are_threefry_whatever_the_default_is():
+    words = np.asarray(jax.random.key_data(stream_key(3, "augmentation")))
+    with jax.default_prng_impl("rbg"):
+        assert (threefry_key(words) == stream_key(3, "augmentation")).all()

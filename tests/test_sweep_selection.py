@@ -12,7 +12,7 @@ import ml_collections
 import pytest
 
 from dpmix_jax import Selection, UserError, data, sweeps
-from dpmix_jax.run import experiment
+from dpmix_jax.run import experiment, ledger
 from dpmix_jax.run.config import to_dict
 from dpmix_jax.run.workdir import Workdir
 from dpmix_jax.sweeps.grid import METRICS
@@ -127,6 +127,43 @@ def test_killed_after_the_choice_it_only_cleans_up(draws, monkeypatch, tmp_path)
     assert launch(tmp_path, pretend([])) == 0
     assert left(tmp_path) == {"selected"}
     assert Workdir(tmp_path / "selected").results()["score"] == 20
+
+
+def test_a_selection_is_one_line_of_the_ledger(draws, monkeypatch, tmp_path):
+    """Each candidate would otherwise spend what all of them do, and be refused."""
+    monkeypatch.setenv("DPMIX_JAX_LEDGER", str(tmp_path / "ledger"))
+    train_set = data.load(data.DataConfig(name="digits", validation_size=VALIDATION))
+    book = ledger.of(train_set)
+    book.declare(8.5, 1e-5)
+
+    def run_one(config, workdir, signals):
+        assert experiment.run(config, workdir) == 0
+
+    draws(1, 0)
+    assert launch(tmp_path / "out", run_one) == 0
+    (run,) = book.runs()
+    assert run.workdir == str(tmp_path / "out")
+    with pytest.raises(UserError, match="with what runs spent before it"):
+        launch(tmp_path / "again", run_one)
+    # Outside of a selection a candidate is one of its own.
+    config = sweeps.from_config_dict(ml_collections.ConfigDict(SMALL)).candidates()[0]
+    with pytest.raises(UserError, match="with what runs spent before it"):
+        experiment.run(config.config, Workdir(tmp_path / "alone"))
+
+
+def test_a_setting_that_came_later_has_its_default(draws, tmp_path):
+    draws(0, 1)
+    assert launch(tmp_path, pretend([10, None])) == 1
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    for point in plan["points"]:
+        del point["optimizer"]["filter_gain"]
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    assert launch(tmp_path, pretend([None, 20])) == 0
+    path = tmp_path / "selected/config.json"
+    config = json.loads(path.read_text())
+    del config["optimizer"]["filter_gain"]
+    path.write_text(json.dumps(config))
+    assert launch(tmp_path, pretend([])) == 0
 
 
 def test_none_drawn_is_none_released(draws, tmp_path, capsys):

@@ -113,6 +113,17 @@ def test_a_metric_that_is_no_accuracy_is_no_percentage():
 
 def test_differences_that_no_test_can_judge():
     assert tables.paired_test([0.01]) == tables.paired_test([0.01] * 3) == (None, None)
+    assert tables.paired_test([0.1, float("nan")]) == (None, None)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_run_that_diverged_is_in_the_table(bad):
+    grid = config(metric="nonprivate/loss", paper=None)
+    records = [
+        {"row": "DP-SGD", "epsilon": "3", "seed": seed, "nonprivate/loss": loss}
+        for seed, loss in enumerate((0.5, bad))
+    ]
+    assert "| DP-SGD | epsilon = 3 | 2 | " in tables.to_markdown(grid, records)
 
 
 # Written again from the CSV, by cited rows, for LaTeX, and drawn.
@@ -182,6 +193,21 @@ def test_a_csv_gives_the_same_records_and_tables(tmp_path):
     again = tables.read(grid, tmp_path / "runs.csv")
     assert [dict(line) for line in again] == records
     assert tables.to_markdown(grid, again) == text
+    assert (tmp_path / "runs.csv").stat().st_mode & 0o777 == 0o600
+
+
+def test_a_column_may_hold_none(tmp_path):
+    grid = config(
+        rows=PLAIN[:1],
+        columns={"epsilon": ("3",), "finetune": {"whitening": (None, 0.1)}},
+        paper=None,
+    )
+    records = [
+        record("DP-SGD", "3", 0, 0.5) | {"finetune.whitening": value, "seconds": 1.0}
+        for value in (None, 0.1)
+    ]
+    tables.write(grid, Workdir(tmp_path), records)
+    assert [dict(r) for r in tables.read(grid, tmp_path / "runs.csv")] == records
 
 
 def lines_of(axes):

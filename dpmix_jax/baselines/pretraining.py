@@ -14,9 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from dpmix_jax import augment, training
+from dpmix_jax import augment, sampling, training
 from dpmix_jax.errors import require
-from dpmix_jax.pool import Pool, draw_rows
+from dpmix_jax.pool import Pool
 
 PyTree = Any
 
@@ -85,10 +85,10 @@ def pretrain(
 
     @jax.jit
     def gradient(params, constants, step, pool, words):
-        key = jax.random.fold_in(jax.random.wrap_key_data(words), step)
+        key = jax.random.fold_in(sampling.threefry_key(words), step)
         row_key, view_key = jax.random.split(key)
-        rows = draw_rows(
-            row_key, jnp.zeros(num_classes), pool, config.batch_size, draw="uniform"
+        rows = jax.random.randint(
+            row_key, (config.batch_size,), 0, pool.labels.shape[0]
         )
         images = normalize(jnp.take(pool.images, rows, axis=0, mode="clip"))
         view = functools.partial(augment.random_view, augmentation=augmentation)

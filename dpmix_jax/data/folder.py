@@ -154,6 +154,12 @@ def class_folder(name: str) -> str:
     return quoted
 
 
+def bank_classes(path: str | pathlib.Path) -> tuple[str, ...]:
+    """Returns the classes that a bank has folders of."""
+    tree = scan(pathlib.Path(path).expanduser())
+    return tuple(sorted({unquote(name.split("/")[0]) for name in tree.folders}))
+
+
 def load_bank(
     path: str | pathlib.Path,
     class_names: Sequence[str],

@@ -144,7 +144,7 @@ def encode(pixels: np.ndarray, text: Mapping[str, str] | None = None) -> bytes:
 
 
 def _converted(image: Image.Image, mode: str) -> Image.Image:
-    if image.mode.startswith("I;16"):
+    if image.mode.startswith("I;16") or (image.format, image.mode) == ("PPM", "I"):
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     elif image.mode in ("I", "F"):
         raise ValueError(f"its pixels are of mode {image.mode}, not of 8 or 16 bits")

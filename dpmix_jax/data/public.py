@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from dpmix_jax.data import DataConfig, Dataset, datasets, half, load_bank
+from dpmix_jax.data import DataConfig, Dataset, datasets, folder, half, load_bank
 from dpmix_jax.data.records import Records
 from dpmix_jax.data.rendered import RENDERED, rendered
 from dpmix_jax.errors import UserError, require
@@ -159,6 +159,9 @@ def blank_public(
     with _named_public():
         public = datasets.blank(config.name, config.size(private.image_size))
     if public is None:
+        if config.is_bank and not datasets.knows_classes(private.name):
+            names = folder.bank_classes(str(config.path))
+            records = dataclasses.replace(records, class_names=names)
         public = _read(config, private, records)
     elif config.half:  # they are all black
         public = public.subset(np.arange(len(public) // 2))

@@ -14,6 +14,7 @@ from collections.abc import Callable, Collection, Iterator
 from typing import Any, NamedTuple
 
 from dpmix_jax.errors import UserError
+from dpmix_jax.progress import say
 
 ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz")
 # A name with `/` between its parts, and how its bytes are read; None for a folder.
@@ -115,11 +116,18 @@ def _entries(path: pathlib.Path) -> Iterator[_Entry]:
 def _walk(folder: pathlib.Path, above: str = "") -> Iterator[_Entry]:
     for path in folder.iterdir():
         name = above + path.name
-        if path.is_dir() and not path.is_symlink():
+        if path.is_dir() and path.is_symlink():
+            _tell_of_link(path)
+        elif path.is_dir():
             yield name, None
             yield from _walk(path, f"{name}/")
         elif stat.S_ISREG(path.stat().st_mode):  # links to folders may loop
             yield name, path.read_bytes
+
+
+@functools.cache  # a folder is listed more than once
+def _tell_of_link(path: pathlib.Path) -> None:
+    say(f"{path} is a link to a folder, and is not followed")
 
 
 def _members(path: pathlib.Path) -> Iterator[_Entry]:
@@ -132,7 +140,7 @@ def _members(path: pathlib.Path) -> Iterator[_Entry]:
         return
     with tarfile.open(path) as tar:
         for member in tar:
-            if member.isreg() or member.isdir():
+            if member.isreg() or member.islnk() or member.isdir():
                 read = functools.partial(_read, tar, member)
                 yield member.name, None if member.isdir() else read
         file: Any = tar.fileobj

@@ -128,6 +128,7 @@ def train_and_release(
         data=digest,
         software=start.software(),
     )
+    build.make_pool(config, public if config.draws_public else None)
     given = embeddings.whitened(config, model, given, train_set, public, workdir)
 
     found, seed = hosts.of_first(
@@ -235,11 +236,13 @@ def updates_from(
 ) -> Iterable[tuple[training.TrainState, dict[str, Any]]]:
     """Returns what `training.train` yields from a state on, for these parts."""
     first, num_updates = int(state.step), config.privacy.num_updates
+    if first == num_updates:
+        return ()
     size = min(hosts.gather(parts.microbatch_size(config.performance)))
     if config.performance.microbatch_size == "auto":
         say(f"microbatches of {size} records")
     is_measured = config.performance.convolutions == performance.MEASURED
-    if is_measured and first < num_updates:
+    if is_measured:
         parts = convolutions.measured(
             parts, config.performance, size, workdir, goes_on=first > 0
         )

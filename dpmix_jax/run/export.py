@@ -27,6 +27,7 @@ from dpmix_jax.run.workdir import Workdir
 PyTree = Any
 
 RELEASED = ("model.safetensors", "model.json", "privacy.json", "PRIVACY.md")
+_OF_IMAGES = ("resize", "mean", "stddev", "class_names")
 _AT_A_TIME = 128  # images in one call of the model
 
 
@@ -61,10 +62,7 @@ def describe(
             **{name: sums.get(name) for name in ("encoder", "weights")},
         },
         "stored_shape": records.images.shape[1:],
-        "resize": records.resize,
-        "mean": records.mean,
-        "stddev": records.stddev,
-        "class_names": records.class_names,
+        **{name: getattr(records, name) for name in _OF_IMAGES},
     }
 
 
@@ -165,8 +163,11 @@ def read_about(folder: pathlib.Path) -> dict[str, Any]:
     Raises:
       UserError: for a folder without a model.
     """
-    about = _read(folder / "model.json")
-    if not isinstance(about, dict) or not {"model", "class_names"} <= about.keys():
+    about, known = (
+        _read(folder / "model.json"),
+        ("model", "finetune", "stored_shape", *_OF_IMAGES),
+    )
+    if not isinstance(about, dict) or not {*known} <= about.keys():
         raise UserError(f"{folder / 'model.json'} is damaged: give a finished run")
     return about
 

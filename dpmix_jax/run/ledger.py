@@ -6,8 +6,9 @@ by their checksums, with a line for each run that began on them and, if one was
 declared, for the budget of all together. Each line holds the checksum of those before
 it, so that one that was changed, or taken out from between others, is noticed.
 
-Each candidate of a private selection counts as a whole selection, which is more than
-all of them spend.
+A private selection has one line for all its candidates. It spends on a record that
+candidates train on, or on one that they are compared by; the ledger counts whichever is
+more.
 """
 
 import contextlib
@@ -17,8 +18,11 @@ import hashlib
 import json
 import os
 import pathlib
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import dp_accounting
+import numpy as np
 from dp_accounting import pld, rdp
 
 from dpmix_jax import data
@@ -135,15 +139,19 @@ class Ledger:
             file.
         """
         if not _is_writable(self.path.parent):
+            if declared := self.budget():
+                raise UserError(
+                    f"{self.path.parent} is not writable, and epsilon {declared[0]:g}"
+                    f" is declared in {self.path}: no run can be written down there"
+                )
             say(
                 f"warning: {self.path.parent} is not writable, so this run is in no"
                 " ledger: DPMIX_JAX_LEDGER names another folder"
             )
             return
         with self._locked():
-            budget = self.budget()
-            before = [run.mechanism for run in self.runs()]
-            if budget and (total := composed([*before, mechanism], budget[1])) > (
+            budget, new = self.budget(), Spent(mechanism, delta, epsilon, workdir, "")
+            if budget and (total := composed([*self.runs(), new], budget[1])) > (
                 budget[0] * (1 + 1e-6)
             ):
                 raise UserError(
@@ -165,7 +173,7 @@ class Ledger:
         runs, budget = self.runs(), self.budget()
         if budget:
             delta = budget[1]
-        total = composed([run.mechanism for run in runs], delta)
+        total = composed(runs, delta)
         return "\n".join(
             [
                 f"{self.path}",
@@ -240,21 +248,42 @@ def _mechanism(content: dict[str, Any]) -> Mechanism:
     )
 
 
-def composed(mechanisms: list[Mechanism], delta: float) -> float:
+def composed(runs: Sequence[Spent], delta: float) -> float:
     """Returns the epsilon that these runs have spent together.
 
     By PLD, or by RDP if one of them is a private selection. Relations are not mixed,
     nor random allocation with others: where there are several, epsilons and deltas add
     up.
     """
-    if len(mechanisms) <= 1:
-        return sum(each.epsilon(delta) for each in mechanisms)
+    mechanisms = [run.mechanism for run in runs]
     relations = {each.neighboring_relation for each in mechanisms}
-    if len(relations) > 1 or any(each.allocated for each in mechanisms):
-        return sum(each.epsilon(delta / len(mechanisms)) for each in mechanisms)
-    chosen = any(each.selection for each in mechanisms)
-    make = rdp.RdpAccountant if chosen else pld.PLDAccountant
-    accountant = make(neighboring_relation=relations.pop())
+    allocated = any(each.allocated for each in mechanisms)
+    if len(relations) > 1 or (allocated and len(runs) > 1):
+        return sum(composed([run], delta / len(runs)) for run in runs)
+    if any(each.selection for each in mechanisms):
+        orders = rdp.RdpAccountant()._orders
+        return float(rdp.compute_epsilon(orders, sum(map(_rdp, runs)), delta)[0])
+    if len(runs) <= 1:
+        return sum(each.epsilon(delta) for each in mechanisms)
+    accountant = pld.PLDAccountant(neighboring_relation=relations.pop())
     for each in mechanisms:
         accountant.compose(each.event())
     return float(accountant.get_epsilon(delta))
+
+
+def _rdp(run: Spent) -> np.ndarray:
+    """Returns what a run spends at each of dp_accounting's orders of RDP.
+
+    Of a private selection it is the larger, order by order, of what a training record
+    and a validation record pay.
+    """
+    mechanism, relation = run.mechanism, run.mechanism.neighboring_relation
+    events = [mechanism.event()]
+    if (chosen := mechanism.selection) is not None:
+        score = chosen.score_noise(run.epsilon, run.delta, relation)
+        events.append(chosen.event(dp_accounting.GaussianDpEvent(score)))
+    accountants = [rdp.RdpAccountant(neighboring_relation=relation) for _ in events]
+    # dp_accounting has no public name for the curve.
+    return np.maximum.reduce(
+        [a.compose(e)._rdp for a, e in zip(accountants, events, strict=True)]
+    )

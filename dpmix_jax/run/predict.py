@@ -2,6 +2,7 @@
 
 import csv
 import io
+import os
 import pathlib
 
 import numpy as np
@@ -39,9 +40,11 @@ def predict(
       How many images there were.
 
     Raises:
-      UserError: for a folder without a model or without images, or an image that
-        cannot be decoded or has another size.
+      UserError: for a folder without a model or without images, for an image that
+        cannot be decoded or has another size, or if `out` cannot be written.
     """
+    able = os.access(out.parent, os.W_OK) and not out.is_dir()
+    require(able, "--out", str(out), "a file in a folder that can be written")
     model = export.load(run, encoder=encoder, weights=weights)
     height, width, channels = export.read_about(run)["stored_shape"]
     paths = image_files(source)

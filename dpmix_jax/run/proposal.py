@@ -1,6 +1,5 @@
 """A config for a folder of one's own images, and what to expect of it."""
 
-import json
 import math
 import pathlib
 import statistics
@@ -192,5 +191,6 @@ def _like(found: Found, epsilon: float) -> tuple[Measured, float]:
 
 
 def _text(value: object) -> str:
-    """Writes a value as Python, text in double quotes."""
-    return json.dumps(value) if isinstance(value, str) else repr(value)
+    """Writes a value as Python, in ASCII, text in double quotes if it has none."""
+    text = ascii(value)
+    return text if not isinstance(value, str) or '"' in value else f'"{text[1:-1]}"'

@@ -99,7 +99,8 @@ def begin(
       What `made_with` takes, and the seed, None once it is forgotten.
     """
     mechanism = mechanism_of(config.privacy, sampling_prob, workdir)
-    if book is not None and workdir.kept() is None:
+    in_the_book = config.privacy.selection is not None and workdir.is_candidate
+    if book is not None and workdir.kept() is None and not in_the_book:
         book.spend(
             mechanism,
             epsilon=config.privacy.epsilon,

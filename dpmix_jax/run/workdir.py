@@ -16,6 +16,8 @@ from dpmix_jax.run.config import (
     to_dict,
 )
 
+PLAN = "plan.json"  # of a private selection: which candidates it drew
+
 
 class Workdir:
     """What is on disk of one run.
@@ -37,6 +39,11 @@ class Workdir:
                     raise
                 raise UserError(f"workdir {self.path} was deleted") from None
 
+    @property
+    def is_candidate(self) -> bool:
+        """Whether a private selection, of which the ledger knows, drew this run."""
+        return (self.path.parent.parent / PLAN).exists()
+
     def check(self, config: ExperimentConfig) -> None:
         """Raises `UserError` if the folder is of another experiment."""
         path = self.path / "config.json"
@@ -51,8 +58,11 @@ class Workdir:
         try:
             # A file written before a setting existed means that setting's default.
             began = from_config_dict(json.loads(path.read_text()))
-        except (ValueError, OSError):
-            raise UserError(f"{path} is not a config: use another --workdir") from None
+        except ValueError as error:
+            why = f" ({error})" if isinstance(error, UserError) else ""
+            raise UserError(
+                f"{path} is not a config{why}: use another --workdir"
+            ) from None
         if changed := differences(to_dict(began), to_dict(config)):
             raise UserError(
                 f"workdir {self.path} is of another experiment, use another --workdir;"

@@ -226,6 +226,7 @@ class Jobs:
 def _begin_log(workdir: Workdir) -> None:
     """Lets a log no longer end with the error of an earlier job."""
     workdir.path.parent.mkdir(parents=True, exist_ok=True)
+    log_of(workdir).touch(mode=0o600)
     with open(log_of(workdir), "a") as file:
         file.write("\nwaiting for its job to begin\n")
 

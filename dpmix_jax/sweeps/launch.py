@@ -1,5 +1,6 @@
 """Does the runs of a sweep, and goes on with what a stop has left."""
 
+import contextlib
 import json
 import pathlib
 import secrets
@@ -7,17 +8,23 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
 from dpmix_jax.errors import UserError, require
 from dpmix_jax.files import write_atomically
 from dpmix_jax.progress import duration, say
-from dpmix_jax.run import start
-from dpmix_jax.run.config import ExperimentConfig, differences, to_dict
+from dpmix_jax.run import ledger, start
+from dpmix_jax.run.config import (
+    ExperimentConfig,
+    differences,
+    from_config_dict,
+    to_dict,
+)
 from dpmix_jax.run.experiment import caught_signals
 from dpmix_jax.run.release import final_line
-from dpmix_jax.run.workdir import Workdir
+from dpmix_jax.run.workdir import PLAN, Workdir
 from dpmix_jax.sweeps import figure2, plots, tables
 from dpmix_jax.sweeps.grid import Record, Run, SweepConfig
 from dpmix_jax.sweeps.worker import last_line, log_of
@@ -61,7 +68,7 @@ def launch(
         left = [] if (path / "selected").exists() else runs
     else:
         runs = config.runs()
-        left = [run for run in runs if Workdir(path / run.folder).results() is None]
+        left = [run for run in runs if _is_left(Workdir(path / run.folder))]
         for run in runs:
             _check_metric(config.metric, run.config)
     _check_inputs(left)
@@ -77,6 +84,13 @@ def launch(
     if status > 128:
         say("stopped: the same command goes on from there")
     return status
+
+
+def _is_left(workdir: Workdir) -> bool:
+    """Whether a run has not ended; one whose results are damaged fails by itself."""
+    with contextlib.suppress(UserError):
+        return workdir.results() is None
+    return False
 
 
 def _in_turn(run_one: RunOne) -> RunAll:
@@ -260,7 +274,7 @@ def _select(
         best = max(workdirs, key=lambda workdir: (workdir.results() or {})["score"])
         best.clean_up()
         best.path.rename(selected.path)
-    config = json.loads((selected.path / "config.json").read_text())
+    config = _today(json.loads((selected.path / "config.json").read_text()))
     if all(differences(config, to_dict(run.config)) for run in points):
         raise UserError(
             f"workdir {folder.path} holds a selection among other settings: use another"
@@ -271,7 +285,7 @@ def _select(
     for path in (candidates, folder.path / ".jax_cache"):
         if path.exists():
             shutil.rmtree(path)
-    (folder.path / "plan.json").unlink(missing_ok=True)
+    (folder.path / PLAN).unlink(missing_ok=True)
     say(f"selected: {selected.path}; no other candidate is left there")
     say(final_line(selected.results() or {}), file=sys.stdout)
     return 0
@@ -279,8 +293,8 @@ def _select(
 
 def _plan(points: Sequence[Run], folder: Workdir) -> list[int]:
     """Returns the point of each candidate, drawn once and for all."""
-    path, configs = folder.path / "plan.json", [to_dict(run.config) for run in points]
-    config = points[0].config
+    path, configs = folder.path / PLAN, [to_dict(run.config) for run in points]
+    config, privacy = points[0].config, points[0].config.privacy
     dataset, public = start.read(config)
     assert dataset.validation is not None  # the config has seen to it
     files = config.finetune.checksums()
@@ -289,7 +303,7 @@ def _plan(points: Sequence[Run], folder: Workdir) -> list[int]:
     if path.exists():
         kept = json.loads(path.read_text())
         same = len(kept["points"]) == len(configs) and kept["read"] == read
-        if not same or any(map(differences, kept["points"], configs)):
+        if not same or any(map(differences, map(_today, kept["points"]), configs)):
             raise UserError(
                 f"workdir {folder.path} holds a selection that began with other"
                 " settings or data: put those back, or use another --workdir"
@@ -300,9 +314,20 @@ def _plan(points: Sequence[Run], folder: Workdir) -> list[int]:
         raise UserError(
             f"workdir {folder.path} holds {strange[0]}: use a new or empty --workdir"
         )
-    how = points[0].config.privacy.private_selection
+    how = privacy.private_selection
     assert how is not None
+    ledger.of(dataset).spend(  # once for all candidates
+        privacy.calibrate(privacy.sampling_prob(len(dataset.train))),
+        epsilon=privacy.epsilon,
+        delta=privacy.delta,
+        workdir=str(folder.path.resolve()),
+    )
     drawn = how.draw(len(points), np.random.default_rng(secrets.randbits(128)))
     plan = {"points": configs, "read": read, "drawn": drawn}
     write_atomically(path, json.dumps(plan), mode=0o600)
     return drawn
+
+
+def _today(config: dict[str, Any]) -> dict[str, Any]:
+    """Gives a config that was kept the defaults of settings that came later."""
+    return to_dict(from_config_dict(config))

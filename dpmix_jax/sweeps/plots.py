@@ -29,7 +29,7 @@ def save(figure: matplotlib.figure.Figure, folder: Workdir, name: str) -> None:
     for kind in ("png", "pdf"):
         file = io.BytesIO()
         figure.savefig(file, format=kind, dpi=200)
-        folder.write(f"{name}.{kind}", file.getvalue())
+        folder.write(f"{name}.{kind}", file.getvalue(), mode=0o600)
 
 
 def draw(sweep: SweepConfig, records: Sequence[Record]) -> matplotlib.figure.Figure:

@@ -3,6 +3,7 @@
 import csv
 import io
 import itertools
+import math
 import pathlib
 import re
 import statistics
@@ -48,10 +49,13 @@ def read_record(sweep: SweepConfig, run: Run, workdir: Workdir) -> Record:
 
 def write(sweep: SweepConfig, folder: Workdir, records: Sequence[Record]) -> str:
     """Writes CSV, tables and choice, as far as runs have ended; returns the table."""
-    folder.write("runs.csv", to_csv(records))
     table = to_markdown(sweep, records)
-    folder.write("table.md", table)
-    folder.write("table.tex", to_latex(sweep, records))
+    for name, text in (
+        ("runs.csv", to_csv(records)),
+        ("table.md", table),
+        ("table.tex", to_latex(sweep, records)),
+    ):
+        folder.write(name, text, mode=0o600)  # losses of training records among them
     if chosen := choices(sweep, records):
         folder.write_json("choice.json", {"choices": chosen, **NOT_COVERED})
     else:
@@ -78,7 +82,11 @@ def read(sweep: SweepConfig, path: pathlib.Path) -> list[Record]:
     Raises:
       UserError: for a file that is none, or of another sweep.
     """
-    points = {tuple(map(str, point)): point for point in sweep.points}
+    # A CSV has nothing for None.
+    points = {
+        tuple("" if value is None else str(value) for value in point): point
+        for point in sweep.points
+    }
     records: dict[tuple, Record] = {}
     try:
         for line in csv.DictReader(io.StringIO(path.read_text())):
@@ -257,7 +265,10 @@ def _show(
     """Writes a statistic of values, or "-" where there are too few for it."""
     try:
         return sweep.show(statistic(values), sign)
-    except ValueError:
+    except (
+        ValueError,
+        AttributeError,
+    ):  # the latter of NaN
         return "-"
 
 
@@ -284,10 +295,13 @@ def paired_test(differences: Sequence[float]) -> tuple[float | None, float | Non
     """Returns p of the two-sided paired t-test and Cohen's d of pairs.
 
     Args:
-      differences: of pairs; for fewer than two, or all equal, neither is defined.
+      differences: of pairs; for fewer than two, for all equal, and for one that is not
+        finite, neither is defined.
     """
+    if len(differences) < 2 or not all(map(math.isfinite, differences)):
+        return None, None
     # Accuracies are multiples of 1 / (number of test images): less is rounding.
-    if len(differences) < 2 or (sd := statistics.stdev(differences)) < 1e-9:
+    if (sd := statistics.stdev(differences)) < 1e-9:
         return None, None
     p = scipy.stats.ttest_1samp(differences, 0.0).pvalue
     return float(p), statistics.fmean(differences) / sd

@@ -60,7 +60,7 @@ class Worker(contextlib.AbstractContextManager):
         if signals:
             return None
         log = log_of(workdir)
-        log.touch()
+        log.touch(mode=0o600)  # losses of training records will be in it
         try:
             pipe = self._pipe or self._start()
             pipe.send((config, workdir))
