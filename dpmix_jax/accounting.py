@@ -180,14 +180,14 @@ class Mechanism:
                 batches_per_epoch=self.batches_per_epoch,
                 delta=delta,
             )
-        with _quiet():
+        with quiet():
             make = _ACCOUNTANTS[accountant]
             ledger = make(neighboring_relation=relation).compose(self.event())
             return float(ledger.get_epsilon(delta))
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Silences the RDP accountant's warning about each order that does not converge."""
     level = absl.logging.get_verbosity()
     absl.logging.set_verbosity(absl.logging.ERROR)
@@ -353,7 +353,9 @@ def calibrate(
         selection=selection,
         allocated=allocated,
     )
-    if bands is None:
+    if bands is not None:
+        bands = int(bands)
+    else:
         bands = _cached(_least_error, noiseless, float(epsilon), float(delta))
     if bands != 1:
         strategy = _cached(factorization.strategy, int(num_updates), bands)

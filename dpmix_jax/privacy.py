@@ -204,8 +204,8 @@ def privatizer(
 
     Raises:
       UserError: if `expected_batch_size` or `key` is not as stated; by `init`, under
-        `jax.jit`; by `update`, for more noise or more parameters than `noise.grid` has
-        room for.
+        `jax.jit`; by `update`, there with a state that is no argument, and for more
+        noise or more parameters than `noise.grid` has room for.
 
     Example:
       >>> gradient_fn = dpm.clipped_gradient(lambda w, x: w @ x, l2_clip_norm=1.0)
@@ -227,17 +227,17 @@ def privatizer(
     share = jnp.array(later, jnp.float32) / jnp.float32(first)
 
     def init(params):
-        leaves = jax.tree.leaves(params)
-        if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+        own = jnp.array(key)
+        if isinstance(own, jax.core.Tracer):
             raise UserError(
                 "init is called under jax.jit or its like: call it outside, for the"
                 " compiled program, which JAX may write to disk, would hold the key"
             )
         if not later:
-            return NoiseState(jnp.array(key))
-        shape = len(later), sum(leaf.size for leaf in leaves)
+            return NoiseState(own)
+        shape = len(later), sum(leaf.size for leaf in jax.tree.leaves(params))
         blanks = (jnp.zeros(shape, jnp.float32) for _ in range(2))
-        return NoiseState(jnp.array(key), *blanks)
+        return NoiseState(own, *blanks)
 
     @jax.jit  # hundreds of operations: one by one they would take half a second
     def private_mean(gradients, state):
@@ -266,6 +266,12 @@ def privatizer(
 
     def update(gradients, state, params=None):
         del params  # of any type
+        traced = isinstance(jax.tree.leaves(gradients)[0], jax.core.Tracer)
+        if traced and not isinstance(state.key, jax.core.Tracer):
+            raise UserError(
+                "update is called under jax.jit or its like with a state that is not an"
+                " argument of the compiled program, which would hold the key"
+            )
         return private_mean(gradients, state)
 
     return optax.GradientTransformation(init, update)

@@ -284,7 +284,10 @@ def test_links_in_a_tar_are_passed_over(tmp_path):
     assert len(load(files.tar(tmp_path / "x.tar", members, "w")).train) == 8
     again = tarfile.TarInfo("cat/again.png")  # the same file by another name
     again.type, again.linkname = tarfile.LNKTYPE, members[0][0]
-    found = load(files.tar(tmp_path / "y.tar", [*members, (again, b"")], "w"))
+    nothing = tarfile.TarInfo("cat/nothing.png")
+    nothing.type, nothing.linkname = tarfile.LNKTYPE, "cat/link.png"
+    more = [(again, b""), (nothing, b"")]
+    found = load(files.tar(tmp_path / "y.tar", [*members, *more], "w"))
     assert len(found.train) + len(found.test) == 11
 
 

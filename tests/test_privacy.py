@@ -258,8 +258,13 @@ def test_a_state_is_made_outside_of_compiled_programs(bands):
         strategy=(1.0, 0.5)[:bands],
     )
     add = privatizer(gradient_fn, mechanism, expected_batch_size=9, key=noise_key(0))
-    with pytest.raises(UserError, match=r"init is called under jax\.jit"):
-        jax.jit(add.init)(jnp.zeros(5))
+    zeros = jnp.zeros(5)
+    for compiled in (jax.jit(add.init), jax.jit(lambda _: add.init(zeros))):
+        with pytest.raises(UserError, match=r"init is called under jax\.jit"):
+            compiled(zeros)
+    state = add.init(zeros)
+    with pytest.raises(UserError, match=r"update is called .* is not an argument of"):
+        jax.jit(lambda total: add.update(total, state))(zeros)
     # Each of its arrays is its own, so that an update may reuse them.
     update = jax.jit(add.update, donate_argnums=1)
     assert update(jnp.zeros(5), add.init(jnp.zeros(5)))[0].shape == (5,)

@@ -12,7 +12,7 @@ from dpmix_jax import (
     record_keys,
     stream_key,
 )
-from dpmix_jax.sampling import STREAMS, generator, threefry_key
+from dpmix_jax.sampling import STREAMS, generator
 
 N, Q, STEPS = 40, 0.3, 3000
 
@@ -163,9 +163,3 @@ def test_refuses(options, message):
 def test_a_microbatch_has_a_record():
     with pytest.raises(UserError, match="microbatch_size is 0: it must be at least 1"):
         microbatches(np.arange(3), 0)
-
-
-def test_keys_are_threefry_whatever_the_default_is():
-    words = np.asarray(jax.random.key_data(stream_key(3, "augmentation")))
-    with jax.default_prng_impl("rbg"):
-        assert (threefry_key(words) == stream_key(3, "augmentation")).all()

@@ -6,6 +6,7 @@ But for the last test runs are pretended: they write what a run writes.
 import dataclasses
 import json
 import pathlib
+import shutil
 import signal
 
 import ml_collections
@@ -129,26 +130,91 @@ def test_killed_after_the_choice_it_only_cleans_up(draws, monkeypatch, tmp_path)
     assert Workdir(tmp_path / "selected").results()["score"] == 20
 
 
-def test_a_selection_is_one_line_of_the_ledger(draws, monkeypatch, tmp_path):
-    """Each candidate would otherwise spend what all of them do, and be refused."""
+def train(config, workdir, signals):
+    assert experiment.run(config, workdir) == 0
+
+
+@pytest.fixture
+def book(monkeypatch, tmp_path):
+    """The ledger of the records of these selections, with room for one of them."""
     monkeypatch.setenv("DPMIX_JAX_LEDGER", str(tmp_path / "ledger"))
-    train_set = data.load(data.DataConfig(name="digits", validation_size=VALIDATION))
-    book = ledger.of(train_set)
-    book.declare(8.5, 1e-5)
+    config = data.DataConfig(name="digits", validation_size=VALIDATION)
+    found = ledger.of(data.load(config))
+    found.declare(8.0, 1e-5)
+    return found
 
-    def run_one(config, workdir, signals):
-        assert experiment.run(config, workdir) == 0
 
+def test_a_selection_is_one_line_of_the_ledger(draws, book, tmp_path):
+    """Each candidate would otherwise spend what all of them do, and be refused."""
     draws(1, 0)
-    assert launch(tmp_path / "out", run_one) == 0
+    assert launch(tmp_path / "out", train) == 0
     (run,) = book.runs()
     assert run.workdir == str(tmp_path / "out")
     with pytest.raises(UserError, match="with what runs spent before it"):
-        launch(tmp_path / "again", run_one)
-    # Outside of a selection a candidate is one of its own.
-    config = sweeps.from_config_dict(ml_collections.ConfigDict(SMALL)).candidates()[0]
+        launch(tmp_path / "again", train)
+
+
+BEGUN = {"filter_gain": 0.25}  # another setting than the plan has
+
+
+@pytest.mark.parametrize(
+    ("folder", "changes"),
+    [
+        ("alone", {}),
+        ("out/candidates/99", {}),  # which was not drawn
+        ("out/elsewhere/1", {}),
+        ("copy/candidates/1", {}),
+        ("out/candidates/0", {}),  # which began, and was deleted
+        ("out/candidates/1", BEGUN),
+    ],
+)
+def test_a_candidate_that_no_selection_has_paid_for_pays(
+    draws, book, tmp_path, folder, changes
+):
+    """Whatever lies beside it, it is refused as a selection of its own."""
+
+    def first(config, workdir, signals):
+        number = int(workdir.path.name)
+        if number == 0:
+            train(config, workdir, signals)
+            shutil.rmtree(workdir.path)
+            return None
+        return "it is the next one's turn"
+
+    draws(1, 0)
+    assert launch(tmp_path / "out", first) == 1
+    shutil.copytree(tmp_path / "out", tmp_path / "copy")
+    (run,) = book.runs()
+    points = sweeps.from_config_dict(ml_collections.ConfigDict(SMALL)).candidates()
+    plan = json.loads((tmp_path / "out/plan.json").read_text())
+    assert plan["begun"] == [0]
+    config = points[plan["drawn"][int(folder.endswith("1"))]].config
+    optimizer = dataclasses.replace(config.optimizer, **changes)
+    config = dataclasses.replace(config, optimizer=optimizer)
     with pytest.raises(UserError, match="with what runs spent before it"):
-        experiment.run(config.config, Workdir(tmp_path / "alone"))
+        experiment.run(config, Workdir(tmp_path / folder))
+    assert book.runs() == [run]
+
+
+def test_a_plan_of_an_earlier_version_pays(draws, book, tmp_path):
+    draws(0, 1)
+    assert launch(tmp_path / "out", pretend([None] * 2)) == 1
+    path = tmp_path / "out/plan.json"
+    plan = json.loads(path.read_text())
+    del plan["folder"]
+    path.write_text(json.dumps(plan))
+    with pytest.raises(UserError, match="with what runs spent before it"):
+        launch(tmp_path / "out", train)
+    assert json.loads(path.read_text()) == plan
+    book.declare(100.0, 1e-5)
+    assert launch(tmp_path / "out", train) == 0
+    assert len(book.runs()) == 2
+
+
+def test_what_candidates_would_be_refused_for_spends_nothing(book, tmp_path):
+    with pytest.raises(UserError, match="max_shift is 9"):
+        launch(tmp_path / "out", train, **common("augmentation", max_shift=9))
+    assert book.runs() == []
 
 
 def test_a_setting_that_came_later_has_its_default(draws, tmp_path):
@@ -158,7 +224,7 @@ def test_a_setting_that_came_later_has_its_default(draws, tmp_path):
     for point in plan["points"]:
         del point["optimizer"]["filter_gain"]
     (tmp_path / "plan.json").write_text(json.dumps(plan))
-    assert launch(tmp_path, pretend([None, 20])) == 0
+    assert launch(tmp_path, pretend([None, 20])) == 0  # it had not begun
     path = tmp_path / "selected/config.json"
     config = json.loads(path.read_text())
     del config["optimizer"]["filter_gain"]

@@ -207,6 +207,14 @@ def test_records_from_the_host_give_the_same_bits(accumulate):
 
 
 @pytest.mark.proves("training.make_accumulate", 3)
+def test_another_default_generator_makes_the_same_sets(accumulate):
+    *_, (expected, _) = train(accumulate, 8, num_updates=2)
+    with jax.default_prng_impl("rbg"):
+        jax.clear_caches()
+        *_, (found, _) = train(accumulate, 8, num_updates=2)
+    np.testing.assert_array_equal(toy.flat(found.params), toy.flat(expected.params))
+
+
 def test_nothing_compiles_after_the_first_updates(accumulate):
     """Whatever sizes are drawn, empty batches among them."""
     updates, sizes = train(accumulate, 2, num_updates=40, q=0.06, seed=0), []

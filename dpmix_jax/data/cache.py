@@ -8,13 +8,14 @@ its owner may read it.
 """
 
 import concurrent.futures
+import contextlib
 import hashlib
 import itertools
 import json
 import os
 import pathlib
 import tempfile
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Generator, Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -127,14 +128,11 @@ def _fill(
     folder.chmod(0o700)
     examples = [*listing.train, *listing.test]
     row_of = {key: row for row, (key, _) in enumerate(examples)}
-    found = bar(
-        _decode_all(listing.contents(list(row_of)), decode),
-        desc=f"preparing {name}",
-        total=len(examples),
-    )
+    decoded = contextlib.closing(_decode_all(listing.contents(list(row_of)), decode))
+    shown = {"desc": f"preparing {name}", "total": len(examples)}
     bad, first, shape = [], None, None
-    with replacing(folder / _IMAGES, mode=0o600) as file:
-        for key, pixels in found:
+    with decoded as found, replacing(folder / _IMAGES, mode=0o600) as file:
+        for key, pixels in bar(found, **shown):
             if isinstance(pixels, Exception):
                 bad.append(f"{key} ({str(pixels) or type(pixels).__name__})")
                 continue
@@ -165,7 +163,7 @@ def _fill(
 
 def _decode_all(
     contents: Iterable[tuple[Any, Any]], decode: Callable[[Any], np.ndarray]
-) -> Iterator[tuple[Any, np.ndarray | Exception]]:
+) -> Generator[tuple[Any, np.ndarray | Exception], None, None]:
     """Yields keys with pixels or why there are none; decodes a batch at a time."""
 
     def attempt(content):

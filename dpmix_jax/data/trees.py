@@ -138,9 +138,13 @@ def _members(path: pathlib.Path) -> Iterator[_Entry]:
                 read = functools.partial(archive.read, info)
                 yield info.filename, None if info.is_dir() else read
         return
+    regular = set()
     with tarfile.open(path) as tar:
         for member in tar:
-            if member.isreg() or member.islnk() or member.isdir():
+            if member.isreg():
+                regular.add(member.name)
+            another_name = member.islnk() and member.linkname in regular
+            if member.isreg() or another_name or member.isdir():
                 read = functools.partial(_read, tar, member)
                 yield member.name, None if member.isdir() else read
         file: Any = tar.fileobj

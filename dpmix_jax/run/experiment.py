@@ -236,13 +236,13 @@ def updates_from(
 ) -> Iterable[tuple[training.TrainState, dict[str, Any]]]:
     """Returns what `training.train` yields from a state on, for these parts."""
     first, num_updates = int(state.step), config.privacy.num_updates
-    if first == num_updates:
+    if first == num_updates and not parts.magnitudes:
         return ()
     size = min(hosts.gather(parts.microbatch_size(config.performance)))
     if config.performance.microbatch_size == "auto":
         say(f"microbatches of {size} records")
     is_measured = config.performance.convolutions == performance.MEASURED
-    if is_measured:
+    if is_measured and first < num_updates:
         parts = convolutions.measured(
             parts, config.performance, size, workdir, goes_on=first > 0
         )

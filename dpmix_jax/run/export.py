@@ -163,11 +163,9 @@ def read_about(folder: pathlib.Path) -> dict[str, Any]:
     Raises:
       UserError: for a folder without a model.
     """
-    about, known = (
-        _read(folder / "model.json"),
-        ("model", "finetune", "stored_shape", *_OF_IMAGES),
-    )
-    if not isinstance(about, dict) or not {*known} <= about.keys():
+    about = _read(folder / "model.json")
+    known = {"model", "finetune", "stored_shape", *_OF_IMAGES}
+    if not isinstance(about, dict) or not known <= about.keys():
         raise UserError(f"{folder / 'model.json'} is damaged: give a finished run")
     return about
 

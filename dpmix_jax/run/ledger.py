@@ -25,7 +25,7 @@ import dp_accounting
 import numpy as np
 from dp_accounting import pld, rdp
 
-from dpmix_jax import data
+from dpmix_jax import accounting, data
 from dpmix_jax.accounting import RELATIONS, Mechanism
 from dpmix_jax.data.public import image_checksums
 from dpmix_jax.errors import UserError
@@ -139,7 +139,11 @@ class Ledger:
             file.
         """
         if not _is_writable(self.path.parent):
-            if declared := self.budget():
+            try:
+                declared = self.budget()
+            except OSError as error:
+                raise UserError(f"{self.path}: {error.strerror}") from None
+            if declared:
                 raise UserError(
                     f"{self.path.parent} is not writable, and epsilon {declared[0]:g}"
                     f" is declared in {self.path}: no run can be written down there"
@@ -261,8 +265,7 @@ def composed(runs: Sequence[Spent], delta: float) -> float:
     if len(relations) > 1 or (allocated and len(runs) > 1):
         return sum(composed([run], delta / len(runs)) for run in runs)
     if any(each.selection for each in mechanisms):
-        orders = rdp.RdpAccountant()._orders
-        return float(rdp.compute_epsilon(orders, sum(map(_rdp, runs)), delta)[0])
+        return _by_rdp(runs, delta)
     if len(runs) <= 1:
         return sum(each.epsilon(delta) for each in mechanisms)
     accountant = pld.PLDAccountant(neighboring_relation=relations.pop())
@@ -271,19 +274,35 @@ def composed(runs: Sequence[Spent], delta: float) -> float:
     return float(accountant.get_epsilon(delta))
 
 
-def _rdp(run: Spent) -> np.ndarray:
-    """Returns what a run spends at each of dp_accounting's orders of RDP.
+def _by_rdp(runs: Sequence[Spent], delta: float) -> float:
+    """Returns the epsilon of runs with private selections among them.
 
-    Of a private selection it is the larger, order by order, of what a training record
-    and a validation record pay.
+    A record pays for a selection as one that candidates train on or as one that they
+    are compared by. In another selection it may be the other, so that of several the
+    larger is counted at each order of RDP.
     """
-    mechanism, relation = run.mechanism, run.mechanism.neighboring_relation
-    events = [mechanism.event()]
-    if (chosen := mechanism.selection) is not None:
+    with accounting.quiet():
+        accountants = [[_rdp(run, event) for event in _events(run)] for run in runs]
+    if len(runs) == 1:
+        return max(float(each.get_epsilon(delta)) for each in accountants[0])
+    # dp_accounting has no public name for the curve.
+    curves = (np.maximum.reduce([a._rdp for a in of_run]) for of_run in accountants)
+    orders = accountants[0][0]._orders
+    return float(rdp.compute_epsilon(orders, sum(curves), delta)[0])
+
+
+def _events(run: Spent) -> list[dp_accounting.DpEvent]:
+    """Returns what training records and, of a selection, validation records see."""
+    events = [run.mechanism.event()]
+    if (chosen := run.mechanism.selection) is not None:
+        relation = run.mechanism.neighboring_relation
         score = chosen.score_noise(run.epsilon, run.delta, relation)
         events.append(chosen.event(dp_accounting.GaussianDpEvent(score)))
-    accountants = [rdp.RdpAccountant(neighboring_relation=relation) for _ in events]
-    # dp_accounting has no public name for the curve.
-    return np.maximum.reduce(
-        [a.compose(e)._rdp for a, e in zip(accountants, events, strict=True)]
-    )
+    return events
+
+
+def _rdp(run: Spent, event: dp_accounting.DpEvent) -> rdp.RdpAccountant:
+    relation = run.mechanism.neighboring_relation
+    accountant = rdp.RdpAccountant(neighboring_relation=relation)
+    accountant.compose(event)
+    return accountant

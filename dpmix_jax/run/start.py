@@ -22,7 +22,7 @@ from dpmix_jax.baselines import pretraining
 from dpmix_jax.data.public import load_public
 from dpmix_jax.errors import UserError
 from dpmix_jax.progress import Progress, say
-from dpmix_jax.run import build, ledger
+from dpmix_jax.run import build, ledger, plan
 from dpmix_jax.run.checkpoint import Checkpoints
 from dpmix_jax.run.config import ExperimentConfig, to_dict
 from dpmix_jax.run.workdir import Workdir
@@ -99,8 +99,8 @@ def begin(
       What `made_with` takes, and the seed, None once it is forgotten.
     """
     mechanism = mechanism_of(config.privacy, sampling_prob, workdir)
-    in_the_book = config.privacy.selection is not None and workdir.is_candidate
-    if book is not None and workdir.kept() is None and not in_the_book:
+    begins = workdir.kept() is None
+    if book is not None and begins and not plan.claims(config, workdir.path):
         book.spend(
             mechanism,
             epsilon=config.privacy.epsilon,

@@ -16,8 +16,6 @@ from dpmix_jax.run.config import (
     to_dict,
 )
 
-PLAN = "plan.json"  # of a private selection: which candidates it drew
-
 
 class Workdir:
     """What is on disk of one run.
@@ -38,11 +36,6 @@ class Workdir:
                 if self.path.exists():
                     raise
                 raise UserError(f"workdir {self.path} was deleted") from None
-
-    @property
-    def is_candidate(self) -> bool:
-        """Whether a private selection, of which the ledger knows, drew this run."""
-        return (self.path.parent.parent / PLAN).exists()
 
     def check(self, config: ExperimentConfig) -> None:
         """Raises `UserError` if the folder is of another experiment."""

@@ -8,23 +8,16 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import numpy as np
 
 from dpmix_jax.errors import UserError, require
-from dpmix_jax.files import write_atomically
 from dpmix_jax.progress import duration, say
-from dpmix_jax.run import ledger, start
-from dpmix_jax.run.config import (
-    ExperimentConfig,
-    differences,
-    from_config_dict,
-    to_dict,
-)
+from dpmix_jax.run import build, ledger, plan, start
+from dpmix_jax.run.config import ExperimentConfig, differences, to_dict
 from dpmix_jax.run.experiment import caught_signals
 from dpmix_jax.run.release import final_line
-from dpmix_jax.run.workdir import PLAN, Workdir
+from dpmix_jax.run.workdir import Workdir
 from dpmix_jax.sweeps import figure2, plots, tables
 from dpmix_jax.sweeps.grid import Record, Run, SweepConfig
 from dpmix_jax.sweeps.worker import last_line, log_of
@@ -247,7 +240,7 @@ def _select(
       The exit status.
     """
     selected = Workdir(folder.path / "selected")
-    candidates = folder.path / "candidates"
+    candidates = folder.path / plan.CANDIDATES
     if selected.results() is None:
         drawn = [points[point] for point in _plan(points, folder)]
         if not drawn:
@@ -274,7 +267,7 @@ def _select(
         best = max(workdirs, key=lambda workdir: (workdir.results() or {})["score"])
         best.clean_up()
         best.path.rename(selected.path)
-    config = _today(json.loads((selected.path / "config.json").read_text()))
+    config = plan.today(json.loads((selected.path / "config.json").read_text()))
     if all(differences(config, to_dict(run.config)) for run in points):
         raise UserError(
             f"workdir {folder.path} holds a selection among other settings: use another"
@@ -285,49 +278,56 @@ def _select(
     for path in (candidates, folder.path / ".jax_cache"):
         if path.exists():
             shutil.rmtree(path)
-    (folder.path / PLAN).unlink(missing_ok=True)
+    (folder.path / plan.FILE).unlink(missing_ok=True)
     say(f"selected: {selected.path}; no other candidate is left there")
     say(final_line(selected.results() or {}), file=sys.stdout)
     return 0
 
 
 def _plan(points: Sequence[Run], folder: Workdir) -> list[int]:
-    """Returns the point of each candidate, drawn once and for all."""
-    path, configs = folder.path / PLAN, [to_dict(run.config) for run in points]
-    config, privacy = points[0].config, points[0].config.privacy
+    """Returns the point of each candidate, drawn once and for all.
+
+    The ledger has a line for the selection before there is a plan, and one more if a
+    plan of an earlier version, or of another folder, is gone on with.
+    """
+    configs = [to_dict(run.config) for run in points]
+    config = points[0].config
     dataset, public = start.read(config)
     assert dataset.validation is not None  # the config has seen to it
     files = config.finetune.checksums()
     digest = start.data_digest(dataset.train, public, files)
     read = [digest, dataset.validation.digest()]
-    if path.exists():
-        kept = json.loads(path.read_text())
-        same = len(kept["points"]) == len(configs) and kept["read"] == read
-        if not same or any(map(differences, map(_today, kept["points"]), configs)):
+    found = plan.read(folder.path)
+    if found is None:
+        there = sorted(file.name for file in folder.path.iterdir())
+        if strange := [name for name in there if name[0] != "."]:
+            raise UserError(
+                f"workdir {folder.path} holds {strange[0]}: use a new or empty"
+                " --workdir"
+            )
+        for run in points:  # what they would be refused for spends nothing
+            run.config.augmentation.check_images(dataset.train.image_shape)
+            drawn_from = public if run.config.draws_public else None
+            build.make_pool(run.config, drawn_from)
+        how = config.privacy.private_selection
+        assert how is not None
+        drawn = how.draw(len(points), np.random.default_rng(secrets.randbits(128)))
+        found = {"points": configs, "read": read, "drawn": drawn}
+    else:
+        same = len(found["points"]) == len(configs) and found["read"] == read
+        kept = map(plan.today, found["points"])
+        if not same or any(map(differences, kept, configs)):
             raise UserError(
                 f"workdir {folder.path} holds a selection that began with other"
                 " settings or data: put those back, or use another --workdir"
             )
-        return kept["drawn"]
-    found = sorted(file.name for file in folder.path.iterdir())
-    if strange := [name for name in found if name[0] != "."]:
-        raise UserError(
-            f"workdir {folder.path} holds {strange[0]}: use a new or empty --workdir"
+    if not plan.is_of(found, folder.path):
+        privacy = config.privacy
+        ledger.of(dataset).spend(
+            privacy.calibrate(privacy.sampling_prob(len(dataset.train))),
+            epsilon=privacy.epsilon,
+            delta=privacy.delta,
+            workdir=str(folder.path.resolve()),
         )
-    how = privacy.private_selection
-    assert how is not None
-    ledger.of(dataset).spend(  # once for all candidates
-        privacy.calibrate(privacy.sampling_prob(len(dataset.train))),
-        epsilon=privacy.epsilon,
-        delta=privacy.delta,
-        workdir=str(folder.path.resolve()),
-    )
-    drawn = how.draw(len(points), np.random.default_rng(secrets.randbits(128)))
-    plan = {"points": configs, "read": read, "drawn": drawn}
-    write_atomically(path, json.dumps(plan), mode=0o600)
-    return drawn
-
-
-def _today(config: dict[str, Any]) -> dict[str, Any]:
-    """Gives a config that was kept the defaults of settings that came later."""
-    return to_dict(from_config_dict(config))
+        plan.write(folder.path, found)
+    return found["drawn"]

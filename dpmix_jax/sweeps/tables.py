@@ -265,10 +265,7 @@ def _show(
     """Writes a statistic of values, or "-" where there are too few for it."""
     try:
         return sweep.show(statistic(values), sign)
-    except (
-        ValueError,
-        AttributeError,
-    ):  # the latter of NaN
+    except (ValueError, AttributeError):  # of NaN, stdev raises the latter
         return "-"
 
 
