@@ -18,7 +18,8 @@ import pytest
 import dpmix_jax as dpm
 from dpmix_jax import UserError, calibrate, command, data
 from dpmix_jax.data.images import encode
-from dpmix_jax.run import calibration, cli
+from dpmix_jax.files import write_atomically
+from dpmix_jax.run import calibration, cli, predict
 from tests import runs
 from tests.conftest import ROOT
 from tests.programs import call, forgotten_flags
@@ -208,6 +209,12 @@ def test_what_cannot_be_labelled_is_one_line(finished, tmp_path):
         assert message in done.stderr
         assert done.stderr.count("\n") == 1
     assert not (tmp_path / "out.csv").exists()
+    good = tmp_path / "good.png"
+    for out in (".", str(tmp_path), str(tmp_path / "none" / "out.csv")):
+        with pytest.raises(UserError, match=r"--out is .* a file in a folder that can"):
+            predict.predict(finished, good, pathlib.Path(out))
+    with pytest.raises(IsADirectoryError, match=r"'\.'"):
+        write_atomically(pathlib.Path(), "text")
 
 
 # --- What would be done -----------------------------------------------------------

@@ -252,6 +252,16 @@ def test_resuming_on_other_data_is_refused(tmp_path, monkeypatch):
     assert "holds a run that began with other data: put those back" in refused.err
 
 
+def test_what_sets_cannot_be_made_of_is_refused_before_the_run_begins(tmp_path):
+    """Neither the workdir nor the ledger then knows of it."""
+    wrong = {"method__name": "dp_mix_diff", "method__draw": "class"}
+    wrong |= {"public__name": "rendered_digits", "public__count": 5}
+    refused = run(tmp_path / "run", method__k_diff=1, **wrong)
+    assert refused.status == 2
+    assert "every class must have a public image, but '5' has none" in refused.err
+    assert not [path for path in (tmp_path / "run").iterdir() if path.name[0] != "."]
+
+
 def test_a_run_does_not_go_on_with_less_noise_than_it_promises(tmp_path):
     """As when the accountant that it began with is found to be wrong."""
     enough, less = (Workdir(tmp_path / name) for name in ("enough", "less"))

@@ -289,6 +289,15 @@ def test_runs_of_other_settings_are_failures(tmp_path, capsys):
     assert content(path) == before
 
 
+def test_damaged_results_cost_one_run(tmp_path, capsys):
+    path, calls = tmp_path / "sweep", []
+    assert launch(path, pretend(calls), seeds=1) == 0
+    (path / "dp-sgd/epsilon=3/seed=0/results.json").write_text("{")
+    assert launch(path, pretend(calls), seeds=2) == 1
+    assert len(calls) == 4
+    assert capsys.readouterr().err.count("failed: ") == 1
+
+
 def test_finished_runs_that_lack_the_metric_are_failures(tmp_path, capsys):
     """As with another metric for a sweep that has ended."""
     assert launch(tmp_path, pretend([]), seeds=1) == 0
