@@ -368,6 +368,15 @@ def test_perfect_scores_bound_epsilon_by_the_number_of_canaries():
     np.testing.assert_array_equal(found.false_positives[[0, 32, 64]], [0, 0, 1])
 
 
+def test_the_bound_allows_for_coins_that_were_thrown_again():
+    """Of 8 canaries one throw in 128 is, and each bound errs more often by that."""
+    included = np.arange(8) % 2 == 0
+    rng = np.random.default_rng(0)
+    found = audit.bound(included * 1.0, included, delta=1e-12, rng=rng)
+    q = (0.05 * 127 / 128) ** (1 / 4)  # 4 guesses
+    assert found.epsilon == pytest.approx(np.log(q / (1 - q)), rel=1e-4)
+
+
 def test_scores_that_are_no_numbers_are_lowest():
     rng = np.random.default_rng(0)
     included = np.arange(16) % 2 == 0

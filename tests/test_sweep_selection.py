@@ -154,18 +154,16 @@ def test_a_selection_is_one_line_of_the_ledger(draws, book, tmp_path):
         launch(tmp_path / "again", train)
 
 
-BEGUN = {"filter_gain": 0.25}  # another setting than the plan has
-
-
+@pytest.mark.sampled("another copy", "begun")
 @pytest.mark.parametrize(
     ("folder", "changes"),
     [
-        ("alone", {}),
-        ("out/candidates/99", {}),  # which was not drawn
-        ("out/elsewhere/1", {}),
-        ("copy/candidates/1", {}),
-        ("out/candidates/0", {}),  # which began, and was deleted
-        ("out/candidates/1", BEGUN),
+        pytest.param("alone", {}, id="alone"),
+        pytest.param("out/candidates/99", {}, id="not drawn"),
+        pytest.param("out/elsewhere/1", {}, id="elsewhere"),
+        pytest.param("copy/candidates/1", {}, id="another copy"),
+        pytest.param("out/candidates/0", {}, id="begun"),  # and deleted
+        pytest.param("out/candidates/1", {"filter_gain": 0.25}, id="other settings"),
     ],
 )
 def test_a_candidate_that_no_selection_has_paid_for_pays(
