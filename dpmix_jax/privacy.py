@@ -266,8 +266,9 @@ def privatizer(
 
     def update(gradients, state, params=None):
         del params  # of any type
-        traced = isinstance(jax.tree.leaves(gradients)[0], jax.core.Tracer)
-        if traced and not isinstance(state.key, jax.core.Tracer):
+        if not isinstance(state.key, jax.core.Tracer) and any(
+            isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(gradients)
+        ):
             raise UserError(
                 "update is called under jax.jit or its like with a state that is not an"
                 " argument of the compiled program, which would hold the key"

@@ -127,7 +127,8 @@ def _walk(folder: pathlib.Path, above: str = "") -> Iterator[_Entry]:
 
 @functools.cache  # a folder is listed more than once
 def _tell_of_link(path: pathlib.Path) -> None:
-    say(f"{path} is a link to a folder, and is not followed")
+    if not path.name.startswith("."):  # those are hidden anyway
+        say(f"{path} is a link to a folder, and is not followed")
 
 
 def _members(path: pathlib.Path) -> Iterator[_Entry]:
