@@ -13,7 +13,7 @@ import ml_collections
 import pytest
 
 from dpmix_jax import Selection, UserError, data, sweeps
-from dpmix_jax.run import experiment, ledger
+from dpmix_jax.run import experiment, ledger, plan
 from dpmix_jax.run.config import to_dict
 from dpmix_jax.run.workdir import Workdir
 from dpmix_jax.sweeps.grid import METRICS
@@ -154,6 +154,7 @@ def test_a_selection_is_one_line_of_the_ledger(draws, book, tmp_path):
         launch(tmp_path / "again", train)
 
 
+@pytest.mark.proves("run.ledger.Ledger", 1)
 @pytest.mark.sampled("another copy", "begun")
 @pytest.mark.parametrize(
     ("folder", "changes"),
@@ -192,6 +193,14 @@ def test_a_candidate_that_no_selection_has_paid_for_pays(
     with pytest.raises(UserError, match="with what runs spent before it"):
         experiment.run(config, Workdir(tmp_path / folder))
     assert book.runs() == [run]
+
+
+@pytest.mark.parametrize("text", ["[]", "{", '{"points": [], "drawn": [3]}'])
+def test_what_is_no_plan_exempts_nobody(tmp_path, text):
+    (tmp_path / "plan.json").write_text(text)
+    points = sweeps.from_config_dict(ml_collections.ConfigDict(SMALL)).candidates()
+    assert not plan.claims(points[0].config, tmp_path / "candidates" / "0")
+    assert (tmp_path / "plan.json").read_text() == text
 
 
 def test_a_plan_of_an_earlier_version_pays(draws, book, tmp_path):

@@ -47,16 +47,17 @@ def claims(config: ExperimentConfig, path: pathlib.Path) -> bool:
       config: of the run.
       path: its workdir.
     """
-    folder = path.resolve().parent.parent
+    path = path.resolve()
+    folder = path.parent.parent
     try:
         plan = read(folder) or {}
-        number = int(path.name)
+        number, begun = int(path.name), plan.get("begun", [])
         drawn = plan["points"][plan["drawn"][number]]
         same = not differences(today(drawn), to_dict(config))
-    except (OSError, ValueError, KeyError, IndexError, TypeError):
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return False  # whatever lies there is no plan, or has no such candidate
+    is_candidate = path.parent.name == CANDIDATES and number >= 0
+    if not (same and is_candidate and is_of(plan, folder)) or number in begun:
         return False
-    named = path.parent.name == CANDIDATES and number not in (plan.get("begun") or [])
-    if not (same and named and number >= 0 and is_of(plan, folder)):
-        return False
-    write(folder, {**plan, "begun": [*plan.get("begun", []), number]})
+    write(folder, {**plan, "begun": [*begun, number]})
     return True
