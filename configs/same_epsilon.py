@@ -11,7 +11,7 @@ Each row has the settings of the best mean accuracy of EMA weights on validation
 records, with two other seeds, of those that docs/results/same_epsilon_digits.md and
 docs/results/fashion_mnist.md list; clipping per layer (on digits) and random allocation
 have DP-SGD's learning rate. Random allocation needs
-`pip install "dpmix_jax[allocation]"`.
+`pip install -e ".[allocation]"`.
 
 Hardware: two CPU cores. Hours: 0.15 for digits, 1 for fashion_mnist.
 

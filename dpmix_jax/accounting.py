@@ -10,8 +10,10 @@ import contextlib
 import dataclasses
 import functools
 import importlib.metadata
+import importlib.util
 import inspect
 import math
+import numbers
 import os
 import pathlib
 from collections.abc import Iterator
@@ -25,7 +27,7 @@ from dp_accounting.pld import privacy_loss_distribution
 from jax_privacy import clipping
 
 from dpmix_jax import allocation, factorization
-from dpmix_jax.errors import UserError, require
+from dpmix_jax.errors import UserError, require, require_one_of
 from dpmix_jax.files import cache_folder
 from dpmix_jax.selection import Selection
 
@@ -56,10 +58,11 @@ class Mechanism:
         in an epoch, and not of Poisson samples.
 
     Raises:
-      UserError: for a strategy with an infinite coefficient, or whose first is not
-        positive; for b q above 1; and for random allocation with another relation than
-        `ADD_OR_REMOVE_ONE`, a selection, correlated noise, or 1 / q that is no whole
-        number.
+      UserError: for q outside [0, 1], T that is no whole number from 0, noise that is
+        no number from 0; for a strategy with an infinite coefficient, or whose first is
+        not positive; for b q above 1; and for random allocation with another relation
+        than `ADD_OR_REMOVE_ONE`, a selection, correlated noise, or 1 / q that is no
+        whole number.
 
     Example:
       >>> mechanism = dpm.Mechanism(
@@ -78,6 +81,11 @@ class Mechanism:
     allocated: bool = False
 
     def __post_init__(self):
+        q, updates, noise = self.sampling_prob, self.num_updates, self.noise_multiplier
+        require(0 <= q <= 1, "sampling_prob", q, "in [0, 1]")
+        whole = isinstance(updates, numbers.Integral) and updates >= 0
+        require(whole, "num_updates", updates, "a whole number, at least 0")
+        require(0 <= noise < math.inf, "noise_multiplier", noise, "at least 0")
         if self.allocated:
             self._check_allocated()
         first = (*self.strategy, 0.0)[0]
@@ -163,10 +171,15 @@ class Mechanism:
             or `rdp` (looser; infinite for `REPLACE_ONE`, which it cannot bound under
             Poisson sampling, and for random allocation). By default the one that
             decides.
+
+        Raises:
+          UserError: for an argument that is none of these.
         """
+        require(0 < delta < 1, "delta", delta, "in (0, 1)")
         if self.num_updates == 0:
             return 0.0
         accountant, relation = accountant or self.accountant, self.neighboring_relation
+        require_one_of("accountant", accountant, _ACCOUNTANTS)
         bounds_nothing = {
             "pld": self.selection is not None,
             "rdp": self.allocated or relation == NeighboringRelation.REPLACE_ONE,
@@ -209,7 +222,9 @@ def _memory(folder: str) -> joblib.Memory:
 def _cached(function, *args):
     """Calls a function through the disk cache of these versions of the code."""
     assert inspect.isfunction(function)  # by its source another process knows it
-    version = f"{accountant_version()}-{_OWN_VERSION}".replace(" ", "-")
+    has_allocation = importlib.util.find_spec("PLD_accounting") is not None
+    version = f"{accountant_version(allocated=has_allocation)}-{_OWN_VERSION}"
+    version = version.replace(" ", "-")
     return _memory(str(cache_folder() / version)).cache(function)(*args)
 
 
@@ -345,6 +360,9 @@ def calibrate(
         ("bands", bands, (bands or 1) % 1 == 0, "a whole number, or None"),
     ):
         require(valid, name, value, allowed)
+    bounded = neighboring_relation != NeighboringRelation.REPLACE_ONE
+    allowed = "None for REPLACE_ONE, for which nothing bounds it"
+    require(selection is None or bounded, "selection", selection, allowed)
     noiseless = Mechanism(
         sampling_prob=float(sampling_prob),
         num_updates=int(num_updates),
@@ -400,8 +418,7 @@ def noise_by_rdp(noiseless: Mechanism, epsilon: float, delta: float) -> float:
       delta: in (0, 1).
 
     Returns:
-      The least in [0.1, 10000]; infinity if that is none of them, be it less than the
-      first or more than the last, and for `REPLACE_ONE`.
+      The least in [0.1, 10000]; infinity if it lies outside, and for `REPLACE_ONE`.
     """
 
     def excess(log_noise: float) -> float:

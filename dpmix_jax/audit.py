@@ -233,10 +233,15 @@ def bound(
       included: [m] bool, neither all nor none: coins are thrown again then.
       delta: of the claim.
       rng: breaks ties.
-      confidence: that the bound holds.
+      confidence: that the bound holds, in (0, 1).
+
+    Raises:
+      UserError: for an argument that is none of these.
     """
     size = len(scores)
     require(size >= 8, "num_canaries", size, "at least 8")
+    require(included.dtype == bool, "included.dtype", included.dtype.name, "bool")
+    require(0 < confidence < 1, "confidence", confidence, "in (0, 1)")
     finite = np.where(np.isfinite(scores), scores, -np.inf)
     lowest_first = np.lexsort((rng.random(size), finite))
     ranks = np.empty(size)

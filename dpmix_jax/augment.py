@@ -37,7 +37,11 @@ class AugmentationConfig:
         require(self.subpixel or shift == int(shift), key, shift, whole)
 
     def check_images(self, shape: Sequence[int]) -> None:
-        """Raises `UserError` if images [H, W, C] are too small for `max_shift`."""
+        """Raises `UserError` if images [H, W, C] are too small for `max_shift`.
+
+        A batch of images is refused too, which would be moved along its records.
+        """
+        require(len(shape) == 3, "the shape of an image", tuple(shape), "(H, W, C)")
         shift, (height, width) = self.max_shift, shape[:2]
         allowed = f"smaller than the images, which are {height}x{width}"
         fits = shift == 0 or shift < min(height, width)
@@ -81,8 +85,9 @@ def random_view(
       [H, W, C] of the dtype of `image`.
 
     Raises:
-      UserError: if `augmentation.max_shift` is not smaller than the image, or an image
-        that is not floating-point shall move by parts of pixels.
+      UserError: for more than one image (use `jax.vmap`), if `augmentation.max_shift`
+        is not smaller than the image, or if an image that is not floating-point shall
+        move by parts of pixels.
     """
     augmentation.check_images(image.shape)
     floating = jnp.issubdtype(image.dtype, jnp.floating)

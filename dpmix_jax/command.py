@@ -65,7 +65,8 @@ def main() -> NoReturn:
     elif name in COMMANDS:
         _run(*COMMANDS[name], rest)
     else:
-        cli.fail(f"dpmix {name} is no command: it must be one of {', '.join(COMMANDS)}")
+        names = ", ".join([*COMMANDS, "configs", "completion"])
+        cli.fail(f"dpmix {name} is no command: it must be one of {names}")
     sys.exit(0)
 
 

@@ -93,7 +93,7 @@ def locked(
       path: of the folder.
       name: of the folder, for messages.
       wait: whether to wait for a process that holds it.
-      stop: asked while it waits; once true, the wait ends as if there were none.
+      stop: asked while it waits; once true, it waits no longer and raises.
 
     Raises:
       UserError: that begins with `name`, if the folder cannot be written, or another

@@ -95,14 +95,14 @@ def ghost_clipped_gradient(
         1e38 times C, contributes exactly 0, and changes nothing for the others.
       - Padding contributes exactly 0.
       - The sum is formed in float32, whatever the loss computes in.
-      - No norm that is clipped by is below that of the term, however much cancels in it
-        and in whatever order a processor adds up: inner products are float64, and what
-        rounding can do to the sum is added, see `_norms_of_products`. This is at most
-        `6e-8 m sum_t |a_t| |g_t|`, where m is about the larger of T and 2048, and
-        the number of blocks: of the norm a share of 1.3e-5 at most in the models of the
-        tests and in stacks of up to 2000 positions, and 0.5 % where 2000 rows are at
-        right angles. Records in which terms a thousand times as long cancel are clipped
-        too much.
+      - The norm that decides the clip is never below that of the term, however much
+        cancels in it and in whatever order a processor adds up: inner products are
+        float64, and what rounding can do to the sum is added, see
+        `_norms_of_products`. This is at most `6e-8 m sum_t |a_t| |g_t|`, where m is
+        about the larger of T and 2048, and the number of blocks: of the norm a share of
+        1.3e-5 at most in the models of the tests and in stacks of up to 2000 positions,
+        and 0.5 % where 2000 rows are at right angles. Records in which terms a thousand
+        times as long cancel are clipped too much.
     All of this takes IEEE float32 products, which TPUs do not have. The second output,
     per-record losses and the norms that are clipped by, is not private.
 

@@ -116,12 +116,12 @@ def clipped_gradient(
         # Leaves become vectors: on CPUs XLA adds up leaves of several axes hundreds of
         # times slower where the same loop scales them (jax 0.10 and 0.12).
         gradient = jax.tree.map(jnp.ravel, gradient)
-        before = _magnitudes(gradient) if magnitudes else None
+        finite = jax.tree.map(_finite, gradient)
+        before = jax.tree.map(jnp.abs, finite) if magnitudes else None
         if plain:  # the clip that comes last is all there is
             return gradient, (value, before, None)
-        gradient = jax.tree.map(lambda x: _finite(x).astype(jnp.float32), gradient)
-        weighted = _weighted(gradient, weight, l2_clip_norm, per_layer)
-        return weighted, (value, before, optax.global_norm(gradient))
+        weighted = _weighted(finite, weight, l2_clip_norm, per_layer)
+        return weighted, (value, before, optax.global_norm(finite))
 
     # The clip and the sum. jax_privacy sets components that are not finite to 0, then
     # measures the norm, then scales by min(1, C / norm), then sums over the records
@@ -169,16 +169,8 @@ def clipped_gradient(
 
 
 def _finite(x: jax.Array) -> jax.Array:
-    """Replaces what is not finite by 0, as the clip does."""
-    return jnp.where(jnp.isfinite(x), x, 0)
-
-
-def _magnitudes(gradient: PyTree) -> PyTree:
-    """Returns absolute values in float32."""
-    return jax.tree.map(
-        lambda x: jnp.abs(_finite(x)).astype(jnp.float32),
-        gradient,
-    )
+    """Returns an array in float32, with 0 for what is not finite, as the clip does."""
+    return jnp.where(jnp.isfinite(x), x, 0).astype(jnp.float32)
 
 
 def _weighted(

@@ -170,8 +170,8 @@ def mixups(
       [M, H, W, C] images and [M, O] soft labels.
 
     Raises:
-      UserError: for labels that are not floating-point, or one image and
-        `distinct_pairs`.
+      UserError: for images or labels that are not floating-point or not as many, for
+        `alpha` that is not positive and finite, or one image and `distinct_pairs`.
 
     Example:
       >>> images, labels = jnp.zeros((4, 28, 28, 1)), jnp.eye(4)
@@ -179,7 +179,11 @@ def mixups(
       >>> [array.shape for array in jax.eval_shape(mix, jax.random.key(0))]
       [(3, 28, 28, 1), (3, 4)]
     """
+    _check_floating("the images", images, "floating-point")
     _check_floating("labels", labels, "soft, in floating-point")  # or w becomes 0
+    as_many = f"{len(images)}, as the images"
+    require(len(images) == len(labels), "the number of labels", len(labels), as_many)
+    require(0 < alpha < math.inf, "alpha", alpha, "positive and finite")
     pair_key, weight_key = jax.random.split(key)
     first, second = random_pairs(
         pair_key, images.shape[0], num_mixes, distinct=distinct_pairs
@@ -274,18 +278,16 @@ def augmentation_set(
             parts.append(public_views(public_key, image, label, pool))
         if not parts:
             return image[None], label[None]
-        images, labels = _joined(parts)
-        if not method.k_self:
-            return images, labels
-        mixed = mixups(
-            mix_key,
-            images,
-            labels,
-            method.k_self,
-            alpha=method.alpha,
-            distinct_pairs=method.distinct_pairs,
-        )
-        return _joined([(images, labels), mixed])
+        if method.k_self:
+            mixed = mixups(
+                mix_key,
+                *_joined(parts),
+                method.k_self,
+                alpha=method.alpha,
+                distinct_pairs=method.distinct_pairs,
+            )
+            parts.append(mixed)
+        return _joined(parts)
 
     return record_set
 

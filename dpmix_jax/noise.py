@@ -196,7 +196,7 @@ def _table(stddev: float) -> np.ndarray:
 
     Returns:
       uint32 [4096, 4]: a bound of 20, 32 and 32 bits, and the value that is drawn
-      above it, of which 2048 are to be taken.
+      above it, plus 2048.
     """
     cells, half = _alias(masses(stddev)), 2**32
     rows = [(t >> 64, (t >> 32) % half, t % half, alias) for t, alias in cells]

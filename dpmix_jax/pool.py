@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dpmix_jax.errors import UserError
+from dpmix_jax.errors import UserError, require_one_of
 
 Array = jax.Array | np.ndarray
 DRAWS = ("uniform", "class")
@@ -49,9 +49,10 @@ def make_pool(
       draw: how it will be drawn from, one of `DRAWS`.
 
     Raises:
-      UserError: if the pool is empty, if shapes or labels do not fit, or if `draw` is
-        "class" and a class has no image.
+      UserError: if the pool is empty, if shapes, labels or `draw` are not as stated, or
+        if `draw` is "class" and a class has no image.
     """
+    require_one_of("draw", draw, DRAWS)
     labels, num_classes = np.asarray(labels), len(class_names)
     if images.ndim != 4 or labels.shape != images.shape[:1] or not labels.size:
         raise UserError(

@@ -147,7 +147,9 @@ class PrivacyConfig:
             return size / num_records
         batches = round(num_records / size)
         whole = round(num_records / batches)
-        allowed = f"a whole part of {num_records} records, such as {whole}"
+        allowed = (
+            f"{num_records} records over a whole number of batches, such as {whole}"
+        )
         require(size == whole, key, size, f"{allowed}, for privacy.sampling")
         return 1 / batches
 
@@ -189,11 +191,11 @@ def privatizer(
         starts the same noise again.) With b bands the state also holds the last b - 1
         sums without noise, which `without_sums` takes out.
       - Divides by the expected batch size, a constant, never by the drawn one.
-      - With a strategy c of b bands, adds the noise of the first line, of that standard
-        deviation times the norm of c over c_0, to the sum of this update plus c_k / c_0
-        times that of the k-th before it, for 0 < k < b. What comes out is
-        post-processing: of this, c_k / c_0 times what came out k updates before is
-        taken away.
+      - With a strategy c of b bands, the noise of the first line has its standard
+        deviation times the norm of c over c_0. It is added to the sum of this update
+        plus c_k / c_0 times that of the k-th before it, for 0 < k < b. The output is
+        post-processing of that: it subtracts c_k / c_0 times the output of the k-th
+        update before.
 
     Args:
       gradient_fn: from `clipped_gradient`; its sensitivity sets the scale.
@@ -204,8 +206,9 @@ def privatizer(
 
     Raises:
       UserError: if `expected_batch_size` or `key` is not as stated; by `init`, under
-        `jax.jit`; by `update`, there with a state that is no argument, and for more
-        noise or more parameters than `noise.grid` has room for.
+        `jax.jit`; by `update`, under `jax.jit` if the state is no argument of the
+        compiled function, and for more noise or more parameters than `noise.grid` has
+        room for.
 
     Example:
       >>> gradient_fn = dpm.clipped_gradient(lambda w, x: w @ x, l2_clip_norm=1.0)

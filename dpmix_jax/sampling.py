@@ -246,6 +246,10 @@ def batches(
       padding, and `.mask` is the `is_padding_example` of a clipped sum. JAX raises an
       error for the masked array itself, so that nobody takes padding for a record.
 
+    Raises:
+      UserError: for random allocation with bands, or with q that is not one over a
+        whole number; by `f`, as the function that draws its batch.
+
     Example:
       >>> batches = dpm.batches(
       ...     1234, num_records=1000, sampling_prob=0.1, microbatch_size=64
@@ -253,6 +257,12 @@ def batches(
       >>> {part.shape for step in range(3) for part in batches(step)}
       {(64,)}
     """
+
+    if allocated:
+        require(bands == 1, "bands", bands, "1 for random allocation")
+        q, allowed = sampling_prob, "one over a whole number for random allocation"
+        whole = 0 < q <= 1 and abs(round(1 / q) * q - 1) < 1e-9
+        require(whole, "sampling_prob", q, allowed)
 
     def draw(step: int) -> np.ndarray:
         if allocated:

@@ -29,5 +29,5 @@ for epsilon in (1.0, 3.0, 8.0):  # each for itself: who releases all spends thei
         mechanism=mechanism,
         key=dpm.noise_key(seed + int(epsilon)),
     )
-    print(f"{mechanism.epsilon(1e-5):.3f}-DP")
+    print(f"({mechanism.epsilon(1e-5):.3f}, 1e-05)-DP")
     print(accuracy(features(test_images) @ weights, test_labels))

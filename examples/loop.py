@@ -82,5 +82,5 @@ def train_privately(
             total = add(total, params, step, *drawn, images, labels)
         updates, state = optimizer.update(total, state)
         params = optax.apply_updates(params, updates)
-    print(f"{mechanism.epsilon(delta):.3f}-DP")
+    print(f"({mechanism.epsilon(delta):.3f}, {delta})-DP")
     return params

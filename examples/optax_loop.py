@@ -55,5 +55,5 @@ for step in range(num_updates):
     params = optax.apply_updates(params, updates)
 
 logits = test_images.reshape(len(test_images), -1) @ params
-print(f"{mechanism.epsilon(1e-5):.3f}-DP")
+print(f"({mechanism.epsilon(1e-5):.3f}, 1e-05)-DP")
 print(accuracy(logits, test_labels))

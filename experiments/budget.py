@@ -5,7 +5,9 @@
 
 A run that would exceed a declared budget is refused before it starts. The ledger is in
 `DPMIX_JAX_LEDGER`, by default `~/.local/state/dpmix_jax/ledger`; it knows the runs that
-began on this machine, whichever way their records were split or labelled.
+began on this machine, whichever way their records were split into training and
+validation, or labelled. The same records at another `data.image_size`, or half of them
+by `data.half`, have a ledger and a budget of their own: declare it for each.
 """
 
 import signal

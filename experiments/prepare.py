@@ -60,7 +60,8 @@ def main() -> None:
         )
     print(f"{time.monotonic() - started:.1f} s")
     if _TFDS_DIR.value is not None:
-        name = tfds.builder_of(_NAME.value) or re.findall(r"\w+", _NAME.value)[-1]
+        # The whole name: a `mnist` of somebody else is not MNIST.
+        name = tfds.builder_of(_NAME.value) or re.sub(r"\W", "_", _NAME.value)
         folder = tfds.write(name, dataset.train, dataset.test, _TFDS_DIR.value)
         print(f"{folder}: read it by data.name tfds:{name}")
 

@@ -31,7 +31,7 @@ _DISTRIBUTED = flags.DEFINE_bool(
     "distributed", False, "Joins the other processes of this run: see docs/scaling.md."
 )
 _DRY_RUN = flags.DEFINE_bool(
-    "dry_run", False, "Tells noise, work, memory and hours, without touching data."
+    "dry_run", False, "Tells noise, work, memory and hours, without training."
 )
 _TARGET = flags.DEFINE_enum(
     "target",

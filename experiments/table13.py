@@ -26,6 +26,7 @@ from absl import flags
 
 from dpmix_jax import accounting, data
 from dpmix_jax.data.public import PublicConfig
+from dpmix_jax.errors import require
 from dpmix_jax.mixup import METHODS, MethodConfig
 from dpmix_jax.models import finetune
 from dpmix_jax.run import build, cli
@@ -65,6 +66,8 @@ def rows_of(
 ) -> tuple[timing.Row, timing.Row]:
     """Returns the rows of a method, compiled: its update, and the model alone."""
     given, (views, public_images, mixes) = config.method, METHODS[TITLES[name]]
+    known = isinstance(given, MethodConfig)
+    require(known, "method.name", given.name, "a method of single records")
     assert isinstance(given, MethodConfig)
     method = MethodConfig(
         name=TITLES[name],

@@ -391,7 +391,8 @@ def test_a_run_uses_every_record_once_an_epoch_and_says_so(tmp_path, monkeypatch
         ({"privacy__sampling": "shuffle"}, "must be one of poisson, allocation"),
         (
             ALLOCATED | {"privacy__expected_batch_size": 256},
-            "is 256: it must be a whole part of 1437 records, such as 240",
+            "is 256: it must be 1437 records over a whole number of batches, such as"
+            " 240",
         ),
         (
             ALLOCATED | {"privacy__mechanism": "bandmf"},

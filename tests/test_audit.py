@@ -414,6 +414,11 @@ def test_coins_are_thrown_again_if_all_fall_alike():
     rng = np.random.default_rng(0)
     with pytest.raises(UserError, match="it must be neither all nor none"):
         audit.bound(np.arange(8.0), np.ones(8, bool), delta=1e-5, rng=rng)
+    with pytest.raises(UserError, match=r"included\.dtype is 'int64': it must be bool"):
+        audit.bound(np.arange(8.0), np.arange(8) % 2, delta=1e-5, rng=rng)
+    options = {"delta": 1e-5, "rng": rng, "confidence": 95}
+    with pytest.raises(UserError, match=r"confidence is 95: it must be in \(0, 1\)"):
+        audit.bound(np.arange(8.0), np.arange(8) < 4, **options)
 
 
 # --- The program ------------------------------------------------------------------

@@ -95,6 +95,12 @@ def test_integers_are_not_moved_by_parts_of_pixels():
         random_view(key(), jnp.zeros((4, 4, 1), jnp.uint8), augmentation=change)
 
 
+def test_a_batch_is_no_image():
+    """It would be moved along its records, which would mix them."""
+    with pytest.raises(UserError, match=r"is \(4, 6, 6, 1\): it must be \(H, W, C\)"):
+        views(key(), jnp.ones((4, 6, 6, 1)), 2, augmentation=AugmentationConfig())
+
+
 @pytest.mark.parametrize("reach", [4, 100])
 def test_a_shift_must_be_smaller_than_the_image(reach):
     message = rf"max_shift is {reach}: it must be smaller than the images, .* 9x4"

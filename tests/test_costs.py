@@ -63,6 +63,14 @@ def test_what_is_missing_is_told_with_what_gets_it(monkeypatch, tmp_path):
     assert weights.startswith("missing: finetune.weights is w.safetensors: there is no")
 
 
+def test_a_path_is_told_as_it_is(monkeypatch):
+    monkeypatch.setattr(costs, "seconds_an_update", lambda config: 1.0)
+    common = {"public": {"name": "npz", "path": "/no/mydata.d/data.npz"}}
+    common |= {"method": {"name": "dp_mix_diff"}, "data": {"name": "digits"}}
+    told = sheet(config(common=common, rows=(("One", {}),), paper=None))
+    assert "missing: public.path is /no/mydata.d/data.npz: " in told
+
+
 def test_what_will_be_fetched_is_not_missing(monkeypatch, tmp_path):
     monkeypatch.setenv("DPMIX_JAX_DATA", str(tmp_path))
     monkeypatch.setattr(costs, "seconds_an_update", lambda config: 3.6)

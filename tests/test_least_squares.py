@@ -271,6 +271,8 @@ def test_other_mechanisms_are_refused():
     )
     with pytest.raises(UserError, match="l2_clip_norm is 0"):
         clipped_moments(0, 100)
+    with pytest.raises(UserError, match=r"the shape of labels is \(12,\): it must be"):
+        clipped_moments(1.0, 100)(features, labels[:, 0])
 
 
 def test_the_solution_is_that_of_ridge_regression():

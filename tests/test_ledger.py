@@ -113,6 +113,9 @@ def test_a_budget_is_not_exceeded(book):
     book.declare(two, 1e-5)
     spend(book)
     assert len(book.runs()) == 2
+    for wrong in (float("nan"), 0.0, float("inf")):
+        with pytest.raises(UserError, match=r"--declare is .* positive and finite"):
+            book.declare(wrong, 1e-5)
     with pytest.raises(UserError, match=r"privacy\.epsilon is 1: with what runs spent"):
         spend(book)
     assert f"2 runs: epsilon {round_up(two)} together, at delta" in book.table(0.5)

@@ -238,6 +238,29 @@ def test_hard_labels_and_lone_images_are_not_mixed():
 
 
 @pytest.mark.parametrize(
+    ("images", "labels", "alpha", "message"),
+    [
+        (jnp.zeros((2, 3), jnp.uint8), jnp.eye(2), 0.2, "images is uint8: it must be"),
+        (
+            jnp.zeros((3, 3)),
+            jnp.eye(2),
+            0.2,
+            "labels is 2: it must be 3, as the images",
+        ),
+        (
+            jnp.zeros((2, 3)),
+            jnp.eye(2),
+            0,
+            "alpha is 0: it must be positive and finite",
+        ),
+    ],
+)
+def test_what_cannot_be_mixed_is_refused(images, labels, alpha, message):
+    with pytest.raises(UserError, match=message):
+        mixups(jax.random.key(0), images, labels, 3, alpha=alpha)
+
+
+@pytest.mark.parametrize(
     ("image", "label", "pool", "message"),
     [
         (IMAGE, LABEL, None, "method.name is 'dp_mix_diff': its sets draw from a pool"),

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dpmix_jax import models
+from dpmix_jax import UserError, models
 from dpmix_jax.models.layers import GroupNorm, max_pool
 from tests import towers
 
@@ -41,6 +41,14 @@ def test_group_norm_is_that_of_flax(dtype):
 def test_group_norm_refuses_channels_that_do_not_divide():
     with pytest.raises(ValueError, match=r"groups \(4\) does not divide"):
         GroupNorm(4).init(jax.random.key(0), jnp.zeros((1, 2, 2, 6)))
+
+
+def test_images_are_not_pooled_to_nothing():
+    model = models.create("cnn", 10, features=(8,) * 5)
+    with pytest.raises(
+        UserError, match=r"images to pool is \(1, 1\): it must be at le"
+    ):
+        model.init(jax.random.key(0), jnp.zeros((1, 8, 8, 1)))
 
 
 @pytest.mark.sampled

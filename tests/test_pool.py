@@ -72,6 +72,11 @@ def test_refuses(images, labels, message):
         make_pool(images, labels, "abc", draw="class")
 
 
+def test_draws_are_known():
+    with pytest.raises(UserError, match="draw is 'Class': it must be one of uniform, "):
+        make_pool(IMAGES, LABELS, "abc", draw="Class")
+
+
 def test_a_class_may_be_absent_from_uniform_draws():
     assert make_pool(IMAGES, LABELS.clip(1), "abc").ends.tolist() == [0, 0, 4, 8]
 

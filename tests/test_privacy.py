@@ -30,6 +30,7 @@ from dpmix_jax.run.statement import (
     round_up,
     statement,
 )
+from dpmix_jax.selection import Selection
 from tests import toy
 
 # (q, T, sigma, lower and upper bound on epsilon, RDP epsilon) at delta = 1e-5, relation
@@ -419,7 +420,12 @@ def add_noise(**options):
     return privatizer(gradient_fn, mechanism, **options)
 
 
+def spent(delta=1e-5, accountant="pld", **options):
+    return Mechanism(**options).epsilon(delta, accountant=accountant)
+
+
 GOOD = {
+    spent: {"sampling_prob": 0.1, "num_updates": 1, "noise_multiplier": 1.0},
     PrivacyConfig: {"epsilon": 3.0, "expected_batch_size": 256, "num_updates": 100},
     calibrate: {"epsilon": 3.0, "delta": 1e-5, "sampling_prob": 0.1, "num_updates": 15},
     add_noise: {"expected_batch_size": 5, "key": noise_key(0)},
@@ -444,6 +450,12 @@ GOOD = {
         (calibrate, "num_updates", 15.9, "a whole number"),
         (calibrate, "num_updates", 0, "at least 1"),
         (calibrate, "bands", 2.5, "a whole number, or None"),
+        (spent, "sampling_prob", 1.2, "in [0, 1]"),
+        (spent, "num_updates", 10.0, "a whole number, at least 0"),
+        (spent, "num_updates", -1, "a whole number, at least 0"),
+        (spent, "noise_multiplier", math.nan, "at least 0"),
+        (spent, "delta", math.nan, "in (0, 1)"),
+        (spent, "accountant", "PLD", "one of pld, rdp"),
         (add_noise, "expected_batch_size", -5, "positive and finite"),
         (add_noise, "expected_batch_size", math.nan, "positive and finite"),
         (add_noise, "key", 3, "uint32 [8], such as noise_key(seed)"),
@@ -454,6 +466,15 @@ def test_refuses(function, key, value, allowed):
     message = f"{prefix}{key} is {value!r}: it must be {allowed}"
     with pytest.raises(UserError, match=re.escape(message)):
         function(**{**GOOD[function], key: value})
+
+
+def test_nothing_bounds_a_selection_for_replaced_records():
+    relation, chosen = (
+        NeighboringRelation.REPLACE_ONE,
+        Selection(distribution="geometric", expected_candidates=3),
+    )
+    with pytest.raises(UserError, match="it must be None for REPLACE_ONE, for which"):
+        calibrate(**GOOD[calibrate], neighboring_relation=relation, selection=chosen)
 
 
 def test_a_batch_larger_than_the_data_is_refused():

@@ -223,6 +223,18 @@ def test_the_private_data_are_refused_as_public(tmp_path):
         )
 
 
+@pytest.mark.parametrize(
+    ("change", "other"),
+    [({}, True), ({"half": 1}, False), ({"columns": "image,coarse"}, False)],
+)
+def test_halves_are_of_the_same_split(change, other):
+    """By other labels each class is divided otherwise, so that halves may overlap."""
+    source = {"name": "hf:a/pets", "path": "pets", "columns": "image,fine"}
+    private = data.DataConfig(**source, half=1)
+    public = PublicConfig(**{**source, "half": 2, **change})
+    assert public.is_other_half(private) == other
+
+
 def test_what_lies_in_the_private_folder_is_refused(tmp_path, monkeypatch):
     """A file or a bank, by a name with `~` too."""
     monkeypatch.setenv("HOME", str(tmp_path))

@@ -160,6 +160,20 @@ def test_refuses(options, message):
         poisson_batch(**{"seed": 0, "step": 0, **options})
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"bands": 2}, "bands is 2: it must be 1 for random allocation"),
+        ({"sampling_prob": 0.3}, "sampling_prob is 0.3: it must be one over a whole"),
+        ({"sampling_prob": 0}, "sampling_prob is 0: it must be one over a whole"),
+    ],
+)
+def test_allocation_is_of_whole_epochs(options, message):
+    given = {"num_records": 9, "sampling_prob": 0.5, "microbatch_size": 2}
+    with pytest.raises(UserError, match=message):
+        batches(0, allocated=True, **{**given, **options})
+
+
 def test_a_microbatch_has_a_record():
     with pytest.raises(UserError, match="microbatch_size is 0: it must be at least 1"):
         microbatches(np.arange(3), 0)

@@ -269,6 +269,26 @@ def test_report_writes_what_the_sweep_wrote(tmp_path):
     assert (tmp_path / "again/plot.pdf").read_bytes()[:4] == b"%PDF"
 
 
+@pytest.mark.parametrize(
+    ("paper", "message"),
+    [
+        ({"cells": ()}, "paper.source is '': it must be where the cells are printed"),
+        (
+            {"source": "x", "cell": ()},
+            r"paper is \['cell'\]: it must be of keys source",
+        ),
+        ({"source": "x", "cells": (("a",),)}, r"paper.cells is \('a',\): it must be a"),
+        (
+            {"source": "x", "cells": (("a", "3", 5.0),)},
+            "a row, 1 values of columns and",
+        ),
+    ],
+)
+def test_numbers_of_a_paper_fit_the_grid(paper, message):
+    with pytest.raises(UserError, match=message):
+        config(paper=paper)
+
+
 HEADER = "row,epsilon,seed,test_accuracy_ema,seconds\n"
 
 

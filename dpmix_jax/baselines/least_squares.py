@@ -60,11 +60,15 @@ def clipped_moments(
       intercept: whoever wants one appends a constant to the features.
 
     Raises:
-      UserError: if `l2_clip_norm` is out of that range.
+      UserError: if `l2_clip_norm` is out of that range; by `f`, for labels of another
+        shape, or more than N records.
     """
     gradients.check_clip_norm(l2_clip_norm)
 
     def moments(features, labels, is_padding_example=None):
+        allowed = f"[{features.shape[0]}, O], one-hot or soft"
+        fits = labels.ndim == 2 and len(labels) == len(features)
+        require(fits, "the shape of labels", labels.shape, allowed)
         x, y = _clipped(features, l2_clip_norm), _clipped(labels, 1.0)
         if is_padding_example is not None:
             x = jnp.where(is_padding_example[:, None], 0, x)
@@ -143,15 +147,9 @@ def private_moments(
     privatizer = privacy.privatizer(
         moments_fn, mechanism, expected_batch_size=1.0, key=key
     )
-
-    @jax.jit
-    def query_once(features, labels, state):
-        return privatizer.update(moments_fn(features, labels), state)[0]
-
     sensitivity = moments_fn.sensitivity(mechanism.neighboring_relation)
-    # The key is an argument: JAX keeps what functions close over with their code.
-    state = privatizer.init(None)
-    noisy = query_once(jnp.asarray(features), jnp.asarray(labels), state)
+    moments = jax.jit(moments_fn)(jnp.asarray(features), jnp.asarray(labels))
+    noisy, _ = privatizer.update(moments, privatizer.init(None))
     return noisy, mechanism.noise_multiplier * sensitivity
 
 

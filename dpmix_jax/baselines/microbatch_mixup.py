@@ -161,10 +161,8 @@ def group_set(
 ) -> mixup.RecordSet:
     """Returns the function that makes the mixed set of one group of records.
 
-    The naive mixup of Zhang et al. (2018) under DP-SGD with microbatches (DP-Mix,
-    Section 3): every view of a record is mixed with a view of another record of the
-    group, if there is one. The gradient of the whole group is then one term and clipped
-    once, so each record touches one term, but owns none: see `of_groups`.
+    Every view of a record is mixed with a view of another record of the group, if there
+    is one.
 
     Formal guarantees (of the returned function):
       - The set depends on the records of this group and their keys alone; the pixels

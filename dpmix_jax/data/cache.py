@@ -95,7 +95,7 @@ def decoded(
 def rows(images: np.memmap, indices: np.ndarray) -> np.ndarray:
     """Returns rows of a mapped array as another one, in a file without a name.
 
-    So a part of images that do not fit into memory is no more in memory than they are.
+    So a subset of mapped images stays on the disk too.
     The file is gone with the last array that uses it.
     """
     folder = cache_folder()

@@ -36,7 +36,8 @@ def locate(
         is the user's own, of any name. The first that `official.txt` lists is what is
         fetched.
       path: of the folder that holds the parts, or of the only part. None looks into
-        `<name>` in `data_folder()`, then into `data_folder()`, then elsewhere.
+        `<name>` in `data_folder()`, for an only part into `data_folder()`, then
+        elsewhere. (Names such as `images.tar.gz` do not tell of which dataset.)
       elsewhere: folders in which an operating system keeps the parts.
       download: whether parts that are missing may be fetched, where `path` is None.
 
@@ -44,7 +45,9 @@ def locate(
       UserError: if a part is missing and must not be fetched, or cannot be.
     """
     top = data_folder() / name if path is None else pathlib.Path(path).expanduser()
-    others = () if path else (top.parent, *map(pathlib.Path, elsewhere))
+    others = [] if path else [*map(pathlib.Path, elsewhere)]
+    if not path and len(parts) == 1:
+        others.insert(0, top.parent)
     for folder in (top, *others):
         found = [_first(folder, names) for names in parts]
         if None not in found:

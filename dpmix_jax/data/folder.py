@@ -138,7 +138,10 @@ def class_folders(tree: Tree) -> Listing:
         listing = train._replace(test=test.train)
     unused = len(tree.files) - len(listing.train) - len(listing.test)
     if unused:
-        say(f"{tree.path}: {unused} files are not used, they are no images of a class")
+        say(
+            f"{tree.path}: {unused} files are not used, they are no images in folders"
+            " of classes, of train/ or of test/"
+        )
     return listing
 
 

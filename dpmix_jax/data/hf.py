@@ -170,8 +170,8 @@ def _columns(features: dict[str, dict], columns: str) -> tuple[str, str]:
     ok = len(names) == 2 and all(
         n in c for n, c in zip(names, kinds.values(), strict=True)
     )
-    have = " and of ".join(", ".join(c) or "none" for c in kinds.values())
-    allowed = f"<image>,<label>: of the declared Image columns {have} of ClassLabel"
+    have = (f"{kind} columns: {', '.join(c) or 'none'}" for kind, c in kinds.items())
+    allowed = f"<image>,<label>; {'; '.join(have)}"
     require(ok, "data.columns", columns, allowed)
     return names[0], names[1]
 
@@ -189,6 +189,8 @@ def _listing(
     parts: dict[str, list] = {split: [] for split in _SPLITS}
     for path, split in files.items():
         labels = _parquet().read_table(path, columns=[label]).column(0).to_pylist()
+        if None in labels:
+            raise UserError(f"{path}, row {labels.index(None)}: it has no {label}")
         parts[split] += [((str(path), row), value) for row, value in enumerate(labels)]
     train, validation, test = parts.values()
     if test:

@@ -27,7 +27,8 @@ class PublicConfig:
 
     Its training split is the bank; its test split stays out, so that public test images
     do not enter training. Its classes are those of the training set, in the same order.
-    Images that only whiten may be of others, but for a bank and drawn images.
+    Images that are used only for whitening may have other classes, but for those of a
+    bank and drawn ones.
 
     Attributes:
       name: as for `DataConfig`, or `bank` for a folder of class folders of which all
@@ -67,7 +68,7 @@ class PublicConfig:
         if self.is_bank:
             allowed = "the path of a folder for public.name 'bank'"
             require(self.path is not None, "public.path", self.path, allowed)
-        with _named_public():
+        with named_public():
             DataConfig(
                 name=self.files,
                 path=self.path,
@@ -91,12 +92,16 @@ class PublicConfig:
 
     def is_other_half(self, private: DataConfig) -> bool:
         """Whether it has no record of the private data though they are of one set."""
-        same = (self.name, self.path) == (private.name, private.path)
-        return same and {self.half, private.half} == {1, 2}
+        ours, theirs = (
+            # Where a split keeps the shares of classes, other labels split otherwise.
+            (config.name, config.path, config.columns)
+            for config in (self, private)
+        )
+        return ours == theirs and {self.half, private.half} == {1, 2}
 
 
 @contextlib.contextmanager
-def _named_public() -> Iterator[None]:
+def named_public() -> Iterator[None]:
     """Says `public.` where reading a dataset says `data.` in its mistakes."""
     try:
         yield
@@ -156,7 +161,7 @@ def blank_public(
         return None
     if config.name in RENDERED:
         return _rendered(config, records, black=True)
-    with _named_public():
+    with named_public():
         public = datasets.blank(config.name, config.size(private.image_size))
     if public is None:
         if config.is_bank and not datasets.knows_classes(private.name):
@@ -236,7 +241,7 @@ def _read(config: PublicConfig, private: DataConfig, train: Records) -> Records:
     if config.name in RENDERED:
         return _rendered(config, train)
     channels, size = train.images.shape[-1], config.size(private.image_size)
-    with _named_public():
+    with named_public():
         if config.is_bank:
             path, names = str(config.path), train.class_names
             return load_bank(path, names, size, channels=channels)
@@ -276,7 +281,7 @@ def _refuse_private_files(public: PublicConfig, private: DataConfig) -> None:
     if public.name in RENDERED or public.is_other_half(private):
         return
     theirs = datasets.location(private.name, private.path)
-    with _named_public():
+    with named_public():
         ours = datasets.location(public.files, public.path, download=public.download)
     same = public.name == private.name and ours == theirs  # also of embedded ones
     inside = ours is not None and theirs is not None and ours.is_relative_to(theirs)

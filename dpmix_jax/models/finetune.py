@@ -40,7 +40,8 @@ class FinetuneConfig:
         What is frozen and in no file is drawn from a public key, so that anybody can
         draw it again.
       rank: r, to train a change of this rank of every frozen matrix as well, see
-        `adapters.init`; None trains none. Of such changes the factors are averaged.
+        `adapters.init`; None trains none. The average of the weights is of its two
+        factors, not of their product.
       embeddings: for a head on a frozen encoder: `fresh` embeds a new augmentation set
         of a record in each update; `kept` embeds `sets` of each record once, before
         the first update, and each update draws one of them (see `models.kept`).

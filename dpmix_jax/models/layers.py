@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from dpmix_jax.errors import require
+
 
 class GroupNorm(nn.Module):
     """Group normalisation (Wu and He, 2018) with a scale and a bias for each channel.
@@ -66,7 +68,11 @@ def max_pool(x: jax.Array) -> jax.Array:
     A row or column that is left over is dropped, as `flax.linen.max_pool` does. Where
     numbers of a square are equal and largest, they share its gradient. XLA's own
     gradient of a pooling takes ten to twenty times as long on a CPU.
+
+    Raises:
+      UserError: if nothing is left of the images.
     """
+    require(min(x.shape[1:3]) >= 2, "images to pool", x.shape[1:3], "at least 2x2")
     x = x[:, : x.shape[1] // 2 * 2, : x.shape[2] // 2 * 2]
     rows = jnp.maximum(x[:, ::2], x[:, 1::2])
     return jnp.maximum(rows[:, :, ::2], rows[:, :, 1::2])

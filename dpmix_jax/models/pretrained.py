@@ -130,12 +130,13 @@ def load_weights(
 
     Raises:
       UserError: if the file is missing, damaged or not finite, if keys or shapes are
-        not those of `like`, or if it has no module of a name in `skip`.
+        not those of `like`, or if the model has no module of a name in `skip`.
     """
     path, wanted = pathlib.Path(path).expanduser(), flat(like)
     for name in skip:
         known = any(name in key.split("/") for key in wanted)
-        require(known, "skip", name, "the name of a module of the model")
+        allowed = "the name of a module of the model"
+        require(known, "finetune.skip", name, allowed)
     stored = _read(path, "the model.safetensors of a run")
     what, prefix = "weights of the same model", "ema_params/"
     keys = {ours: prefix + ours for ours in wanted}

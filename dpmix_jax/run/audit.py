@@ -30,9 +30,9 @@ def check(config: ExperimentConfig, kind: str) -> None:
     """Raises `UserError` for a config whose runs cannot be audited by such canaries."""
     if config.privacy.selection is not None:
         raise UserError("privacy.selection must be None: an audit is of one run")
-    # How many records there are is not known before the coins are thrown.
+    # Allocation needs a number of records that is known before the coins are thrown.
     whole = config.privacy.sampling == "allocation" and kind != "gradient"
-    allowed = f"'poisson' for {kind} canaries: of so many records as the coins let in"
+    allowed = f"'poisson' for {kind} canaries, who are of a random number"
     require(not whole, "privacy.sampling", config.privacy.sampling, allowed)
 
 
@@ -79,7 +79,8 @@ def run(
         config.privacy.sampling_prob(len(dataset.train))
     )
     claim = mechanism.epsilon(config.privacy.delta)
-    found = []
+    folder.mkdir(parents=True, exist_ok=True)  # fails before the audits, not after
+    found: list[Audit] = []
     for repeat in range(repeats):
         started, seed = time.monotonic(), (config.seed or 0) + repeat
         rng = np.random.default_rng([seed, num_canaries])
@@ -102,12 +103,12 @@ def run(
                 confidence=confidence,
             )
         )
+        _write(folder, kind, claim, found)
         say(
             f"audit {repeat + 1}/{repeats}: epsilon at least {found[-1].epsilon:.3f}"
             f" (claimed {claim:.3f}), AUROC {found[-1].auroc:.3f},"
             f" {time.monotonic() - started:.0f} s"
         )
-    _write(folder, kind, claim, found)
     return all(each.epsilon <= claim for each in found)
 
 
@@ -170,17 +171,13 @@ def _log_likelihoods(
 def _write(
     folder: pathlib.Path, kind: str, claim: float, audits: Sequence[Audit]
 ) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        numbers = [dataclasses.asdict(each) for each in audits]
-        report = {"canaries": kind, "claim": claim, "audits": numbers}
-        text = json.dumps(report, indent=2, default=np.ndarray.tolist) + "\n"
-        write_atomically(folder / "audit.json", text, mode=0o600)
-        write_atomically(folder / "audit.md", table(kind, claim, audits), mode=0o600)
-        with replacing(folder / "audit.png", mode=0o600) as file:
-            plot(claim, audits).savefig(file, format="png", dpi=150)
-    except OSError as error:
-        raise UserError(f"--workdir {folder} is not writable: {error}") from None
+    numbers = [dataclasses.asdict(each) for each in audits]
+    report = {"canaries": kind, "claim": claim, "audits": numbers}
+    text = json.dumps(report, indent=2, default=np.ndarray.tolist) + "\n"
+    write_atomically(folder / "audit.json", text, mode=0o600)
+    write_atomically(folder / "audit.md", table(kind, claim, audits), mode=0o600)
+    with replacing(folder / "audit.png", mode=0o600) as file:
+        plot(claim, audits).savefig(file, format="png", dpi=150)
 
 
 def table(kind: str, claim: float, audits: Sequence[Audit]) -> str:

@@ -153,7 +153,7 @@ def _check_file(path: str) -> None:
 
 
 def default_workdir(path: pathlib.Path, argument: str) -> pathlib.Path:
-    """Returns `runs/<name of the config file>[-<argument>]`, of a file its name."""
+    """Returns `runs/<config file>[-<argument>]`, of paths the last part."""
     name = pathlib.Path(argument).name
     return pathlib.Path("runs") / "-".join(filter(None, (path.stem, name)))
 

@@ -49,7 +49,7 @@ class OptimizerConfig:
         `optimizers.low_pass`, of first order, or `kalman`, see `optimizers.kalman`.
         `adam_bc` takes none: it corrects for the noise before a filter.
       filter_gain: k in (0, 1], the weight of the newest gradient, of filters alone:
-        `low_pass((k - 1,), (k / 2, k / 2))`, or kappa.
+        `low_pass((k - 1,), (k / 2, k / 2))`, or for `kalman` its kappa.
       weight_decay: at least 0; this share of the weights is added to the private
         gradient.
       ema_decay: in [0, 1), the decay of the averaged weights.

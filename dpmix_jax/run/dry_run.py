@@ -1,4 +1,4 @@
-"""What a run would cost, told without touching data."""
+"""What a run would cost, told without looking at the images of known datasets."""
 
 import dataclasses
 import time

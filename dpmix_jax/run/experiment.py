@@ -120,7 +120,9 @@ def train_and_release(
     sampling_prob = config.privacy.sampling_prob(len(train_set))
     model = build.classifier(config, train_set)
     given = config.finetune.load(model.shapes)
-    config.finetune.split(model.shapes)
+    _, frozen = config.finetune.split(model.shapes)
+    if frozen and not (config.finetune.files or config.pretrain.num_updates):
+        say("warning: what is frozen is random: finetune.encoder names a file for it")
     checksums = config.finetune.checksums()
     digest = start.data_digest(train_set, public, checksums)
     hosts.check_same(

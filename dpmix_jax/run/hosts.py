@@ -3,7 +3,8 @@
 Every process computes its devices' part of each sum, by the same steps. What a step
 needs of the workdir (the seed, the noise, the state) is told by the first process,
 which alone reads there, writes, evaluates and prints. A process that cannot go on says
-so where the others next listen, and all end. Alone, a process is as it always was.
+so where the others next listen, and all end. With one process nothing here has an
+effect.
 """
 
 import contextlib

@@ -16,6 +16,7 @@ import datetime
 import errno
 import hashlib
 import json
+import math
 import os
 import pathlib
 from collections.abc import Sequence
@@ -28,7 +29,7 @@ from dp_accounting import pld, rdp
 from dpmix_jax import accounting, data
 from dpmix_jax.accounting import RELATIONS, Mechanism
 from dpmix_jax.data.public import image_checksums
-from dpmix_jax.errors import UserError
+from dpmix_jax.errors import UserError, require
 from dpmix_jax.files import locked, naming
 from dpmix_jax.progress import say
 from dpmix_jax.run.statement import round_up
@@ -63,7 +64,8 @@ def folder() -> pathlib.Path:
 def of(dataset: data.Dataset) -> "Ledger":
     """Returns the ledger of training and validation images together.
 
-    It is the same for other labels, and for other splits into these two.
+    It is the same for other labels, and for other splits into these two. Records in
+    another size, or a half of them, have a ledger of their own.
     """
     parts = [part for part in (dataset.train, dataset.validation) if part is not None]
     checksums = sorted(each for part in parts for each in image_checksums(part.images))
@@ -119,7 +121,14 @@ class Ledger:
         return (declared[-1]["epsilon"], declared[-1]["delta"]) if declared else None
 
     def declare(self, epsilon: float, delta: float) -> None:
-        """Declares what all runs together may spend, those before among them."""
+        """Declares what all runs together may spend, those before among them.
+
+        Raises:
+          UserError: if epsilon is not positive and finite, or delta not in (0, 1).
+        """
+        allowed = "positive and finite"
+        require(0 < epsilon < math.inf, "--declare", epsilon, allowed)
+        require(0 < delta < 1, "--delta", delta, "in (0, 1)")
         with self._locked():
             self._add({"budget": {"epsilon": epsilon, "delta": delta}})
 

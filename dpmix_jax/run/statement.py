@@ -164,9 +164,10 @@ _COVERED = {
         "every access of all candidates to the training records, and that of the"
         " choice among them to the validation records, so that tuning is covered."
         " Not covered: how many candidates there were, how long they took, what they"
-        " left; another selection, as one made because of the number drawn; the grid"
-        " itself where it was made by looking at these records; other runs, values"
-        " named `nonprivate/...`, logs, checkpoints and the rest of the workdir. Test"
+        " left; another selection, such as one begun because few candidates were"
+        " drawn; the grid itself where it was made by looking at these records; other"
+        " runs, values named `nonprivate/...`, logs, checkpoints and the rest of the"
+        " workdir. Test"
         " records, from which accuracies and pictures come, are not protected at all"
     ),
 }

@@ -1,10 +1,11 @@
 """What a sweep would cost on this device, and what it lacks, before anything starts."""
 
+import contextlib
 import pathlib
 from collections.abc import Iterator
 
 from dpmix_jax.data import DataConfig, datasets
-from dpmix_jax.data.public import RENDERED, PublicConfig
+from dpmix_jax.data.public import RENDERED, PublicConfig, named_public
 from dpmix_jax.errors import UserError
 from dpmix_jax.progress import say
 from dpmix_jax.run.config import ExperimentConfig, to_dict
@@ -70,11 +71,12 @@ def _missing(config: ExperimentConfig) -> Iterator[str]:
     for group, (name, place) in given.items():
         fetched = place.download and place.path is None and name in datasets.SOURCES
         try:
-            datasets.location(name, place.path)
+            with named_public() if group == "public" else contextlib.nullcontext():
+                datasets.location(name, place.path)
         except UserError as error:
             if fetched and datasets.public_source(name):
                 continue
-            yield f"missing: {str(error).replace('data.', f'{group}.')}"
+            yield f"missing: {error}"
     for key, path in config.finetune.files.items():
         if not pathlib.Path(path).expanduser().exists():
             yield f"missing: finetune.{key} is {path}: there is no such file"

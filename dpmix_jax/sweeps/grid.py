@@ -130,10 +130,21 @@ class SweepConfig:
         for key, value, values in one_of:
             names = ", ".join(map(str, values))
             require(value in values, key, value, f"one of {names}")
+        if self.paper is not None:
+            self._check_paper(**self.paper)
         for folder in _repeated([run.folder for run in self.candidates()]):
             raise UserError(
                 f"rows or columns share the folder {folder.parent}: rename one"
             )
+
+    def _check_paper(self, source: str = "", cells: tuple = (), **others: Any) -> None:
+        require(not others, "paper", [*others], "of keys source and cells alone")
+        require(bool(source), "paper.source", source, "where the cells are printed")
+        size = 2 + len(self.columns)
+        for cell in cells:
+            whole = len(cell) == size and isinstance(cell[-1], str)
+            allowed = f"a row, {size - 2} values of columns and a text"
+            require(whole, "paper.cells", tuple(cell), allowed)
 
     @property
     def points(self) -> list[Point]:

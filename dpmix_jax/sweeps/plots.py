@@ -11,7 +11,7 @@ import matplotlib.figure
 from dpmix_jax.run.workdir import Workdir
 from dpmix_jax.sweeps.grid import Record, SweepConfig
 
-# Apart for the colour-blind (Okabe and Ito, 2008); in print the markers are.
+# Apart for the colour-blind (Okabe and Ito, 2008); in black and white by markers.
 _STYLES = [
     *(("#0072B2", "o"), ("#D55E00", "s"), ("#009E73", "D"), ("#CC79A7", "^")),
     *(("#E69F00", "v"), ("#56B4E9", "P"), ("#000000", "X")),

@@ -18,10 +18,6 @@ from dpmix_jax.sweeps.grid import Point, Record, Run, SweepConfig
 
 Cells = Mapping[tuple[str, Point], Mapping[int, float]]  # the values by seed
 
-NOT_COVERED = {
-    "privacy": "this choice looked at the private records, and no epsilon covers it"
-}
-
 
 def read_record(sweep: SweepConfig, run: Run, workdir: Workdir) -> Record:
     """Returns a finished run as one line of the CSV.
@@ -57,7 +53,9 @@ def write(sweep: SweepConfig, folder: Workdir, records: Sequence[Record]) -> str
     ):
         folder.write(name, text, mode=0o600)  # losses of training records among them
     if chosen := choices(sweep, records):
-        folder.write_json("choice.json", {"choices": chosen, **NOT_COVERED})
+        told = "this choice looked at the private records, and no epsilon covers it"
+        content = {"choices": chosen, "privacy": told}
+        folder.write_json("choice.json", content, mode=0o600)
     else:
         (folder.path / "choice.json").unlink(missing_ok=True)
     return table

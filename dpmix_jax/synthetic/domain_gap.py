@@ -53,8 +53,9 @@ def load_images(config: DataConfig, public: PublicConfig) -> tuple[Records, Reco
     it takes looking at those: training with the bank checks it.
 
     Formal guarantees:
-      - What is returned does not depend on the images or labels of training records,
-        nor of validation records, which are some of them.
+      - Given the split, what is returned does not depend on the images or labels of
+        training records, nor of validation records, which are some of them. (A dataset
+        without a test split is divided by its labels.)
 
     Args:
       config: of the dataset; its `validation_size` is passed over.

@@ -85,7 +85,7 @@ def make_plan(
     Raises:
       UserError: naming the flag that is missing or wrong.
     """
-    names = () if classes is None else _listed(pathlib.Path(classes))
+    names = () if classes is None else _listed(pathlib.Path(classes).expanduser())
     shape = (image_size, image_size, 3)
     if data is not None:
         own = blank(DataConfig(name=data, path=path, image_size=image_size))
