@@ -1,16 +1,15 @@
 """What configs share: the groups of a run's settings, and the rows of sweeps."""
 
+import dataclasses
 from typing import Any
 
 import ml_collections
 from ml_collections import config_dict
 
-# Of a run's config, see `dpmix_jax.run.config.ExperimentConfig`; `public` are images
-# declared public, for dp_mix_diff, pretrain and finetune.whitening.
-GROUPS = (
-    *("data", "public", "pretrain", "finetune", "model", "method", "augmentation"),
-    *("privacy", "optimizer", "performance", "logging", "evaluate", "diagnostics"),
-)
+from dpmix_jax.run.config import ExperimentConfig
+
+# `public` are images declared public, for dp_mix_diff, pretrain and finetune.whitening.
+GROUPS = [f.name for f in dataclasses.fields(ExperimentConfig) if f.name != "seed"]
 
 
 def experiment(**groups: dict[str, Any]) -> ml_collections.ConfigDict:

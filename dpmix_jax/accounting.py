@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import functools
 import importlib.metadata
-import importlib.util
 import inspect
 import math
 import numbers
@@ -222,9 +221,11 @@ def _memory(folder: str) -> joblib.Memory:
 def _cached(function, *args):
     """Calls a function through the disk cache of these versions of the code."""
     assert inspect.isfunction(function)  # by its source another process knows it
-    has_allocation = importlib.util.find_spec("PLD_accounting") is not None
-    version = f"{accountant_version(allocated=has_allocation)}-{_OWN_VERSION}"
-    version = version.replace(" ", "-")
+    try:
+        version = accountant_version(allocated=True)
+    except importlib.metadata.PackageNotFoundError:
+        version = accountant_version()
+    version = f"{version}-{_OWN_VERSION}".replace(" ", "-")
     return _memory(str(cache_folder() / version)).cache(function)(*args)
 
 

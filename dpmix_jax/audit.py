@@ -238,8 +238,9 @@ def bound(
     Raises:
       UserError: for an argument that is none of these.
     """
-    size = len(scores)
+    size, included = len(scores), np.asarray(included)
     require(size >= 8, "num_canaries", size, "at least 8")
+    require(0 < delta < 1, "delta", delta, "in (0, 1)")
     require(included.dtype == bool, "included.dtype", included.dtype.name, "bool")
     require(0 < confidence < 1, "confidence", confidence, "in (0, 1)")
     finite = np.where(np.isfinite(scores), scores, -np.inf)

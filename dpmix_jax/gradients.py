@@ -116,9 +116,11 @@ def clipped_gradient(
         # Leaves become vectors: on CPUs XLA adds up leaves of several axes hundreds of
         # times slower where the same loop scales them (jax 0.10 and 0.12).
         gradient = jax.tree.map(jnp.ravel, gradient)
+        if plain and not magnitudes:  # the clip that comes last is all there is
+            return gradient, (value, None, None)
         finite = jax.tree.map(_finite, gradient)
         before = jax.tree.map(jnp.abs, finite) if magnitudes else None
-        if plain:  # the clip that comes last is all there is
+        if plain:
             return gradient, (value, before, None)
         weighted = _weighted(finite, weight, l2_clip_norm, per_layer)
         return weighted, (value, before, optax.global_norm(finite))

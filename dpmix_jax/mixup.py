@@ -183,7 +183,8 @@ def mixups(
     _check_floating("labels", labels, "soft, in floating-point")  # or w becomes 0
     as_many = f"{len(images)}, as the images"
     require(len(images) == len(labels), "the number of labels", len(labels), as_many)
-    require(0 < alpha < math.inf, "alpha", alpha, "positive and finite")
+    if not isinstance(alpha, jax.core.Tracer):
+        require(0 < alpha < math.inf, "alpha", alpha, "positive and finite")
     pair_key, weight_key = jax.random.split(key)
     first, second = random_pairs(
         pair_key, images.shape[0], num_mixes, distinct=distinct_pairs

@@ -21,7 +21,7 @@ from typing import Any
 from absl import flags
 
 from dpmix_jax.data.rendered import Render
-from dpmix_jax.errors import UserError, require
+from dpmix_jax.errors import UserError
 from dpmix_jax.run import cli
 from dpmix_jax.synthetic import Generator, Plan, fill
 from dpmix_jax.synthetic.diffusion import DTYPES, SAMPLERS, Diffusion, DiffusionConfig
@@ -63,7 +63,8 @@ def main() -> None:
     given: dict[str, Any] = {flag.name: flag.value for flag in _PLAN}
     of_diffusion = diffusion_flags()
     of, count = given["data"] or given["classes"], given["count"]
-    require(of is not None, "--data", of, "given, or --classes")
+    if of is None:
+        make_plan(**given)  # says what is missing
     images = f"{count:,} images" if count else "an image for each training record"
     if cli.would(
         f"write into {_OUT.value} what it lacks of {images}, of the classes of {of}, by"

@@ -270,7 +270,7 @@ def test_a_dry_run_tells_and_leaves_nothing(program, finished, tmp_path, monkeyp
         ("audit", "--config=configs/digits.py --confidence=2", "--confidence"),
         ("calibrate", "--epsilon=0 --n=9 --batch=2 --updates=5", "--epsilon is 0.0"),
         ("domain_gap", "--encoder=pixels --data=digits --public=x", "public.name"),
-        ("generate", "--out=x --generator=render", "--data is None"),
+        ("generate", "--out=x --generator=render", "--classes is missing"),
         ("generate", "--out=x --generator=diffusion", "--model is missing"),
         ("generate", "--out=x --generator=render --model=x", "--model is given"),
         ("prepare", "--name=cifar10 --path=nowhere --download", "data.path is nowhere"),

@@ -367,7 +367,7 @@ def test_a_run_that_goes_on_ends_with_the_same_bits(finished, tmp_path, monkeypa
 
 
 def test_a_run_draws_the_batches_that_it_accounts_for():
-    terms = build._terms_of_records(
+    terms = build._terms(
         config(**BANDED),
         toy.records(60),
         seed=1,

@@ -182,8 +182,5 @@ def _prepared(config: DataConfig, records: Records) -> Records:
 
 
 def _check_validation(config: DataConfig, num_records: int) -> None:
-    size, allowed = (
-        config.validation_size,
-        f"less than {num_records}, the training records",
-    )
+    size, allowed = config.validation_size, f"less than {num_records} training records"
     require(size < num_records, "data.validation_size", size, allowed)

@@ -226,12 +226,6 @@ def blank(name: str, image_size: int) -> Records | None:
     return _records(found, source.constants)[0]
 
 
-def knows_classes(name: str) -> bool:
-    """Whether `blank` records of a dataset have the names of its classes."""
-    source = public_source(name)
-    return source is None or bool(source.class_names)
-
-
 def location(
     name: str, path: str | None, *, download: bool = False
 ) -> pathlib.Path | None:

@@ -164,7 +164,8 @@ def blank_public(
     with named_public():
         public = datasets.blank(config.name, config.size(private.image_size))
     if public is None:
-        if config.is_bank and not datasets.knows_classes(private.name):
+        source = datasets.public_source(private.name)
+        if config.is_bank and source and not source.class_names:
             names = folder.bank_classes(str(config.path))
             records = dataclasses.replace(records, class_names=names)
         public = _read(config, private, records)

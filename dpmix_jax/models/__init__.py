@@ -59,11 +59,10 @@ def create(
     if "num_classes" in _fields(model):
         return model(num_classes=num_classes, **kwargs)
     names = _fields(HEADS[name]) if name in HEADS else ()
-    of_head = {key: value for key, value in kwargs.items() if key in names}
+    of_head = {k: value for k, value in kwargs.items() if k in names}
+    both = {*_fields(model)} & {*names}
     of_encoder = {
-        key: value
-        for key, value in kwargs.items()
-        if key in _fields(model) or key not in of_head
+        k: value for k, value in kwargs.items() if k in both or k not in names
     }
     make: Callable[..., nn.Module] = HEADS.get(name, LinearHead)
     head = None if num_classes is None else make(num_classes, **of_head)

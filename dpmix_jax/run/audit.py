@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import pathlib
 import tempfile
 import time
@@ -79,7 +80,8 @@ def run(
         config.privacy.sampling_prob(len(dataset.train))
     )
     claim = mechanism.epsilon(config.privacy.delta)
-    folder.mkdir(parents=True, exist_ok=True)  # fails before the audits, not after
+    folder.mkdir(parents=True, exist_ok=True)
+    require(os.access(folder, os.W_OK), "--workdir", str(folder), "writable")
     found: list[Audit] = []
     for repeat in range(repeats):
         started, seed = time.monotonic(), (config.seed or 0) + repeat

@@ -242,7 +242,7 @@ def build(
     def accumulate_by(formulation: conv.Formulation) -> Any:
         return accumulate(config, sets, gradient_by(formulation), mesh)
 
-    terms = (_terms_of_groups if groups else _terms_of_records)(
+    terms = _terms(
         config, records, seed=seed, mechanism=mechanism, num_devices=mesh.size
     )
     sets = training.make_sets(
@@ -377,53 +377,28 @@ def accumulate(config, sets: training.MakeSets, gradient_fn, mesh) -> Any:
     )
 
 
-def _terms_of_records(
-    config, records: Records, *, seed, mechanism, num_devices
-) -> Terms:
-    del num_devices
-
-    def indices(microbatch_size: int) -> Indices:
-        return sampling.batches(
-            seed,
-            num_records=len(records),
-            sampling_prob=mechanism.sampling_prob,
-            microbatch_size=microbatch_size,
-            bands=mechanism.bands,
-            allocated=mechanism.allocated,
+def _terms(config, records: Records, *, seed, mechanism, num_devices) -> Terms:
+    method, size = config.method, config.privacy.expected_batch_size
+    drawn = {"num_records": len(records), "sampling_prob": mechanism.sampling_prob}
+    if not has_groups(config):
+        bands = {"bands": mechanism.bands, "allocated": mechanism.allocated}
+        return Terms(
+            expected=size,
+            indices=lambda m: sampling.batches(
+                seed, microbatch_size=m, **drawn, **bands
+            ),
+            padding=lambda m: np.full(m, -1),
+            least=1,
         )
-
+    groups = {"num_groups": method.num_groups(size), "num_devices": num_devices}
+    blank = microbatch_mixup.blank_microbatch
     return Terms(
-        expected=config.privacy.expected_batch_size,
-        indices=indices,
-        padding=lambda microbatch_size: np.full(microbatch_size, -1),
-        least=1,
-    )
-
-
-def _terms_of_groups(
-    config, records: Records, *, seed, mechanism, num_devices
-) -> Terms:
-    method = config.method
-    num_groups = method.num_groups(config.privacy.expected_batch_size)
-
-    def indices(microbatch_size: int) -> Indices:
-        return microbatch_mixup.batches(
-            seed,
-            num_records=len(records),
-            sampling_prob=mechanism.sampling_prob,
-            microbatch_size=microbatch_size,
-            num_groups=num_groups,
-            num_devices=num_devices,
-        )
-
-    def padding(microbatch_size: int) -> np.ndarray:
-        return microbatch_mixup.blank_microbatch(method, microbatch_size, num_devices)
-
-    return Terms(
-        expected=num_groups,
-        indices=indices,
-        padding=padding,
-        least=padding(1).size // num_devices,
+        expected=groups["num_groups"],
+        indices=lambda m: microbatch_mixup.batches(
+            seed, microbatch_size=m, **drawn, **groups
+        ),
+        padding=lambda m: blank(method, m, num_devices),
+        least=blank(method, 1, num_devices).size // num_devices,
     )
 
 

@@ -121,7 +121,8 @@ def train_and_release(
     model = build.classifier(config, train_set)
     given = config.finetune.load(model.shapes)
     _, frozen = config.finetune.split(model.shapes)
-    if frozen and not (config.finetune.files or config.pretrain.num_updates):
+    drawn = {*frozen.get("params", {})} - {"whitening"}  # which is fitted
+    if drawn and not (config.finetune.files or config.pretrain.num_updates):
         say("warning: what is frozen is random: finetune.encoder names a file for it")
     checksums = config.finetune.checksums()
     digest = start.data_digest(train_set, public, checksums)

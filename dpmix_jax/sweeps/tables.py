@@ -268,11 +268,9 @@ def _show(
 
 
 def _differences(sweep: SweepConfig, cells: Cells) -> Iterator[list[str]]:
-    if sweep.baseline is None:
-        pairs = [(b, a) for a, b in itertools.combinations(sweep.rows, 2)]
-    else:
-        rows = [row for row in sweep.rows if row != sweep.baseline]
-        pairs = [(row, sweep.baseline) for row in rows]
+    pairs = [(b, a) for a, b in itertools.combinations(sweep.rows, 2)]
+    if (one := sweep.baseline) is not None:
+        pairs = [(row, one) for row in sweep.rows if row != one]
     for (first, second), point in itertools.product(pairs, sweep.points):
         a, b = cells[first, point], cells[second, point]
         values = [a[seed] - b[seed] for seed in a if seed in b]
