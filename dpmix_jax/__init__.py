@@ -7,23 +7,23 @@ labels)`. Axes: B records, K images of an augmentation set, H W C image, O class
     pool           public images of which sets draw a few  [M,H,W,C]
     mixup          the augmentation set of one record      -> [K,H,W,C], [K,O]
     conv           convolutions whose per-record gradients are fast, in any model
-    tuning         which of their formulations is the fastest on this device
+    tuning         times formulations of convolutions, finds the fastest on this device
     gradients      loss -> clipped sum of per-record gradients, with its sensitivity
-    ghost          the same from the factors of gradients, where these are smaller
+    ghost          the same sum, from factors of gradients where factors are smaller
     accounting     (epsilon, delta) <-> noise multiplier
     privacy        what is promised, and the step that adds noise
     noise          the noise itself, exact on a grid
     factorization  noise that is correlated between updates
-    optimizers     steps that know of the noise: what may follow the privatizer
+    optimizers     optimizers made for noisy gradients, to chain after the privatizer
     selection      the best of many runs, with the choice accounted for
     sampling       the Poisson batch of a step, and keys
-    allocation     the epsilon of batches in which a record is once an epoch
+    allocation     the epsilon when each record is in one random batch per epoch
     training       one update as pure functions, and the loop over it
     audit          replay on neighbours, and attacks that bound epsilon from below
     devices        where arrays lie, and the sum over all devices
 
-Around it, none of which the core knows: `baselines`, `models`, `data`, `synthetic`, and
-`run`, `sweeps`, which put all together from a config.
+The packages around the core, which does not depend on them, are `baselines`, `models`,
+`data` and `synthetic`, and `run` and `sweeps`, which assemble runs from a config.
 """
 
 import os

@@ -40,28 +40,28 @@ _OWN_VERSION = 3  # of what is cached: raise it when `Mechanism` changes
 class Mechanism:
     """T Poisson-subsampled Gaussian mechanisms: what the accountant sees of a run.
 
-    With a strategy of b bands, they are T / b (rounded up) for each record, of b times
-    the sampling probability: see `factorization`.
+    With a strategy of b bands, the accountant sees T / b (rounded up) mechanisms for
+    each record, each with b times the sampling probability: see `factorization`.
 
     Attributes:
       sampling_prob: q, the probability that a record is in a batch. With b bands it is
         b q in each update of the record's turn, and 0 in others.
       num_updates: T.
-      noise_multiplier: standard deviation of the noise on the sum, over the sensitivity
-        of the sum under `neighboring_relation` (so over 2 C for `REPLACE_ONE`).
+      noise_multiplier: standard deviation of the noise on the sum, divided by the sum's
+        sensitivity under `neighboring_relation` (so by 2 C for `REPLACE_ONE`).
       neighboring_relation: which datasets count as neighbours.
-      selection: of a private selection, in which the T updates are those of each
-        candidate; or None.
+      selection: the private selection in which each candidate does these T updates; or
+        None.
       strategy: how noise is correlated between updates; by default it is not.
       allocated: whether batches are those of `sampling.allocated_batch`, 1 / q of them
         in an epoch, and not of Poisson samples.
 
     Raises:
-      UserError: for q outside [0, 1], T that is no whole number from 0, noise that is
-        no number from 0; for a strategy with an infinite coefficient, or whose first is
-        not positive; for b q above 1; and for random allocation with another relation
-        than `ADD_OR_REMOVE_ONE`, a selection, correlated noise, or 1 / q that is no
-        whole number.
+      UserError: if q is outside [0, 1]; if T is not a whole number, at least 0; if the
+        noise multiplier is not a finite number, at least 0; if a coefficient of the
+        strategy is not finite, or the first is not positive; if b q is above 1; or if
+        random allocation is combined with a relation other than `ADD_OR_REMOVE_ONE`, a
+        selection, correlated noise, or a 1 / q that is not a whole number.
 
     Example:
       >>> mechanism = dpm.Mechanism(
@@ -130,7 +130,8 @@ class Mechanism:
     def noise_stddev(self, sensitivity: float) -> float:
         """Returns the standard deviation of the noise on a coordinate of a clipped sum.
 
-        That of the last update: of correlated noise earlier ones have less.
+        The value is that of the last update. Correlated noise is smaller in earlier
+        updates.
 
         Args:
           sensitivity: of the sum under `neighboring_relation`.
@@ -162,7 +163,8 @@ class Mechanism:
     def epsilon(self, delta: float, *, accountant: str | None = None) -> float:
         """Returns the epsilon of all T updates at this delta, for training records.
 
-        Of exactly Gaussian noise: that on a grid adds `noise.extra_delta` to delta.
+        The epsilon is that of exactly Gaussian noise. The privatizer's noise on a grid
+        adds `noise.extra_delta` to delta.
 
         Args:
           delta: in (0, 1).
@@ -321,9 +323,10 @@ def calibrate(
 ) -> Mechanism:
     """Finds the least noise with which T updates stay within (epsilon, delta).
 
-    More bands correlate the noise of more updates, and take more of it. With `bands`
-    None, numbers of bands are tried from 1 upwards as long as the root mean squared
-    error of the sums of gradients, with the noise that RDP finds, gets less.
+    More bands correlate the noise of more updates, and need more noise. With `bands`
+    None, larger and larger numbers of bands are tried, starting at 1, until the root
+    mean squared error of the sums of gradients stops falling. That error is computed
+    with the noise that RDP finds.
 
     Formal guarantees:
       - The epsilon of the returned mechanism, by the PLD accountant (for a selection by
@@ -411,7 +414,7 @@ def _least_error(noiseless: Mechanism, epsilon: float, delta: float) -> int:
 
 
 def noise_by_rdp(noiseless: Mechanism, epsilon: float, delta: float) -> float:
-    """Returns the noise multiplier that a budget takes by RDP: soon, and too large.
+    """Returns the noise multiplier that RDP asks for: quick to find, but too large.
 
     Args:
       noiseless: a mechanism, whose own noise multiplier does not matter.

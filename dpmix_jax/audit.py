@@ -48,11 +48,12 @@ def check_sensitivity(
 ) -> dict[str, float]:
     """Replays a clipped sum on neighbours of a batch, under the same keys.
 
-    Records are removed and exchanged one at a time. Their floats are negated, and
-    replaced by NaN, infinite, huge, subnormal and zero numbers, all of them or the
-    first eighth; their bytes by 0 and 255. It is the cheapest test there is of an
-    implementation (Cebere et al., 2026): noise and accountant are right only if no
-    neighbour moves the sum further than promised.
+    Each neighbour removes one record, puts another record of the batch in its place, or
+    changes its numbers. Floats are negated, or set to a NaN, infinite, huge, subnormal
+    or zero number; bytes are set to 0 or 255. Both are set throughout, or in the first
+    eighth only. This is the cheapest test there is of an implementation (Cebere et al.,
+    2026): noise and accountant are right only if no neighbour moves the sum further
+    than promised.
 
     Args:
       clipped_sum: `f(records, is_padding_example [B]) -> pytree`, everything that

@@ -86,8 +86,8 @@ def random_view(
 
     Raises:
       UserError: for more than one image (use `jax.vmap`), if `augmentation.max_shift`
-        is not smaller than the image, or if an image that is not floating-point shall
-        move by parts of pixels.
+        is not smaller than the image, or if `augmentation.subpixel` is set and the
+        image is not floating-point.
     """
     augmentation.check_images(image.shape)
     floating = jnp.issubdtype(image.dtype, jnp.floating)

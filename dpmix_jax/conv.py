@@ -35,8 +35,8 @@ class Batched(NamedTuple):
     """A convolution of B records, each with both operands of its own.
 
     Attributes:
-      conv: parameters of `lax.conv_general_dilated`, for one record, but for that of
-        sharding, which is of a mesh and not of the convolution.
+      conv: parameters of `lax.conv_general_dilated` for one record, without
+        `out_sharding`, which describes a mesh and not the convolution.
       lhs: shape [B, ...] and type of one operand.
       rhs: shape [B, ...] and type of the other.
       out: shape and type of the output of one record.
@@ -57,12 +57,13 @@ def fast_convolutions(
 ) -> Callable[..., Any]:
     """Makes a gradient function of one record fast under `jax.vmap` over records.
 
-    `jax.vmap(fast_convolutions(jax.grad(loss_fn)), (None, 0, 0))` returns what it
-    returns without, to float rounding. The function is traced, and each convolution in
-    it, also inside `jit`, `remat`, `scan`, `cond` and custom derivatives, is replaced
-    by one with another batching rule, which applies where both operands are batched.
-    Take gradients first, then call this: the result can be differentiated again,
-    forward and in reverse, but with JAX's own rules for convolutions.
+    `jax.vmap(fast_convolutions(jax.grad(loss_fn)), (None, 0, 0))` returns the same as
+    `jax.vmap(jax.grad(loss_fn), (None, 0, 0))`, up to float rounding. `function` is
+    traced, and each of its convolutions, also inside `jit`, `remat`, `scan`, `cond` and
+    custom derivatives, gets another batching rule. The new rule applies where both
+    operands are batched. Take gradients first, then call `fast_convolutions`: its
+    result can be differentiated again, forward and in reverse, but these derivatives
+    use JAX's own rules for convolutions.
 
     Formal guarantees (of the result, not of its derivatives):
       - Values of a record that are not finite stay within its own gradient.
@@ -75,9 +76,9 @@ def fast_convolutions(
         `rows` (a product for each row of taps), `shifted` (a product for each tap),
         `batch_group` (one convolution with `batch_group_count`), `plain` (JAX's own
         rule), or `auto`, which chooses by shape and by the platform that is compiled
-        for. Where `rows` does not apply, `shifted` does; where no other applies,
-        `plain` does. A function of `Batched` names one of these for each convolution,
-        see `tuning.chooser`.
+        for. Where `rows` does not apply, `shifted` replaces it; where no other
+        formulation applies, `plain` is used. `formulation` may also be a function that
+        takes a `Batched` and returns one of these names, see `tuning.chooser`.
 
     Returns:
       A function of the same signature.

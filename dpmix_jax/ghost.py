@@ -1,7 +1,8 @@
 """The clipped sum of per-record gradients, from their factors where these are smaller.
 
-The gradient of a matrix is a product, over T positions (images, tokens, pixels), of
-what went into the layer, a_t, and the gradient of what came out, g_t. Its squared norm,
+The gradient of a matrix is a sum of products a_t g_t^T over T positions (images,
+tokens, pixels): a_t is the input of the layer, g_t the gradient of its output.
+The squared norm of the sum,
 
     || sum_t a_t g_t^T ||^2 = sum_{t,t'} (a_t . a_t') (g_t . g_t'),
 
@@ -10,9 +11,10 @@ of such matrices over records, each times its clip factor, is one more product o
 same rows: book-keeping (Bu et al., 2023). So where T is small, the rows a_t and g_t of
 a record are kept in place of its matrix until its clip factor is known.
 
-As in `conv`, the traced gradient is rewritten, not the model: whatever output of it is
-a product, up to its layout, is the gradient of a matrix used once. Everything else
-(shared, standardised or embedded weights, scales and biases) is formed.
+As in `conv`, the traced gradient is rewritten, not the model. An output of the traced
+gradient that is a product, up to its layout, is the gradient of a matrix used once.
+Every other gradient (of shared, standardised or embedded weights, scales and biases) is
+formed.
 """
 
 import collections
@@ -63,7 +65,7 @@ def cheaper_as_factors(positions: int, inputs: int, outputs: int) -> bool:
 
 
 def always(positions: int, inputs: int, outputs: int) -> bool:
-    """For a linear head, whose rows are there already: the embeddings of its images."""
+    """Keeps all factors: for a linear head, whose rows already exist as embeddings."""
     return True
 
 
@@ -79,9 +81,10 @@ def ghost_clipped_gradient(
 
     Mixed ghost clipping with book-keeping (Bu et al., 2023, "Differentially private
     optimization on large foundation models at low cost"): one backward pass finds the
-    factors of every record's gradient, from which come its norm and, multiplied by the
-    weight for that norm, its term. Saves memory and time where matrices are large and
-    positions few, see `cheaper_as_factors`; elsewhere it does as the default does.
+    factors of every record's gradient. The factors give the gradient's norm, the norm
+    gives its weight, and weight and factors give the record's term. This saves memory
+    and time where matrices are large and positions few, see `cheaper_as_factors`.
+    Elsewhere the gradient of every record is formed, as `clipped_gradient` does.
 
     Formal guarantees:
       - Record i's term depends on record i, the parameters and `constants` alone.
@@ -112,8 +115,8 @@ def ghost_clipped_gradient(
       l2_clip_norm: C, in [1e-10, 1e10].
       weight: `f(norm, C)` returns the factor of a gradient, such as
         `gradients.automatic`; a factor above C / norm is lowered to C / norm.
-      convolutions: how per-record gradients of convolutions are computed where they
-        are, see `conv.fast_convolutions`.
+      convolutions: how per-record gradients of convolutions are computed where no
+        factors are kept, see `conv.fast_convolutions`.
       keep: `f(T, d, p)`, whether the factors of a matrix used once are kept:
         `cheaper_as_factors`, or `always`.
 

@@ -18,8 +18,8 @@ Weight = Callable[[jax.Array, float], jax.Array]  # of a gradient, by its norm a
 def clip(norm: jax.Array, l2_clip_norm: float) -> jax.Array:
     """Returns min(1, C / norm), which shortens long gradients (Abadi et al., 2016).
 
-    As the weight of `clipped_gradient` it changes nothing without `per_layer`: that
-    clip comes anyway.
+    As the `weight` of `clipped_gradient` without `per_layer`, `clip` changes nothing:
+    `clipped_gradient` does the same clip last anyway.
     """
     return jnp.minimum(1.0, l2_clip_norm / jnp.maximum(norm, 1e-30))
 
@@ -27,10 +27,10 @@ def clip(norm: jax.Array, l2_clip_norm: float) -> jax.Array:
 def automatic(norm: jax.Array, l2_clip_norm: float) -> jax.Array:
     """Returns C / (norm + 0.01), which makes nearly all gradients equally long.
 
-    With it, under SGD without weight decay, C is no longer a setting of its own: C
-    times two is the learning rate times two, noise included. The constant keeps
-    gradients that are nearly 0 short (Bu et al., 2022, "Automatic clipping", Algorithm
-    1, AUTO-S).
+    With this weight, under SGD without weight decay, C is no longer a setting of its
+    own: doubling C has the effect of doubling the learning rate, noise included. The
+    constant 0.01 keeps gradients that are nearly 0 short (Bu et al., 2022, "Automatic
+    clipping", Algorithm 1, AUTO-S).
     """
     return l2_clip_norm / (norm + 0.01)
 
@@ -71,10 +71,10 @@ def clipped_gradient(
       l2_clip_norm: C, in [1e-10, 1e10].
       weight: `f(norm, C)` returns the factor of a gradient before the clip, such as
         `automatic`.
-      per_layer: whether each of the L layers has a factor of its own, `weight` of its
-        norm and C / sqrt(L) (McMahan et al., 2018; He et al., 2022). A
-        layer is what lies in one container of `params`, such as a kernel and its bias,
-        or an array that lies in none.
+      per_layer: whether each of the L layers has its own factor, which is `weight` of
+        that layer's norm and C / sqrt(L) (McMahan et al., 2018; He et al., 2022). A
+        layer is all arrays in one container of `params`, such as a kernel and its bias,
+        or one array outside any container.
       convolutions: how per-record gradients of convolutions are computed, see
         `conv.fast_convolutions`; changes speed and float rounding only.
       magnitudes: whether to add up, before the clip, the absolute values of each

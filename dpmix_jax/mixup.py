@@ -50,8 +50,8 @@ class MethodConfig:
       draw: of public images: `uniform` over all, or `class` for those of the record's
         class (see `pool.draw_rows` for why that is safe).
       alpha: a mixing weight is drawn from Beta(alpha, alpha).
-      distinct_pairs: a pair is two different images. If False it may be twice the same
-        image, which makes the mixup that image again.
+      distinct_pairs: True: a pair is two different images. False: a pair may be the
+        same image twice, and then the mixup is that image.
 
     Raises:
       UserError: for a value out of its range, or a size that the method does not have.
@@ -94,7 +94,7 @@ class MethodConfig:
 
     @property
     def num_views(self) -> int:
-        """`k_base`; if that is 0, 1 for the image itself, or 0 with public images."""
+        """`k_base`. If that is 0: 0 with public images, else 1, the image itself."""
         return self.k_base or int(not self.k_diff)
 
     @property
@@ -170,8 +170,9 @@ def mixups(
       [M, H, W, C] images and [M, O] soft labels.
 
     Raises:
-      UserError: for images or labels that are not floating-point or not as many, for
-        `alpha` that is not positive and finite, or one image and `distinct_pairs`.
+      UserError: if images or labels are not floating-point, if there are not as many
+        labels as images, if `alpha` is not positive and finite, or if `distinct_pairs`
+        is set and there is only one image.
 
     Example:
       >>> images, labels = jnp.zeros((4, 28, 28, 1)), jnp.eye(4)
@@ -217,8 +218,9 @@ def augmentation_set(
     Args:
       method: sizes of the set.
       augmentation: how views are drawn, of the record and of public images alike.
-      normalize: brings images of the pool to the scale of the record's image, which is
-        on that scale already.
+      normalize: brings images of the pool to the scale of the record's image. `f`
+        does not apply `normalize` to the record's image, which is on that scale
+        already.
 
     Returns:
       `f(key, image [H, W, C], label [O], pool=None) -> images [K, H, W, C], labels

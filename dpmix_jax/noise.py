@@ -1,11 +1,11 @@
 """Gaussian noise that stays private in floating point.
 
-Floats drawn as Gaussian noise have holes: few enough values that whoever knows two
-candidate sums can tell from the noisy one to which of them such a value was added
+Gaussian noise drawn in floats has holes: it takes so few values that whoever knows two
+candidate sums can tell from the noisy sum to which of the two the noise was added
 (Mironov, 2012; Haney et al., 2022). Here sums are rounded to a grid, the noise is a
-discrete Gaussian on the same grid (Canonne et al., 2020), and their float sum is the
-exact sum rounded once. So what comes out is a function of the exact noisy sum, and
-every value can come from either candidate.
+discrete Gaussian on the same grid (Canonne et al., 2020), and the float sum of the two
+is their exact sum rounded once. So the result is a function of the exact noisy sum, and
+either candidate can produce every value.
 
 Noise on a fine grid is Z = z0 + 64 z1 + 64^2 z2 + 64^3 z3 + 64^4 z4, where each z is a
 discrete Gaussian of a standard deviation from 96 to 192 (Micciancio and Walter, 2017),

@@ -30,17 +30,18 @@ def adam_bc(
 ) -> optax.GradientTransformation:
     """DP-AdamBC: Adam with the variance of the noise taken off its second moment.
 
-    Noise adds its variance to the square of each coordinate. Where that is more than
-    the gradient's own, Adam divides all of them by about `noise_stddev`: it is SGD with
-    momentum. Here the step is m / sqrt(max(v - noise_stddev^2, floor)), of the same
-    moments m and v, corrected for their start as in Adam (Tang, Shpilevskiy and
-    Lecuyer, "DP-AdamBC", AAAI 2024, arXiv 2312.14334, Algorithm 1).
+    Noise adds its variance to the square of each coordinate. Where that variance is
+    more than the gradient's own square, Adam divides all coordinates by about
+    `noise_stddev`, and becomes SGD with momentum. Here the step is
+    m / sqrt(max(v - noise_stddev^2, floor)), where m and v are Adam's moments with
+    Adam's bias correction (Tang, Shpilevskiy and Lecuyer, "DP-AdamBC", AAAI 2024, arXiv
+    2312.14334, Algorithm 1).
 
     Args:
       learning_rate: positive, or a schedule of optax.
       noise_stddev: standard deviation of the noise on a coordinate of the private mean:
-        that on the sum over the expected batch size. What changes the noise, such as a
-        filter, has no place between the privatizer and this.
+        that of the noise on the sum, divided by the expected batch size. Chain nothing
+        that changes the noise, such as a filter, between the privatizer and `adam_bc`.
       b1: decay of the first moment, in [0, 1).
       b2: decay of the second moment, in [0, 1).
       floor: the least second moment, in squared units of the gradient, positive. No
@@ -86,12 +87,12 @@ def adam_bc(
 
 
 class LowPassState(NamedTuple):
-    """What a filter remembers: pairs of a pytree and of what ones would have been.
+    """What a `low_pass` filter remembers: pairs of a pytree and a scalar.
 
     Attributes:
-      inputs: the last private means, the latest first, each with 1 (0 before the
-        first).
-      outputs: what came out, before it was divided by what ones came to.
+      inputs: the last private means g_t, the latest first, each paired with 1 (with 0
+        before the first update).
+      outputs: the last m_t, before the division by c_t, each paired with its c_t.
     """
 
     inputs: tuple[Any, ...]
@@ -105,20 +106,21 @@ def low_pass(a: Sequence[float], b: Sequence[float]) -> optax.GradientTransforma
     """DOPPLER: a linear filter in time, as gradients change slowly and noise does not.
 
     The filter is m_t = sum_r b_r g_{t-r} - sum_r a_r m_{t-r} of the private means g,
-    with zeros before the first. What comes out is m_t / c_t, where c_t is the same of
-    ones: a constant passes unchanged from the first update on (Zhang, Bu, Hong and
-    Razaviyayn, "DOPPLER", NeurIPS 2024, arXiv 2408.13460, Algorithm 1). Chain it
-    between the privatizer and any optimizer. It keeps `len(a) + len(b) - 1` copies of
-    the parameters.
+    with zeros before the first. The output is m_t / c_t, where c_t is the same filter
+    applied to ones, so a constant passes unchanged from the first update on (Zhang, Bu,
+    Hong and Razaviyayn, "DOPPLER", NeurIPS 2024, arXiv 2408.13460, Algorithm 1). Chain
+    it between the privatizer and any optimizer. It keeps `len(a) + len(b) - 1` copies
+    of the parameters.
 
     `low_pass((k - 1,), (k,))` is `optax.ema(1 - k)`, which leaves k / (2 - k) of the
-    variance of the noise. With k / 2 on each of the last two means, `low_pass((k - 1,),
-    (k / 2, k / 2))`, it also takes out what alternates, and leaves k / 2.
+    variance of the noise. `low_pass((k - 1,), (k / 2, k / 2))`, with weight k / 2 for
+    each of the last two means, also removes what alternates from update to update, and
+    leaves k / 2 of the variance.
 
     Args:
-      a: a_1, a_2, ... of what came out before; every root of z^n + a_1 z^(n-1) + ... is
-        inside the unit circle, or else the past would never be forgotten.
-      b: b_0, b_1, ... of the private means; b_0 is not 0.
+      a: a_1, a_2, ..., the weights of earlier m_t; every root of z^n + a_1 z^(n-1)
+        + ... is inside the unit circle, or else the filter would never forget the past.
+      b: b_0, b_1, ..., the weights of the private means; b_0 is not 0.
 
     Raises:
       UserError: for a filter that is not stable, has no b_0, or makes 0 of ones at any
@@ -182,8 +184,9 @@ def kalman(
 ) -> optax.GradientTransformation:
     """DiSK: a Kalman filter of the gradient, which moves with the weights.
 
-    An average of past gradients is of where the weights were. This one looks ahead by
-    as much: it averages gradients at y_t = x_t + (1 - kappa) / kappa (x_t - x_{t-1}),
+    An average of past gradients lags: it belongs to where the weights were. DiSK looks
+    ahead by as much: it averages gradients at
+    y_t = x_t + (1 - kappa) / kappa (x_t - x_{t-1}),
 
         f_t = (1 - kappa) f_{t-1} + kappa g_t,    g_t a private mean at y_t,
 
@@ -192,9 +195,9 @@ def kalman(
     their gamma at (1 - kappa) / kappa, where one gradient is enough). The first f is
     the first private mean, as in the authors' program.
 
-    The parameters that it updates are y_t, where the next gradient is to be taken; at
-    first they are the given ones. The iterate itself is
-    `optax.tree.get(state, "KalmanState").weights`. Either may be released.
+    The parameters that `update` moves are y_t, where the next gradient must be taken;
+    they start as the given parameters. The iterate x_t itself is
+    `optax.tree.get(state, "KalmanState").weights`. Both y_t and x_t may be released.
 
     Args:
       inner: any optimizer; its parameters are x_t.

@@ -18,7 +18,7 @@ DRAWS = ("uniform", "class")
 
 
 class Pool(NamedTuple):
-    """Public labelled images, to be an argument of compiled functions, no constant.
+    """Public labelled images: an argument of compiled functions, never a constant.
 
     Attributes:
       images: [M, H, W, C], uint8 or floating-point.
@@ -85,11 +85,11 @@ def draw_rows(
 ) -> jax.Array:
     """Draws rows of a pool for one record.
 
-    Drawing by class looks at a private label, and costs no privacy: what is drawn goes
-    into this record's own set and nowhere else, and the gradient of the record is the
-    average over that set, clipped. Whatever the label, that one term has norm at most
-    C. It would not be safe to let the label choose anything outside that term, such as
-    images that records share, how many there are of them, or what is logged.
+    Drawing by class reads a private label, but costs no privacy: the drawn images go
+    into this record's own set and nowhere else. The record's term is the average
+    gradient over that set, clipped, so its norm is at most C whatever the label is. It
+    would not be safe to let the label choose anything outside that term, such as images
+    that records share, the number of such images, or what is logged.
 
     Formal guarantees:
       - The rows are a function of this key, this label and the pool, and for "uniform"
@@ -112,7 +112,8 @@ def draw_rows(
     own = jnp.argmax(label)  # the argmax of NaN is still a class
     ends = jnp.asarray(pool.ends)
     first, end = jnp.take(ends, jnp.stack([own, own + 1]))
-    # Of a class without images, which `make_pool` refuses for draws by class, any.
+    # For a class without images, draw from the whole pool. (For draws by class,
+    # `make_pool` refuses such a class.)
     is_there = first < end
     first, end = jnp.where(is_there, first, 0), jnp.where(is_there, end, ends[-1])
     places = jax.random.randint(key, (num,), first, end)

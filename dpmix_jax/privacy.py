@@ -37,15 +37,16 @@ class PrivacyConfig:
         `gradients.clipped_gradient`.
       neighboring_relation: `add_or_remove_one`, `replace_one` or `replace_special`
         (one record becomes an empty one).
-      selection: None for a run that is released whatever comes out. Otherwise the run
-        is a candidate of a private selection, and this is the distribution of the
-        number of candidates, see `Selection`: then epsilon is what all of them and the
-        choice spend together, and the noise of each is larger.
-      expected_candidates: mean of that number; None without selection.
+      selection: None for a run that is released whatever its result is. Otherwise the
+        run is a candidate of a private selection, and `selection` names the
+        distribution of the number of candidates, see `Selection`. Epsilon is then what
+        all candidates and the choice spend together, and each candidate's noise is
+        larger.
+      expected_candidates: mean number of candidates; None without selection.
       mechanism: `gaussian` adds independent noise in every update; `bandmf` noise that
         is correlated between updates, see `factorization`.
-      bands: b, of `bandmf`; None tries 1, 2, 3, 4, 6, 8, 12, 16 and so on as long as
-        the sums of gradients are disturbed less, see `calibrate`.
+      bands: b, for `bandmf` only; None tries 1, 2, 3, 4, 6, 8, 12, 16 and so on until
+        the error of the sums of gradients stops falling, see `calibrate`.
       sampling: `poisson`, or `allocation`, by which each record is in one batch of an
         epoch, see `sampling.allocated_batch`; B must then be N over a whole number of
         batches, rounded.
@@ -155,13 +156,13 @@ class PrivacyConfig:
 
 
 class NoiseState(NamedTuple):
-    """The noise to come: secret, and for checkpoints only.
+    """State that determines all noise to come: secret, and for checkpoints only.
 
     Attributes:
-      key: uint32 [8], of the next update.
-      sums: float32 [b - 1, d], the clipped sums of the last updates without any noise,
-        the latest first, of a mechanism of b bands; None for independent noise.
-      outputs: `sums` with their noise, of the same shape and order.
+      key: uint32 [8], the key of the next update's noise.
+      sums: float32 [b - 1, d], with b bands the clipped sums of the last b - 1 updates,
+        without any noise, the latest first; None for independent noise.
+      outputs: the same sums with noise, in the same shape and order.
     """
 
     key: jax.Array
@@ -205,10 +206,10 @@ def privatizer(
       key: uint32 [8] from `noise_key`, secret.
 
     Raises:
-      UserError: if `expected_batch_size` or `key` is not as stated; by `init`, under
-        `jax.jit`; by `update`, under `jax.jit` if the state is no argument of the
-        compiled function, and for more noise or more parameters than `noise.grid` has
-        room for.
+      UserError: if `expected_batch_size` or `key` is not as stated. `init` raises it
+        under `jax.jit`. `update` raises it under `jax.jit` if the state is not an
+        argument of the compiled function, and wherever `noise.grid` has no room for so
+        much noise or so many parameters.
 
     Example:
       >>> gradient_fn = dpm.clipped_gradient(lambda w, x: w @ x, l2_clip_norm=1.0)

@@ -248,7 +248,7 @@ def batches(
 
     Raises:
       UserError: for random allocation with bands, or with q that is not one over a
-        whole number; by `f`, as the function that draws its batch.
+        whole number. `f` raises it as `poisson_batch` or `allocated_batch` does.
 
     Example:
       >>> batches = dpm.batches(

@@ -8,15 +8,15 @@ Tuning with Renyi Differential Privacy", Theorems 2 and 6).
 
 What runs are compared by must be private too. It is the number of validation records
 that a model classifies correctly, plus Gaussian noise: an output of the run like its
-weights. Two neighbouring datasets differ in one record, which is either a training
-record, and then only the weights differ and all that follows is post-processing, or a
-validation record, and then only that number does. So the choice is as private as the
-weaker of the two, each repeated and selected; neither is added to the other. (Which
-records are for validation is taken as given: neighbours are pairs of a training and a
-validation set that differ in one record.)
+weights. Two neighbouring datasets differ in one record. If it is a training record,
+only the weights differ, and all that follows is post-processing. If it is a validation
+record, only the noisy number differs. So the choice is as private as the weaker of
+training and counting, each repeated and selected; the two epsilons do not add up.
+(Which records are for validation is taken as given: neighbours are pairs of a training
+and a validation set that differ in one record.)
 
-The theorems need the number of candidates that was drawn. Who starts over because it
-was small or large has made another, unaccounted for selection.
+The theorems need the number of candidates that was drawn. Starting over because that
+number was small or large is another selection, which is not accounted for.
 """
 
 import dataclasses
@@ -43,10 +43,10 @@ class Selection:
       - With `score_noise`, `score_epsilon` is at most the epsilon asked for.
 
     Attributes:
-      distribution: of their number: `logarithmic`, which needs the least noise but
-        often draws few, `geometric`, or `poisson`, which needs the most noise, keeps
-        nearest to its mean, and may draw none.
-      expected_candidates: its mean, more than 1 and at most 1,000,000.
+      distribution: of the number of candidates: `logarithmic`, which needs the least
+        noise but often draws few; `geometric`; or `poisson`, which needs the most
+        noise, stays nearest to its mean, and may draw none.
+      expected_candidates: mean of `distribution`, more than 1 and at most 1,000,000.
     """
 
     distribution: str

@@ -44,8 +44,8 @@ class TrainState(NamedTuple):
 class Inputs(NamedTuple):
     """What stays on every device for a whole run.
 
-    Compiled functions take it as an argument: arrays that a function closes over JAX
-    may write to its compilation cache on disk, and records are private.
+    Compiled functions take `Inputs` as an argument, because records are private: JAX's
+    compilation cache on disk may hold the arrays that a function closes over.
 
     Attributes:
       key_words: uint32 [2], the key of the augmentation stream.

@@ -217,7 +217,7 @@ def finished(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("adapters") / "run"
     done = runs.run(workdir, **RUN)
     assert done.status == 0, done.err
-    assert "warning: what is frozen is random: finetune.encoder" in done.out
+    assert "warning: what is frozen is random: finetune.encoder" in done.err
     return workdir
 
 

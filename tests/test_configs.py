@@ -234,6 +234,9 @@ def test_a_ladder_compares_methods_on_as_many_images():
     costs = {p.method.set_size * p.privacy.expected_batch_size for p in pixels}
     assert costs == {512, 1024, 2048}
     assert {p.privacy.num_updates for p in pixels} == {1000}
+    for run in (*cnn, *pixels):
+        assert run.privacy.epsilon in {1, 2, 3, 4, 8}
+    assert len(cnn) == len(pixels) == 5 * 6 * 5
 
 
 def test_halves_mix_what_is_not_private():

@@ -237,6 +237,7 @@ def test_a_sweep_on_validation_records_writes_its_choice(tmp_path):
     assert launch(path, pretend([], {3: "it broke"}), setting, **changes) == 1
     assert not (path / "choice.json").exists()
     assert launch(path, pretend([]), setting, **changes) == 0
+    assert (path / "choice.json").stat().st_mode & 0o777 == 0o600  # of private records
     written = json.loads((path / "choice.json").read_text())
     assert written["choices"][0]["settings"]["optimizer.learning_rate"] == 2.0
     assert "no epsilon covers it" in written["privacy"]

@@ -193,10 +193,13 @@ def test_a_run_that_goes_on_is_not_whitened_again(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["fresh", "kept"])
-def test_a_run_goes_on_with_its_whitening_and_releases_it(tmp_path, monkeypatch, kind):
+def test_a_run_goes_on_with_its_whitening_and_releases_it(
+    tmp_path, monkeypatch, capsys, kind
+):
     """Stopped and continued it comes to the same bits; what is released is whole."""
     config = configured(finetune={"embeddings": kind}, method={"name": "dp_sgd"})
     assert experiment.run(config, Workdir(tmp_path / "whole")) == 0
+    assert "what is frozen is random" not in "".join(capsys.readouterr())
 
     def stop(*args):
         os.kill(os.getpid(), signal.SIGTERM)

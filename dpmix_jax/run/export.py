@@ -80,11 +80,12 @@ def load(
       weights: path of its `finetune.weights`, likewise.
 
     Returns:
-      `f(images uint8 [n, H, W, C]) -> probabilities float32 [n, O]`, with the resizing
-      and the normalisation of the run in it. It carries `class_names`.
+      `f(images uint8 [n, H, W, C]) -> probabilities float32 [n, O]`, which resizes and
+      normalises images as the run did. The attribute `f.class_names` names the classes.
 
     Raises:
-      UserError: for a folder without a model, or other files than the run began with.
+      UserError: if `folder` holds no model, or if `encoder` or `weights` is not the
+        file that the run began with.
     """
     model, params, like = restore(pathlib.Path(folder), encoder, weights)
 

@@ -69,10 +69,10 @@ def is_first() -> bool:
 
 
 def gather(value: Any) -> list[Any]:
-    """Tells all processes a value, and returns those of all, that of the first first.
+    """Sends a value to all processes; returns the values of all, in order of process.
 
     Args:
-      value: of JSON, at most 64 kB of it. All processes must call this alike.
+      value: JSON-ready, at most 64 kB as JSON. All processes must call `gather` alike.
 
     Raises:
       UserError: in all processes, if one of them ends by a mistake; see `together`.
@@ -124,8 +124,9 @@ def arrays_of_first(make: Callable[[], PyTree], like: PyTree) -> PyTree:
 
 
 def local(tree: PyTree) -> PyTree:
-    """Returns arrays that are whole on every device as a device of this process has
-    them, so that it can compute with them alone.
+    """Returns this process's own copy of arrays that are whole on every device.
+
+    The process can compute with that copy without the other processes.
     """
     return jax.tree.map(
         lambda leaf: (
