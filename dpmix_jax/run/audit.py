@@ -33,7 +33,7 @@ def check(config: ExperimentConfig, kind: str) -> None:
         raise UserError("privacy.selection must be None: an audit is of one run")
     # Allocation needs a number of records that is known before the coins are thrown.
     whole = config.privacy.sampling == "allocation" and kind != "gradient"
-    allowed = f"'poisson' for {kind} canaries, who are of a random number"
+    allowed = f"'poisson' for {kind} canaries: how many are trained on is random"
     require(not whole, "privacy.sampling", config.privacy.sampling, allowed)
 
 
