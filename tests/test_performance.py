@@ -151,7 +151,7 @@ def test_auto_refuses_no_batch_that_is_small(monkeypatch, batch):
     ],
 )
 def test_out_of_memory_names_the_knob(error):
-    message = "out of memory: lower performance.microbatch_size, which is auto, or for"
+    message = "out of memory: lower performance.microbatch_size, which is auto, or, if"
     with (
         pytest.raises(UserError, match=message),
         performance.explained_out_of_memory(PerformanceConfig()),

@@ -213,5 +213,5 @@ def explained_out_of_memory(config: PerformanceConfig):
             raise
         raise UserError(
             f"out of memory: lower performance.microbatch_size, which is"
-            f" {config.microbatch_size!r}; if it is 'auto', performance.memory_gib"
+            f" {config.microbatch_size}, or, if that is auto, performance.memory_gib"
         ) from None
