@@ -375,8 +375,8 @@ def test_out_of_memory_is_one_line_that_names_the_knob(tmp_path):
     done = run(tmp_path / "run", **huge)
     assert done.status == 2
     assert done.err.endswith(
-        "error: out of memory: lower performance.microbatch_size, which is 1000, or for"
-        " auto performance.memory_gib\n"
+        "error: out of memory: lower performance.microbatch_size, which is 1000, or, if"
+        " that is auto, performance.memory_gib\n"
     )
 
 
