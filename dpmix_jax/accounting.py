@@ -102,10 +102,7 @@ class Mechanism:
         none = self.selection is None
         require(none, "selection", self.selection, with_allocation("None"))
         require(self.bands == 1, "bands", self.bands, with_allocation("1"))
-        q = self.sampling_prob
-        whole = q > 0 and abs(self.batches_per_epoch * q - 1) < 1e-9
-        allowed = with_allocation("one over a whole number")
-        require(whole, "sampling_prob", self.sampling_prob, allowed)
+        allocation.batches_per_epoch(self.sampling_prob)
 
     @property
     def batches_per_epoch(self) -> int:

@@ -27,6 +27,15 @@ _TAILS = 0.01  # of delta, cut off in all
 _MIN_NOISE = 0.2  # below, no amplification is counted; floats would overflow further on
 
 
+def batches_per_epoch(sampling_prob: float) -> int:
+    """Returns t = 1 / q, or raises `UserError` if that is no whole number."""
+    batches = round(1 / sampling_prob) if 0 < sampling_prob <= 1 else 0
+    whole = abs(batches * sampling_prob - 1) < 1e-9
+    allowed = "one over a whole number for random allocation"
+    require(whole, "sampling_prob", sampling_prob, allowed)
+    return batches
+
+
 def epsilon(
     noise_multiplier: float, *, num_updates: int, batches_per_epoch: int, delta: float
 ) -> float:

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax_privacy import batch_selection
 
+from dpmix_jax import allocation
 from dpmix_jax.errors import require, require_one_of
 
 STREAMS = (
@@ -260,9 +261,7 @@ def batches(
 
     if allocated:
         require(bands == 1, "bands", bands, "1 for random allocation")
-        q, allowed = sampling_prob, "one over a whole number for random allocation"
-        whole = 0 < q <= 1 and abs(round(1 / q) * q - 1) < 1e-9
-        require(whole, "sampling_prob", q, allowed)
+        batches_per_epoch = allocation.batches_per_epoch(sampling_prob)
 
     def draw(step: int) -> np.ndarray:
         if allocated:
@@ -270,7 +269,7 @@ def batches(
                 seed,
                 step,
                 num_records=num_records,
-                batches_per_epoch=round(1 / sampling_prob),
+                batches_per_epoch=batches_per_epoch,
             )
         return poisson_batch(
             seed,

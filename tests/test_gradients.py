@@ -330,3 +330,20 @@ def test_refuses(clip_norm):
         UserError, match=r"l2_clip_norm is .*: it must be in \[1e-10, 1e10\]"
     ):
         clipped_gradient(toy.loss_fn, l2_clip_norm=clip_norm)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"weight": gradients.automatic}, {"per_layer": True}, {"magnitudes": True}],
+    ids=["automatic", "per layer", "magnitudes"],
+)
+def test_what_is_not_finite_counts_as_zero(options):
+    """In norms, weights and magnitudes too, so that the rest of a record remains."""
+    gradient_fn = clipped_gradient(lambda w, x: w @ x, l2_clip_norm=1.0, **options)
+    damaged, whole = jnp.array([[[jnp.nan, 3.0, -jnp.inf]], [[0.0, 3.0, 0.0]]])
+    total, aux = gradient_fn(jnp.zeros(3), damaged)
+    expected, wanted = gradient_fn(jnp.zeros(3), whole)
+    np.testing.assert_array_equal(total, expected)
+    assert total[1] > 0.9
+    if aux.aux is not None:
+        np.testing.assert_array_equal(aux.aux, wanted.aux)
